@@ -40,22 +40,25 @@ def rotary(h: int, w: int,                    # grid of tokens
            axes: tuple[int, int],             # head numbers given to rows and to columns, both even
            theta: float,
            device: str = "cpu",
-           ) -> tuple[Tensor, Tensor]:        # cos and sin, each (h * w, sum(axes) / 2), float32
-    "The angles of every position, as cosines and sines."
+           ) -> Tensor:                       # (h * w, sum(axes) / 2) complex64: cos + i sin of each angle
+    "The turn of every position, as complex numbers of length one."
     angles = []
     for count, axis, shape in ((h, axes[0], (h, 1)), (w, axes[1], (1, w))):
         speed = theta ** (-torch.arange(0, axis, 2, dtype=torch.float64) / axis)
         angle = torch.arange(count, dtype=torch.float64)[:, None] * speed
         angles.append(angle.view(*shape, -1).expand(h, w, -1))
     angle = torch.cat(angles, -1).flatten(0, 1)
-    return angle.cos().float().to(device), angle.sin().float().to(device)
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device)
 
-
-def rotate(x: Tensor,                         # (..., N, D): neighbours (x0, x1), (x2, x3), ... are the pairs
-           cos: Tensor, sin: Tensor,          # (N, D / 2), or with more axes in front
+# %% ../../nbs/core/10_denoiser.ipynb #a1681957
+def rotate(x: Tensor,                         # (..., N, D) float32: neighbours (x0, x1), (x2, x3), ... are the pairs
+           turn: Tensor,                      # (N, D / 2) complex, or with more axes in front
            ) -> Tensor:                       # (..., N, D)
     "Turn each pair of numbers by its angle."
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = x.unflatten(-1, (-1, 2))
+    if not torch.compiler.is_compiling():
+        return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
+    (a, b), (cos, sin) = pairs.unbind(-1), torch.view_as_real(turn).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
 
 # %% ../../nbs/core/10_denoiser.ipynb #bf6de817
@@ -79,7 +82,7 @@ class Embedder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, width) -> (B, hidden)
         return self.out_layer(F.silu(self.in_layer(x)))
 
-# %% ../../nbs/core/10_denoiser.ipynb #a1caeb98
+# %% ../../nbs/core/10_denoiser.ipynb #8f65f510
 class Attention(nn.Module):
     "Image tokens attend to text and image tokens."
 
@@ -94,10 +97,10 @@ class Attention(nn.Module):
     def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:  # (B, N, parts * hidden) -> parts x (B, heads, N, D)
         return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, turn: Tensor) -> Tensor:
         q, k, v = self.split(self.img_qkv_proj(x), 3)
         text_k, text_v = self.split(self.txt_kv_proj(text), 2)
-        q, k = rotate(norm(q, self.norm_q), cos, sin), rotate(norm(k, self.norm_k), cos, sin)
+        q, k = rotate(norm(q, self.norm_q), turn), rotate(norm(k, self.norm_k), turn)
         k = torch.cat((norm(text_k, self.norm_added_k).to(v.dtype), k.to(v.dtype)), 2)
         out = F.scaled_dot_product_attention(q.to(v.dtype), k, torch.cat((text_v, v), 2), mask)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
@@ -123,7 +126,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     "LayerNorm without weights, then scale and shift."
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
-# %% ../../nbs/core/10_denoiser.ipynb #4b020337
+# %% ../../nbs/core/10_denoiser.ipynb #e8b8d0d9
 class Block(nn.Module):
     "Attention and a gated MLP, both modulated by time."
 
@@ -134,9 +137,9 @@ class Block(nn.Module):
         self.gate_proj, self.up_proj = nn.Linear(hidden, inner, bias=False), nn.Linear(hidden, inner, bias=False)
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, vec: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, vec: Tensor, turn: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(vec)
-        x = torch.addcmul(x, gate1, self.attention(modulate(x, shift1, scale1), text, mask, cos, sin))
+        x = torch.addcmul(x, gate1, self.attention(modulate(x, shift1, scale1), text, mask, turn))
         y = modulate(x, shift2, scale2)
         return torch.addcmul(x, gate2, self.down_proj(F.gelu(self.gate_proj(y), approximate="tanh") * self.up_proj(y)))
 
@@ -225,7 +228,7 @@ def _check(self: PRX, x_t: Tensor, taps: tuple[int, ...], route: Route | None) -
         raise ValueError(f"route from block {route.start} to {route.end} with keep {tuple(route.keep.shape)}: "
                          f"blocks are numbered 0 to {depth - 1}, and keep needs {b} rows")
 
-# %% ../../nbs/core/10_denoiser.ipynb #d384ae10
+# %% ../../nbs/core/10_denoiser.ipynb #b474b7ba
 def forward(self: PRX,
             x_t: Tensor,                      # (B, C, H, W) noisy images or latents
             t: Tensor,                        # (B,) times in [0, 1], 1 is pure noise
@@ -242,19 +245,19 @@ def forward(self: PRX,
     x, vec = self.img_in(patchify(x_t, p)), _time_vector(self, t, h, w)
     mask = None if text_mask is None else F.pad(text_mask.bool(), (0, x.shape[1]), value=True)[:, None, None]
     full = rotary(h // p, w // p, self.config["axes_dim"], float(self.config["theta"]), str(x.device))
-    angles, modulator, seen = full, F.silu(vec), {}
+    turn, modulator, seen = full, F.silu(vec), {}
     for i, block in enumerate(self.blocks):
         if route and i == route.start:
             waiting, x = x, _take(x, route.keep)
-            angles = tuple(a[route.keep].unsqueeze(1) for a in full)
+            turn = full[route.keep].unsqueeze(1)
             kept_mask = None if mask is None else mask[..., :text.shape[1] + x.shape[1]]
         routed = route and route.start <= i <= route.end
-        args = (x, text, kept_mask if routed else mask, modulator, *angles)
+        args = (x, text, kept_mask if routed else mask, modulator, turn)
         x = checkpoint(block, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(*args)
         if i in taps:
             seen[i] = x
         if route and i == route.end:
-            x, angles = _put(waiting, route.keep, x), full
+            x, turn = _put(waiting, route.keep, x), full
     prediction = unpatchify(self.final_layer(x, vec), p, h, w)
     return Output(prediction, seen, route.keep if route else None)
 
