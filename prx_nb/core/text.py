@@ -100,7 +100,7 @@ _ALLOWED = f"allowed: {', '.join(PACKAGED)}, a folder that holds a transformers 
 
 def _locate(name: str) -> tuple[str, str | None]:
     "What transformers shall load: (folder, None) or (hub id, commit). Raises `TextError`."
-    if Path(name).expanduser().is_dir():
+    if name and Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
         for pattern in ("config.json", "*.safetensors", "tokenizer*"):
             if not list(folder.glob(pattern)):
@@ -109,7 +109,7 @@ def _locate(name: str) -> tuple[str, str | None]:
         return str(folder), None
     near = difflib.get_close_matches(name, PACKAGED, 1, 0.6)
     hint = f"; did you mean '{near[0]}'?" if near else ""
-    if near or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+    if near and "/" not in name or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise TextError(f"no text encoder '{name}'{hint}; {_ALLOWED}")
     from huggingface_hub import HfApi, try_to_load_from_cache
     found = try_to_load_from_cache(name, "config.json")
@@ -120,7 +120,7 @@ def _locate(name: str) -> tuple[str, str | None]:
     except Exception as error:                                   # no network, no such model, no access
         why = str(error).strip().splitlines() or [type(error).__name__]
         raise TextError(f"no text encoder '{name}': not a folder, not in the hub's local cache, and the hub says: "
-                        f"{why[0][:120]}; {_ALLOWED}") from None
+                        f"{why[0][:120]}{hint}; {_ALLOWED}") from None
 
 # %% ../../nbs/core/06_text.ipynb #bacea20b
 @contextlib.contextmanager
@@ -164,7 +164,7 @@ class TextEncoder:
         self.model = model.eval().requires_grad_(False)
         config = getattr(model, "config", None)
         self.limit = min(getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)
-        self.dim = config.hidden_size if hasattr(config, "hidden_size") else model.embedding.embedding_dim
+        self.dim = self.ragged([""], 2)[0].shape[1]               # configs call the width by many names
 
     def tokenize(self, texts: list[str], tokens: int) -> list[list[int]]:
         "Word-piece numbers, at most `tokens` a caption, at least one."
