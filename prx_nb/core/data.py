@@ -10,6 +10,7 @@ __all__ = ['NAMED', 'PALETTE', 'DataError', 'Item', 'Images', 'oklab', 'colours'
 import base64
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -109,15 +110,22 @@ PALETTE = {                            # the flat grounds that images are drawn 
 _NAMES = [name for name, examples in NAMED.items() for _ in examples]
 _POINTS = oklab([[int(e[i:i + 2], 16) for i in (0, 2, 4)] for es in NAMED.values() for e in es])
 
+
+@functools.cache
+def _nearest() -> np.ndarray:
+    "(32, 32, 32) index of the nearest example for each colour of 5 bits a channel."
+    cube = oklab((np.stack(np.indices((32, 32, 32)), -1).reshape(-1, 3) + 0.5) * 8)
+    return np.stack([((cube - p) ** 2).sum(-1) for p in _POINTS]).argmin(0).reshape(32, 32, 32)
+
 # %% ../../nbs/core/04_data.ipynb #85fe6bc4
 def colours(rgb: np.ndarray,            # (n, 3) in 0..255
             weight: np.ndarray,         # (n,) how much each pixel counts, e.g. its opacity
             least: float = 0.15,        # smallest share that is named
             ) -> list[tuple[str, float]]:  # (name, share), largest first
     "The dominant named colours of some pixels."
-    distance = ((oklab(rgb)[:, None] - _POINTS) ** 2).sum(-1)
+    nearest = _nearest()[tuple(np.asarray(rgb, np.int64).T >> 3)]
     shares = Counter()
-    for i, share in enumerate(np.bincount(distance.argmin(1), weight, len(_NAMES)) / max(weight.sum(), 1e-9)):
+    for i, share in enumerate(np.bincount(nearest, weight, len(_NAMES)) / max(weight.sum(), 1e-9)):
         shares[_NAMES[i]] += float(share)
     return [(name, round(s, 3)) for name, s in shares.most_common() if s >= least]
 
@@ -552,7 +560,7 @@ def _files_under(path: str) -> list[tuple]:
 
 def _content_key(data: recipe.Data) -> str:
     "Twelve hex digits for everything that decides the pixels and items."
-    known = {"drawing": 1, "source": data.source, "size": data.size, "limit": data.limit}
+    known = {"drawing": 2, "source": data.source, "size": data.size, "limit": data.limit}
     if data.source == "emoji":
         known |= {"styles": data.styles, "background": data.background, "tones": data.skin_tones, "names": _NAMES_PACKAGE,
                   "sets": [_PACKAGES[s] for s in data.styles], "palette": PALETTE, "named": NAMED}
