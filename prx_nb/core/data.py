@@ -181,13 +181,15 @@ def _emoji_names(skin_tones: bool) -> dict[str, dict]:
     "{hexcode without FE0F: label, concept, tags, group, subgroup} in Unicode's order."
     data, messages = (json.loads(p.read_text("utf-8")) for p in fetch_all(_name_files()))
     words = {kind: {m["order"]: m["message"] for m in messages[kind]} for kind in ("groups", "subgroups")}
+    same = {concept_of(base["hexcode"]): concept_of(skin["hexcode"]) for base in data for skin in base.get("skins", [])}
     names = {}
     for base in data:
+        concept = concept_of(base["hexcode"])
         known = {"tags": base.get("tags", []), "group": words["groups"].get(base.get("group"), ""),
                  "subgroup": words["subgroups"].get(base.get("subgroup"), "")}
         for entry in [base, *(base.get("skins", []) if skin_tones else [])]:
             code = "-".join(p for p in entry["hexcode"].split("-") if p != "FE0F")
-            names[code] = {"label": entry["label"], "concept": concept_of(code), **known}
+            names[code] = {"label": entry["label"], "concept": same.get(concept, concept), **known}
     return names
 
 
@@ -351,10 +353,12 @@ def _feed(helper: subprocess.Popen, shards: Iterator[dict], lock: threading.Lock
             shard = next(shards, None)
         if shard is None:
             return
-        helper.stdin.write(json.dumps(shard) + "\n")
-        helper.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            helper.stdin.write(json.dumps(shard) + "\n")
+            helper.stdin.flush()
         if not helper.stdout.readline():
-            raise DataError(f"a process that prepares images died: {helper.stderr.read()[-500:] or 'no message'}")
+            words = helper.stderr.read().strip().splitlines()
+            raise DataError(f"a process that prepares images died: {words[-1] if words else 'no message'}")
         done(len(shard["jobs"]))
 
 # %% ../../nbs/core/04_data.ipynb #f8c32cee
@@ -560,7 +564,7 @@ def _files_under(path: str) -> list[tuple]:
 
 def _content_key(data: recipe.Data) -> str:
     "Twelve hex digits for everything that decides the pixels and items."
-    known = {"drawing": 2, "source": data.source, "size": data.size, "limit": data.limit}
+    known = {"drawing": 3, "source": data.source, "size": data.size, "limit": data.limit}
     if data.source == "emoji":
         known |= {"styles": data.styles, "background": data.background, "tones": data.skin_tones, "names": _NAMES_PACKAGE,
                   "sets": [_PACKAGES[s] for s in data.styles], "palette": PALETTE, "named": NAMED}
