@@ -1,0 +1,56 @@
+# The workbook's commands. Each sets up .venv first, once; Python 3.11 or newer and make are all it takes.
+#   make ablate            train the first ablation at preset cpu, two seeds, and make its report
+#   make ablate NAME=prediction_target PRESET=smoke SEEDS=1 JOBS=2
+#   make test              everything that must hold
+#   make lab               JupyterLab on the notebooks
+#   make docs              README.md and HTML pages in _docs/
+#   make export            notebooks -> package, and clean the notebooks
+
+VENV   ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.prx-nb-installed
+
+NAME   ?= prediction_target
+PRESET ?= cpu
+SEEDS  ?= 2
+JOBS   ?= 1
+ARGS   ?=
+
+.PHONY: help setup ablate test lab docs export clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	  || { echo "Python 3.11 or newer is needed; found '$(PYTHON)'. Name another: make setup PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "Setting up $(VENV) with $(PYTHON): about 100 packages, some minutes, only this once."
+	@begin=$$(date +%s); \
+	  { test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV); } \
+	  && $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' \
+	  && touch $(STAMP) \
+	  && echo "$(VENV) is ready after $$(( $$(date +%s) - begin )) s."
+
+ablate: $(STAMP)
+	@$(BIN)/prx-nb ablate $(NAME) --preset $(PRESET) --seeds $(SEEDS) --jobs $(JOBS) $(ARGS)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lab: $(STAMP)
+	@$(BIN)/jupyter lab nbs $(ARGS)
+
+docs: $(STAMP)
+	@$(BIN)/python -m prx_nb.lab.docs $(ARGS)
+
+export: $(STAMP)
+	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && echo "The package is in step with the notebooks."
+
+clean:
+	@rm -rf _docs _proc build dist .pytest_cache .ruff_cache *.egg-info
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	@echo "Removed what can be built again; $(VENV) and outputs/ stay."

@@ -1,0 +1,133 @@
+"The house rules: notebooks run, are clean, and the package is what they export."
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from prx_nb.lab import ablations, batch
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+ABLATIONS = sorted((ROOT / "nbs" / "ablations").glob("*.ipynb"))
+LIMIT = 300                                    # seconds a notebook may take
+
+
+def short(path):
+    return path.relative_to(ROOT / "nbs").as_posix()
+
+
+def command(name, *args, cwd=ROOT, timeout=LIMIT):
+    done = subprocess.run([str(BIN / name), *args], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=short)
+def test_notebook_runs(notebook):
+    try:
+        code, said = command("nbdev_test", "--path", str(notebook), "--n_workers", "0", "--do_print")
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"{short(notebook)} ran longer than {LIMIT} s")
+    assert code == 0, f"{short(notebook)} failed:\n{said[-4000:]}"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=short)
+def test_notebook_is_tidy(notebook):
+    text = notebook.read_text()
+    nb = json.loads(text)
+    assert len(text.encode()) < 200 * 1024, f"{len(text.encode()) / 1024:.0f} KiB"
+    assert "widgets" not in nb["metadata"]
+    ids = [cell["id"] for cell in nb["cells"]]
+    assert len(set(ids)) == len(ids)
+    for cell in nb["cells"]:
+        assert not any(o["output_type"] == "error" for o in cell.get("outputs", [])), "an error was saved"
+        for line in "".join(cell["source"]).splitlines() if cell["cell_type"] == "code" else ():
+            assert len(line) <= 150, f"a code line of {len(line)} characters: {line[:80]}"
+    for place in (str(ROOT), str(Path.home()) + "/"):
+        assert place not in text, f"names a place on one machine: {place}"
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory):
+    "The package exported anew from the notebooks, which were cleaned anew, in another folder."
+    copy = tmp_path_factory.mktemp("rebuilt") / "prx-workbook"
+    copy.mkdir()
+    for name in ("settings.ini", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    (copy / "prx_nb").mkdir()
+    shutil.copy(ROOT / "prx_nb" / "__init__.py", copy / "prx_nb")
+    for tool in ("nbdev_export", "nbdev_clean"):
+        code, said = command(tool, cwd=copy)
+        assert code == 0, said[-2000:]
+    return copy
+
+
+def files(folder, ending):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob(f"*{ending}")
+            if ".ipynb_checkpoints" not in p.parts}
+
+
+def test_package_is_what_the_notebooks_export(rebuilt):
+    ours, theirs = files(ROOT / "prx_nb", ".py"), files(rebuilt / "prx_nb", ".py")
+    assert sorted(set(ours) - set(theirs)) == [], "modules that no notebook exports"
+    assert sorted(set(theirs) - set(ours)) == [], "not exported yet: run `make export`"
+    assert [name for name in ours if ours[name] != theirs[name]] == [], "out of step: run `make export`"
+
+
+def test_notebooks_are_clean(rebuilt):
+    ours, theirs = files(ROOT / "nbs", ".ipynb"), files(rebuilt / "nbs", ".ipynb")
+    assert [name for name in ours if ours[name] != theirs[name]] == [], "not clean: run `make export`"
+
+
+def test_every_declared_ablation_has_its_notebook_and_the_other_way_round():
+    assert {p.name for p in ABLATIONS} == {a.notebook for a in ablations.ABLATIONS.values()}
+
+
+@pytest.mark.parametrize("notebook", ABLATIONS, ids=short)
+def test_ablation_notebook_has_one_parameters_cell(notebook):
+    batch.check_parameters(notebook, ["variant", "seed", "preset", "overrides", "out"])
+    assert "default_exp" not in notebook.read_text(), "an ablation is not exported"
+
+
+def test_ruff():
+    code, said = command("ruff", "check", "prx_nb", "tests", "--output-format", "concise")
+    assert code == 0, said
+    code, said = command("ruff", "check", "--select", "F821", "--isolated", "prx_nb")
+    assert code == 0, said
+
+
+def test_core_imports_nothing_heavy():
+    modules = sorted(f"prx_nb.core.{p.stem}" for p in (ROOT / "prx_nb" / "core").glob("[a-z]*.py"))
+    heavy = ("diffusers", "transformers", "torchmetrics", "torchvision", "matplotlib", "datasets", "onnx", "papermill", "scipy")
+    script = f"""
+import importlib, sys
+for name in {modules!r}:
+    importlib.import_module(name)
+    for other in {heavy!r}:
+        assert other not in sys.modules, f"{{name}} imports {{other}}"
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_nothing_is_unpickled():
+    for path in (ROOT / "prx_nb").rglob("*.py"):
+        text = path.read_text()
+        assert not re.search(r"^\s*(import|from) pickle", text, re.M), path
+        for call in re.findall(r"torch\.load\((?:[^()]|\([^()]*\))*\)", text):
+            assert "weights_only=True" in call, f"{path}: {call}"
+        assert "allow_pickle=True" not in text, path
+
+
+def test_every_direct_dependency_is_constrained():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    name = lambda line: re.split(r"[<>=\[;!~ ]", line.strip())[0].lower().replace("_", "-")
+    pinned = {name(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line.strip() and line[0] != "#"}
+    assert {name(w) for w in wanted} - pinned - {"prx-nb"} == set()
