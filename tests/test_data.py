@@ -79,7 +79,7 @@ def test_emoji_items_and_pixels(cache):
     name = next(v for k, v in files["chars.json"].items() if k.upper() == code)
     body = files["icons.json"]["icons"][name]["body"]
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 36 36" width="48" height="48">{body}</svg>'
-    ground = "#%02x%02x%02x" % data.PALETTE[item.background]
+    ground = "#" + bytes(data.PALETTE[item.background]).hex()
     png = resvg_py.svg_to_bytes(svg_string=svg, background=ground)
     direct = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"), float)
     assert np.abs(direct - images.pixels[n]).mean() < 3
