@@ -49,6 +49,7 @@ class Ablation:
     variants: Mapping[str, Mapping[str, Any]]         # name -> {recipe path: value}
     published: tuple[Published, ...] = ()
     references: tuple[str, ...] = ()                  # papers and posts, in words
+    caveat: str = ""                                  # how the published setting differs from ours
     base: Mapping[str, Any] = field(default_factory=dict)   # what all variants share, the baseline included
 
     def __post_init__(self):
@@ -102,6 +103,8 @@ PREDICTION_TARGET = Ablation(
                Published("x", "DINO-MMD", 0.39, 0.49, False, _PART2)),
     references=("Li & He 2025, Back to Basics: Let Denoising Generative Models Denoise (JiT), arXiv 2511.13720",
                 "Salimans & Ho 2022, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512"),
+    caveat="The published runs predict Flux latents of photographs with 1.2B parameters for 100k steps; ours predict the pixels of small drawings "
+           "with a far smaller network for far fewer steps, and are measured with other features. Only directions can be compared.",
 )
 
 # %% ../../nbs/lab/01_ablations.ipynb #a7cf8d81
