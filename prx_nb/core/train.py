@@ -500,16 +500,16 @@ def _loop(recipe: Recipe, out: Path, state: State, prepared: Prepared, accelerat
         looks, saves = (done % n == 0 or done == c.steps for n in (c.validate_every, c.checkpoint_every))
         if device.type == "cpu" or len(late) == 20 or looks or saves:               # reading a number waits for the GPU
             for at, values in late:
-                values = {k: accelerator.reduce(v, "mean").item() for k, v in values.items()}
-                curves.add(at, **values)
-                _check_finite(values, at, recipe, out, curves)
-            tell(" ".join(f"{k} {v:.4f}" for k, v in values.items() if k.startswith("loss")))
+                latest = {k: accelerator.reduce(v, "mean").item() for k, v in values.items()}
+                curves.add(at, **latest)
+                _check_finite(latest, at, recipe, out, curves)
+            tell(" ".join(f"{k} {v:.4f}" for k, v in latest.items() if k.startswith("loss")))
             late.clear()
         if looks:
             with autocast():
-                values = validate(state.ema.module if state.ema else state.model, fixed, flow)
-            curves.add(done, **values)
-            accelerator.log(values | {"loss": curves.rows[-len(values) - 2][2]}, step=done)
+                errors = validate(state.ema.module if state.ema else state.model, fixed, flow)
+            curves.add(done, **errors)
+            accelerator.log(latest | errors, step=done)
         if saves and accelerator.is_main_process:
             curves.save()
             save_checkpoint(out / "checkpoint", done, state, recipe, before + time.perf_counter() - began)

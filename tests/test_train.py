@@ -1,0 +1,304 @@
+"""The training loop: exact resume after real kills, checkpoints, validation, techniques, faults."""
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+
+from prx_nb.core import train as training
+from prx_nb.core.denoiser import PRX, Route
+from prx_nb.core.flow import FlowMatching
+from prx_nb.core.recipe import preset
+from prx_nb.core.text import TextError
+from prx_nb.core.train import (
+    CheckpointError, NonFiniteLoss, Run, Technique, add_noise, find_checkpoint, new_state, objective, optimise, prepare, read_batch,
+    read_checkpoint, restore, train, validate, validation_set,
+)
+
+SMOKE = preset("smoke").replace({"train.steps": 10, "train.checkpoint_every": 3, "train.validate_every": 5, "captions.kind": "mixed"})
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    return prepare(SMOKE, progress=False)
+
+
+@pytest.fixture(scope="module")
+def whole(prepared, tmp_path_factory):
+    return train(SMOKE, tmp_path_factory.mktemp("whole"), prepared=prepared, progress=False)
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    "Everything in the last checkpoint: weights, average, optimizer."
+    return find_checkpoint(run.dir / "checkpoint", run.recipe)[0]
+
+
+def same(a: Run, b: Run) -> None:
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert all(first[k].equal(second[k]) for k in first)
+    assert a.curves.equals(b.curves)
+
+
+CHILD = """
+import os, signal, sys, torch
+torch.set_num_threads({threads})
+from prx_nb.core import train as t
+from prx_nb.core.recipe import load
+real = t.optimise
+def optimise(state, model, losses, recipe, step, accelerator):
+    if step == {at} and {when!r} == "before": os.kill(os.getpid(), {sig})
+    norm = real(state, model, losses, recipe, step, accelerator)
+    if step == {at} and {when!r} == "after": os.kill(os.getpid(), {sig})
+    return norm
+t.optimise = optimise
+t.train(load(sys.argv[1]), sys.argv[2], progress=False)
+"""
+
+
+@pytest.mark.parametrize("at,when,sig", [(1, "before", signal.SIGKILL), (4, "after", signal.SIGKILL), (6, "before", signal.SIGINT)],
+                         ids=["killed before the first checkpoint", "killed between checkpoints", "interrupted"])
+def test_a_killed_run_goes_on_bit_for_bit(at, when, sig, whole, prepared, tmp_path):
+    SMOKE.save(tmp_path / "recipe.json")
+    code = CHILD.format(threads=torch.get_num_threads(), at=at, when=when, sig=int(sig))
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "recipe.json", tmp_path / "run"], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0, done.stderr
+    assert json.loads((tmp_path / "run/record.json").read_text())["status"] == "running"
+    said = train(SMOKE, tmp_path / "run", prepared=prepared, progress=False)
+    same(said, whole)
+    assert said.record["status"] == "done"
+
+
+def test_killed_twice_at_any_moment(whole, prepared, tmp_path):
+    "SIGKILL from outside, at moments nobody chose."
+    SMOKE.save(tmp_path / "recipe.json")
+    code = f"import sys, torch; torch.set_num_threads({torch.get_num_threads()})\n" \
+           "from prx_nb.core import train as t; from prx_nb.core.recipe import load\n" \
+           "print('go', flush=True); t.train(load(sys.argv[1]), sys.argv[2], progress=False)"
+    for _ in range(2):
+        child = subprocess.Popen([sys.executable, "-c", code, tmp_path / "recipe.json", tmp_path / "run"], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        before, until = set((tmp_path / "run").rglob("*")), time.time() + 60
+        while set((tmp_path / "run").rglob("*")) == before and time.time() < until and child.poll() is None:
+            time.sleep(0.02)
+        time.sleep(0.1)
+        child.kill(), child.wait()
+    same(train(SMOKE, tmp_path / "run", prepared=prepared, progress=False), whole)
+
+
+def test_resume_needs_every_part_of_the_state(whole, prepared, tmp_path):
+    "If one tensor of the optimizer's memory is lost, the run ends elsewhere: the equality above would notice."
+    state = new_state(SMOKE, CPU)
+    tensors, _ = read_checkpoint(sorted((whole.dir / "checkpoint").glob("*"))[0])
+    restore(state, tensors)
+    assert all(v.equal(tensors[k]) for k, v in state.tensors().items()) and any("exp_avg_sq" in k for k in tensors)
+    damaged = {k: v for k, v in tensors.items() if k != "model.img_in.weight"}
+    with pytest.raises(RuntimeError, match="img_in.weight"):
+        restore(new_state(SMOKE, CPU), damaged)
+
+
+def test_finished_runs_are_not_trained_again(whole, prepared, monkeypatch):
+    monkeypatch.setattr(training, "objective", lambda *a, **k: pytest.fail("trained again"))
+    same(train(SMOKE, whole.dir, prepared=prepared, progress=False), whole)
+
+
+def test_another_recipe_in_the_folder_is_refused_and_nothing_lost(whole, prepared):
+    before = {p: p.read_bytes() for p in whole.dir.rglob("*") if p.is_file()}
+    with pytest.raises(CheckpointError, match=r"optimizer.lr: 0.001 there, 0.002 asked for") as error:
+        train(SMOKE.replace("optimizer.lr", 2e-3), whole.dir, prepared=prepared, progress=False)
+    assert str(whole.dir) in str(error.value)
+    assert {p: p.read_bytes() for p in whole.dir.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "header"])
+def test_a_damaged_checkpoint_is_passed_over(damage, whole, prepared, tmp_path, capsys):
+    import shutil
+    shutil.copytree(whole.dir, tmp_path / "run")
+    last = sorted((tmp_path / "run/checkpoint").glob("*"))[-1]
+    raw = last.read_bytes()
+    last.write_bytes({"truncated": raw[:len(raw) // 2], "empty": b"", "header": b"\xff" * 16 + raw[16:]}[damage])
+    same(train(SMOKE, tmp_path / "run", prepared=prepared, progress=False), whole)
+    said = capsys.readouterr().out
+    assert str(last) in said and "going on from step-0000009" in said
+    for path in (tmp_path / "run/checkpoint").glob("*"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="delete the folder"):
+        train(SMOKE, tmp_path / "run", prepared=prepared, progress=False)
+
+
+def test_an_output_folder_that_cannot_be_written_is_noticed_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "prepare", lambda *a, **k: pytest.fail("prepared first"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write to the folder"):
+        train(SMOKE, tmp_path / "file" / "run", progress=False)
+
+
+def test_a_text_encoder_of_another_width_is_one_clear_error():
+    recipe = SMOKE.replace("denoiser.context_in_dim", 100)
+    with pytest.raises(TextError, match="gives 384 numbers a token, but denoiser.context_in_dim = 100"):
+        prepare(recipe, progress=False)
+
+
+def test_loss_that_is_not_finite_stops_the_run(prepared, tmp_path):
+    recipe = SMOKE.replace({"optimizer.lr": 1e18, "optimizer.clip": 1e18, "optimizer.warmup": 0, "train.checkpoint_every": 1})
+    with pytest.raises(NonFiniteLoss, match=rf"at step \d+ of recipe {recipe.key}"):
+        train(recipe, tmp_path, prepared=prepared, progress=False)
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["status"] == "failed" and "not finite" in record["cause"]
+    assert len(pd.read_parquet(tmp_path / "curves.parquet")), "the curve up to there is kept"
+
+
+def test_a_step_equals_one_written_out_with_torch(prepared):
+    "Loss, gradients, clipping, AdamW and the average of three steps, without the loop."
+    from accelerate import Accelerator
+    recipe, flow = SMOKE.replace({"ema.decay": 0.7, "optimizer.clip": 0.05}), FlowMatching(SMOKE.flow)
+    state, accelerator = new_state(recipe, CPU), Accelerator(cpu=True)
+    net = PRX(**recipe.denoiser.model_dump())
+    net.load_state_dict(state.model.state_dict())
+    peer, average = torch.optim.AdamW(net.parameters(), recipe.optimizer.lr, recipe.optimizer.betas, recipe.optimizer.eps, weight_decay=0), None
+    for step in range(3):
+        batch = add_noise(read_batch(prepared, recipe, step), recipe, step, CPU)
+        optimise(state, state.model, objective(state.model, batch, flow, number=step), recipe, step, accelerator)
+        x_t = (1 - batch.t.view(-1, 1, 1, 1)) * batch.x0 + batch.t.view(-1, 1, 1, 1) * batch.noise
+        loss = (net(x_t, batch.t, batch.text, batch.mask).prediction - (batch.noise - batch.x0)).square().mean()
+        peer.zero_grad()
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in net.parameters()]).norm()
+        for p in net.parameters():
+            p.grad *= min(1, 0.05 / (norm + 1e-6))
+        peer.param_groups[0]["lr"] = recipe.optimizer.lr * (step + 1) / recipe.optimizer.warmup
+        peer.step()
+        now = [p.detach().clone() for p in net.parameters()]
+        average = now if average is None else [0.7 * a + 0.3 * n for a, n in zip(average, now)]
+    for a, b, c, d in zip(state.model.parameters(), net.parameters(), state.ema.module.parameters(), average):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(c, d, rtol=1e-4, atol=1e-6)
+
+
+def test_without_an_average_the_run_samples_from_the_weights(prepared, tmp_path):
+    run = train(SMOKE.replace({"ema.decay": 0.0, "train.steps": 3}), tmp_path, prepared=prepared, progress=False)
+    assert not any(k.startswith("ema.") for k in weights(run))
+    assert run.model.img_in.weight.equal(weights(run)["model.img_in.weight"])
+
+
+def test_overfitting_one_batch_never_erodes_its_captions(prepared):
+    "The public code writes the empty caption into the caller's batch."
+    batch = read_batch(prepared, SMOKE, 0)
+    before = [v.clone() for v in (batch.x0, batch.text, batch.mask)]
+    net = new_state(SMOKE, CPU).model
+    for step in range(5):
+        noisy = add_noise(batch, SMOKE, step, CPU)
+        objective(net, noisy, FlowMatching(SMOKE.flow))["flow"].backward()
+    assert all(a.equal(b) for a, b in zip(before, (batch.x0, batch.text, batch.mask)))
+
+
+def test_dropped_captions_are_the_encoded_empty_one(prepared):
+    recipe = SMOKE.replace("captions.dropout", 0.5)
+    batch = read_batch(prepared, recipe, 1)
+    null, null_mask = prepared.states.null(1)
+    assert 0 < batch.dropped.sum() < len(batch.dropped)
+    for i, dropped in enumerate(batch.dropped):
+        assert (batch.text[i].equal(null[0]) and batch.mask[i].equal(null_mask[0])) == bool(dropped)
+    assert null_mask.any() and null.abs().sum() > 0, "not zeros, and not fully masked"
+
+
+def test_mixed_captions_use_every_kind(prepared):
+    kinds = prepared.rows.shape[1]
+    assert kinds == 3
+    wanted = {tuple(prepared.texts[i]) for i in read_batch(prepared, SMOKE, 0).index.tolist()}
+    assert all(len(set(texts)) == 3 for texts in wanted)
+
+
+def test_validation_is_fixed_and_in_the_space_of_v(prepared):
+    net = PRX(**SMOKE.denoiser.model_dump())
+    x = SMOKE.replace({"flow.prediction": "x", "flow.loss": "x", "seed": 5})
+    first, second = validation_set(prepared, SMOKE, CPU), validation_set(prepared, x, CPU)
+    assert all(a.noise.equal(b.noise) and a.t.equal(b.t) for a, b in zip(first, second))
+    zero = torch.cat([(b.x0 / b.t.clamp_min(0.05).view(-1, 1, 1, 1)).square().flatten(1).mean(1) for b in second])   # it answers 0
+    assert validate(net, second, FlowMatching(x.flow))["val"] == pytest.approx(zero.mean().item(), rel=1e-5)
+    held = set(prepared.heldout.tolist())
+    assert all(i in held for b in first for i in b.index.tolist()) and held.isdisjoint(prepared.split.train.tolist())
+
+
+class Shrink(Technique):
+    "A technique with a weight of its own, a tap, and a time to act."
+    start, stop = 2, 8
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(SMOKE.denoiser.hidden_size, 1)
+        torch.nn.init.ones_(self.head.weight), torch.nn.init.zeros_(self.head.bias)
+
+    def needs(self, batch, step):
+        keep = torch.arange(8).expand(len(batch.t), -1)
+        return (1,), Route(keep, 1, 1)
+
+    def loss(self, step):
+        assert step.output.taps[1].shape[1] == step.output.kept.shape[1] == 8
+        return 0.1 * self.head(step.output.taps[1]).square().mean()
+
+
+def test_techniques_are_trained_scheduled_checkpointed_and_resumed(prepared, tmp_path, whole):
+    a = train(SMOKE, tmp_path / "a", prepared=prepared, progress=False, techniques=[Shrink()])
+    steps = a.curves[a.curves.name == "loss Shrink"].step.tolist()
+    assert steps == [3, 4, 5, 6, 7, 8], "numbered from 1 in curves, from 0 in schedules"
+    assert not weights(a)["techniques.0.head.weight"].equal(torch.ones(1, SMOKE.denoiser.hidden_size))
+
+    class Stumble(Shrink):
+        def loss(self, step):
+            if step.number == 7:
+                raise KeyboardInterrupt
+            return super().loss(step)
+    Stumble.__name__ = "Shrink"
+    with pytest.raises(KeyboardInterrupt):
+        train(SMOKE, tmp_path / "b", prepared=prepared, progress=False, techniques=[Stumble()])
+    same(train(SMOKE, tmp_path / "b", prepared=prepared, progress=False, techniques=[Shrink()]), a)
+
+
+def test_two_routes_are_refused(prepared):
+    batch = add_noise(read_batch(prepared, SMOKE, 3), SMOKE, 3, CPU)
+    with pytest.raises(ValueError, match="only one can"):
+        objective(new_state(SMOKE, CPU).model, batch, FlowMatching(), [Shrink(), Shrink()], 3)
+
+
+def test_trackers_get_the_numbers(prepared, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run = train(SMOKE, tmp_path, prepared=prepared, progress=False, trackers=["tensorboard"])
+    files = [p for p in tmp_path.rglob("events.out.*")]
+    seen = {}
+    for f in files:
+        events = EventAccumulator(str(f)).Reload()
+        seen |= {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    val = run.curves[run.curves.name == "val"]
+    assert [s for s, _ in seen["val"]] == val.step.tolist() == [5, 10]
+    assert [v for _, v in seen["val"]] == pytest.approx(val.value.tolist())
+    loss = run.curves[run.curves.name == "loss flow"].set_index("step").value
+    assert [v for _, v in seen["loss flow"]] == pytest.approx([loss[5], loss[10]])
+
+
+def test_plain_lines_when_not_on_a_terminal(prepared, tmp_path, capfd):
+    train(SMOKE, tmp_path, prepared=prepared, progress=True)
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step")]
+    assert len(lines) == 10 and "loss flow" in lines[-1] and "10/10" in lines[-1] and "\r" not in "".join(lines)
+
+
+def test_a_run_without_weights_or_recipe_is_one_clear_error(tmp_path):
+    with pytest.raises(ValueError, match="recipe.json"):
+        Run.load(tmp_path)
+    SMOKE.save(tmp_path / "recipe.json")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        Run.load(tmp_path)
+
+
+def test_record_says_what_it_took(whole):
+    record = whole.record
+    assert record["recipe_key"] == SMOKE.key and record["hardware"] and record["versions"]["torch"] == torch.__version__
+    cost = record["cost"]
+    assert cost["images_seen"] == SMOKE.train.steps * SMOKE.train.batch and cost["parameters"] == sum(p.numel() for p in whole.model.parameters())
+    assert cost["train_seconds"] > 0 and cost["peak_memory_mb"] > 50
+    assert record["metrics"]["val"] == whole.curves[whole.curves.name == "val"].value.iloc[-1]
