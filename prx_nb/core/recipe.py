@@ -151,13 +151,14 @@ class Denoiser(Node):
 
 # %% ../../nbs/core/00_recipe.ipynb #a669c111
 class Optimizer(Node):
-    "AdamW with a linear warm-up to a constant learning rate, and clipping by global norm."
+    "AdamW with a linear warm-up, a constant rate, a linear fall at the end, and clipping by global norm."
     name: Literal["adamw"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    warmup: int = Field(20, ge=0)                 # steps
+    warmup: int = Field(20, ge=0)                 # steps until the rate is reached
+    cooldown: float = Field(0.0, ge=0, le=1)      # share of all steps, at the end, in which it falls to zero
     clip: float = Field(1.0, gt=0)                # largest global gradient norm
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@
 __all__ = ['BINS', 'Prepared', 'prepare', 'Batch', 'read_batch', 'add_noise', 'ahead', 'Step', 'Technique', 'objective',
            'validation_set', 'validate', 'CheckpointError', 'NonFiniteLoss', 'State', 'restore', 'new_state',
            'save_checkpoint', 'read_checkpoint', 'find_checkpoint', 'hardware', 'versions', 'git_commit',
-           'update_record', 'peak_memory', 'Curves', 'Run', 'progress_bar', 'optimise', 'train']
+           'update_record', 'peak_memory', 'Curves', 'Run', 'progress_bar', 'learning_rate', 'optimise', 'train']
 
 # %% ../../nbs/core/12_train.ipynb #1a1b7f63
 import importlib.metadata
@@ -400,14 +400,22 @@ def progress_bar(first: int, last: int, show: bool) -> tuple[Callable[[str], Non
             print(f"step {done[0]:>{len(str(last))}}/{last}  {words[0]}  {pace:.3f} s a step", flush=True)
     return lambda line: words.__setitem__(0, line), tick
 
-# %% ../../nbs/core/12_train.ipynb #9c9af8d1
+# %% ../../nbs/core/12_train.ipynb #48a9e81c
+def learning_rate(recipe: Recipe, step: int) -> float:
+    "The rate of a step, numbered from 0."
+    o, steps = recipe.optimizer, recipe.train.steps
+    rise = (step + 1) / max(1, o.warmup)
+    fall = (steps - step) / max(1, o.cooldown * steps)
+    return o.lr * min(1, rise, fall)
+
+# %% ../../nbs/core/12_train.ipynb #9e7348e8
 def optimise(state: State, model: nn.Module, losses: dict[str, Tensor], recipe: Recipe, step: int, accelerator) -> Tensor:
     "Backward, clip, warm-up, step, average. Returns the gradient norm before clipping."
     accelerator.backward(sum(losses.values()))
     parameters = [*model.parameters(), *state.techniques.parameters()]
     norm = accelerator.clip_grad_norm_(parameters, recipe.optimizer.clip)
     for group in state.optimizer.param_groups:
-        group["lr"] = recipe.optimizer.lr * min(1, (step + 1) / max(1, recipe.optimizer.warmup))
+        group["lr"] = learning_rate(recipe, step)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema and step >= recipe.ema.start and (step + 1) % recipe.ema.every == 0:
