@@ -48,7 +48,7 @@ def start(tmp_path, limit, workers=2):
     "A real process, a script without a __main__ guard, that loads emoji into the cache of the environment."
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(limit=limit, workers=workers))
-    return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, str(script)], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def helpers_of(home):
@@ -153,7 +153,7 @@ def test_interrupted_drawing_goes_on(cache, tmp_path, undisturbed, monkeypatch, 
     while len(list(cache.glob("images/*/shard-*.npz"))) < 2 and time.monotonic() < deadline:
         assert child.poll() is None, child.stderr.read()
         time.sleep(0.01)
-    child.send_signal(how)
+    os.killpg(child.pid, how) if how == signal.SIGINT else child.kill()      # Ctrl-C reaches the whole group
     child.communicate(timeout=60)
     assert child.returncode != 0 and not list(cache.glob("images/*/items.json"))
     while helpers_of(cache) and time.monotonic() < deadline:
@@ -183,6 +183,14 @@ def test_helper_that_cannot_start_is_one_error(cache, monkeypatch):
     monkeypatch.setattr(data, "_helper", dead)
     with pytest.raises(DataError, match="died"):
         load(Data(limit=300), progress=False, workers=2)
+
+
+def test_no_renderer_is_one_error(cache, monkeypatch):
+    import importlib.util
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="pip install resvg_py"):
+        load(Data(limit=16), progress=False)
+    assert not list(cache.glob("images/*/items.json"))
 
 
 def test_damaged_cache_is_named(cache):
@@ -390,6 +398,26 @@ def test_hf_goes_on_after_an_interrupt(cache, tmp_path, monkeypatch):
         load(Data(source="hf", path=str(path), size=8, limit=290), progress=False, workers=1)
     images = load(Data(source="hf", path=str(path), size=8, limit=290), progress=False, workers=1)
     assert [i.caption for i in images.items] == [str(i) for i in range(290)] and len(calls) == 2 + 2
+
+
+def test_hf_that_breaks_off_is_one_error_and_goes_on(cache, tmp_path, monkeypatch):
+    path = parquet(tmp_path / "a.parquet", {"image": [png(i) for i in range(200)], "text": [str(i) for i in range(200)]})
+    stream = data._hf_stream
+
+    class Breaking:
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __iter__(self):
+            for n, row in enumerate(self.rows):
+                if n == 150:
+                    raise ConnectionError("the line is dead")
+                yield row
+    monkeypatch.setattr(data, "_hf_stream", lambda p: (Breaking(stream(p)[0]), stream(p)[1]))
+    with pytest.raises(DataError, match="stopped after row 149 .*the line is dead.*call again"):
+        load(Data(source="hf", path=str(path), size=8), progress=False, workers=2)
+    monkeypatch.setattr(data, "_hf_stream", stream)
+    assert [i.caption for i in load(Data(source="hf", path=str(path), size=8), progress=False).items] == [str(i) for i in range(200)]
 
 
 @pytest.mark.parametrize("columns, message", [

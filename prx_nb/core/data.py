@@ -12,6 +12,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -230,6 +231,8 @@ def _thin(jobs: list[dict], limit: int | None) -> list[dict]:
 # %% ../../nbs/core/04_data.ipynb #742c1d2a
 def _emoji_jobs(data: recipe.Data) -> tuple[list[dict], str]:
     "What is to be drawn, emoji by emoji, and the attribution."
+    if importlib.util.find_spec("resvg_py") is None:
+        raise DataError("data.source = 'emoji' needs the package 'resvg_py': pip install resvg_py; or take a pack")
     names, jobs, notice = _emoji_names(data.skin_tones), [], []
     for style in data.styles:
         icons, chars, info = (json.loads(p.read_text("utf-8")) for p in fetch_all(_set_files(style)))
@@ -316,6 +319,8 @@ def _make_shard(path: str | Path, jobs: list[dict], size: int) -> None:
             image, facts = _prepare(job, size)
             pixels.append(image)
             notes.append({"item": job["item"] | {"facts": facts}})
+        except MemoryError:
+            raise
         except Exception as error:                                   # any broken file: counted and named, never fatal here
             reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
             notes.append({"bad": [job["item"]["key"], reason]})
@@ -546,12 +551,16 @@ def _hf_jobs(data: recipe.Data) -> tuple[Iterator[dict], str]:
         missing = "an image column" if image is None else f"a caption column (one of {', '.join(_CAPTION_COLUMNS)})"
         raise DataError(f"data.path = {data.path!r}: did not find {missing}; the columns are {', '.join(first)}")
 
-    def jobs(start: int = 0):
-        stop = None if data.limit is None else data.limit - start
-        for n, row in enumerate(itertools.islice(rows.skip(start) if start else rows, stop), start):
-            name = f"{n:08d}"
-            item = _row_item(name, row, name) | {"label": _caption_in(row) or ""}
-            yield {"item": item, "bytes": base64.b64encode(_encoded(row[image]) or b"").decode()}
+    def jobs(start: int = 0) -> Iterator[dict]:
+        stop, n = None if data.limit is None else max(data.limit - start, 0), start
+        try:
+            for n, row in enumerate(itertools.islice(rows.skip(start) if start else rows, stop), start):
+                name = f"{n:08d}"
+                item = _row_item(name, row, name) | {"label": _caption_in(row) or ""}
+                yield {"item": item, "bytes": base64.b64encode(_encoded(row[image]) or b"").decode()}
+        except Exception as error:
+            raise DataError(f"data.path = {data.path!r}: reading stopped after row {n} ({type(error).__name__}: {str(error)[:200]}); "
+                            "call again and it goes on from what is there") from None
     return jobs, f"Images from the dataset {data.path}; see there for authors and licence.\n"
 
 # %% ../../nbs/core/04_data.ipynb #4b560697
@@ -595,7 +604,8 @@ def _make(data: recipe.Data, folder: Path, key: str, progress: bool, workers: in
     jobs, notice = {"emoji": _emoji_jobs, "folder": _folder_jobs, "hf": _hf_jobs}[data.source](data)
     count = data.limit if callable(jobs) else len(jobs)
     if workers is None:
-        workers = min(os.cpu_count() or 1, 16) if count is None or count >= 4 * SHARD else 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(cores, 16) if count is None or count >= 4 * SHARD else 1
     lock = threading.Lock()
     with tqdm(total=count, desc="images", unit="", disable=not progress) as bar:
         have = sum(1 for _ in folder.glob("shard-*.npz")) * SHARD
