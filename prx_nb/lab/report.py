@@ -429,8 +429,9 @@ def make_report(name: str,                       # an ablation
     "Run the report notebook on an ablation's runs. Raises `AblationError`, `ReportError`."
     import papermill
     from traitlets.config import Config
-    ablation, folder = ablations.get(name), Path(out).absolute() / name / preset
+    ablation, folder = ablations.get(name), Path(out) / name / preset
     collect(folder)                                                # nothing to report: said before a kernel is started
+    folder = folder.absolute()
     made, scratch = folder / "report", batch._scratch()
     made.mkdir(exist_ok=True)
     try:
