@@ -17,6 +17,7 @@ def items():
 def test_style_ground_and_label_survive_24_word_pieces(items):
     from prx_nb.core.text import load_text_encoder
     tokenizer = load_text_encoder("static").tokenizer
+    items = [i for n, i in enumerate(items) if n % 5 == 0 or len(i.label) > 50]
     for kind in ("long", "dense"):
         kept = tokenizer([caption(i, kind) for i in items], truncation=True, max_length=24)["input_ids"]
         for item, text in zip(items, tokenizer.batch_decode(kept, skip_special_tokens=True)):

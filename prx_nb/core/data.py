@@ -97,10 +97,11 @@ def oklab(rgb: np.ndarray,       # (..., 3) in 0..255
 # %% ../../nbs/core/04_data.ipynb #b3c91e68
 NAMED = {
     "white": ["ffffff", "f2f2f2"], "black": ["000000", "2b2b2b"], "grey": ["808080", "b4b4b4", "555555", "99aab5"],
-    "red": ["dd2e44", "ff0000", "b02020"], "orange": ["f4900c", "ff7a1a", "f79329"], "yellow": ["ffcc4d", "fcea2b", "ffd900"],
+    "red": ["dd2e44", "ff0000", "b02020"], "orange": ["f4900c", "ff7a1a", "f79329"],
+    "yellow": ["ffcc4d", "fcea2b", "ffd900"],
     "green": ["3e9b3e", "77b255", "b1cc33", "1f6b2a"], "blue": ["2a6fd6", "55acee", "92d3f5", "1b3a8c"],
-    "purple": ["8d4fc7", "b48be0", "5a2a82"], "pink": ["f4a6c0", "ff6fa8", "ea596e"], "brown": ["8a5a36", "5c3a22", "a8774e"],
-    "beige": ["f3dcb5", "e8c9a0"],
+    "purple": ["8d4fc7", "b48be0", "5a2a82"], "pink": ["f4a6c0", "ff6fa8", "ea596e"],
+    "brown": ["8a5a36", "5c3a22", "a8774e"], "beige": ["f3dcb5", "e8c9a0"],
 }
 PALETTE = {                            # the flat grounds that images are drawn on
     "white": (255, 255, 255), "grey": (150, 150, 150), "red": (225, 60, 60), "orange": (245, 155, 60),
@@ -250,7 +251,7 @@ def _emoji_jobs(data: recipe.Data) -> tuple[list[dict], str]:
     jobs.sort(key=lambda j: (rank[j["item"]["key"].split("/")[1]], data.styles.index(j["item"]["style"])))
     return _thin(jobs, data.limit), "Drawings, resized and placed on flat grounds:\n" + "\n".join(notice) + "\n"
 
-# %% ../../nbs/core/04_data.ipynb #1bb68063
+# %% ../../nbs/core/04_data.ipynb #d59b200a
 def draw(svg: dict,              # body, box (left, top, width, height) and flips (horizontal, vertical)
          side: int,              # pixels
          ) -> Image.Image:       # RGBA
@@ -259,9 +260,10 @@ def draw(svg: dict,              # body, box (left, top, width, height) and flip
     x, y, w, h = svg["box"]
     sx, sy = (-1 if f else 1 for f in svg["flips"])
     move = f"translate({2 * x + w if sx < 0 else 0} {2 * y + h if sy < 0 else 0}) scale({sx} {sy})"
-    text = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{x} {y} {w} {h}" '
-            f'width="{side}" height="{side}"><g transform="{move}">{svg["body"]}</g></svg>')
-    return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=text, skip_system_fonts=True)))).convert("RGBA")
+    text = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{x} {y} {w} {h}" width="{side}" height="{side}"><g transform="{move}">{svg["body"]}</g></svg>')
+    png = resvg_py.svg_to_bytes(svg_string=text, skip_system_fonts=True)
+    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 
 def on_ground(image: Image.Image,            # RGBA
@@ -307,7 +309,7 @@ def _prepare(job: dict, size: int) -> tuple[np.ndarray, dict]:
         square = ImageOps.fit(upright(image), (size, size), Image.Resampling.LANCZOS)
     return np.asarray(square), {"colours": measure(square.resize((64, 64)).convert("RGBA"))["colours"]}
 
-# %% ../../nbs/core/04_data.ipynb #53426e89
+# %% ../../nbs/core/04_data.ipynb #33bfe496
 SHARD = 128
 
 
@@ -321,7 +323,7 @@ def _make_shard(path: str | Path, jobs: list[dict], size: int) -> None:
             notes.append({"item": job["item"] | {"facts": facts}})
         except MemoryError:
             raise
-        except Exception as error:                                   # any broken file: counted and named, never fatal here
+        except Exception as error:                                   # any broken file: noted, never fatal here
             reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
             notes.append({"bad": [job["item"]["key"], reason]})
     stack = np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
@@ -342,13 +344,14 @@ def _serve() -> None:
         _make_shard(**shard)
         print(shard["path"], flush=True)
 
-# %% ../../nbs/core/04_data.ipynb #7a433d4b
+# %% ../../nbs/core/04_data.ipynb #b57fd77d
 def _helper() -> subprocess.Popen:
     "Start a helper process. Its own session, so that Ctrl-C reaches only the parent."
     root = str(Path(prx_nb.__file__).parents[1])
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen([sys.executable, "-c", "from prx_nb.core.data import _serve; _serve()"], env=env, text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                            start_new_session=True, **pipes)
 
 
 def _feed(helper: subprocess.Popen, shards: Iterator[dict], lock: threading.Lock, done) -> None:
@@ -366,7 +369,7 @@ def _feed(helper: subprocess.Popen, shards: Iterator[dict], lock: threading.Lock
             raise DataError(f"a process that prepares images died: {words[-1] if words else 'no message'}")
         done(len(shard["jobs"]))
 
-# %% ../../nbs/core/04_data.ipynb #f8c32cee
+# %% ../../nbs/core/04_data.ipynb #27804f82
 def _make_shards(shards: Iterable[dict], workers: int, done) -> None:
     "Make all shards with `workers` helpers, or here if there is to be one."
     if workers <= 1:
@@ -383,7 +386,7 @@ def _make_shards(shards: Iterable[dict], workers: int, done) -> None:
                     thread.result()
             except BaseException:
                 for h in helpers:
-                    h.kill()                                         # unblocks the threads; shards are whole or not there
+                    h.kill()                                         # frees the threads; shards are whole or absent
                 raise
     finally:
         for h in helpers:
@@ -431,12 +434,18 @@ def _assemble(folder: Path, shards: list[Path], key: str, size: int, notice: str
     for path in shards:
         path.unlink()
 
-# %% ../../nbs/core/04_data.ipynb #06b95213
+# %% ../../nbs/core/04_data.ipynb #04723c92
 def _item(known: dict) -> Item:
     "An `Item` from JSON."
     facts = {k: [tuple(c) for c in v] if k == "colours" else tuple(v) if isinstance(v, list) else v
              for k, v in known.get("facts", {}).items()}
     return Item(**known | {"tags": tuple(known.get("tags", ())), "facts": facts})
+
+
+def _images(pixels: np.ndarray, known: dict) -> Images:
+    "Pixels and the JSON beside them as `Images`."
+    items, bad = [_item(i) for i in known["items"]], [tuple(b) for b in known["bad"]]
+    return Images(pixels, items, known["key"], bad, known["notice"])
 
 
 def _open(folder: Path) -> Images:
@@ -447,10 +456,10 @@ def _open(folder: Path) -> Images:
         if len(pixels) != len(known["items"]):
             raise ValueError(f"{len(pixels)} images but {len(known['items'])} items")
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"the image cache {folder} is damaged ({error}); delete that folder and it is made again") from None
-    return Images(pixels, [_item(i) for i in known["items"]], known["key"], [tuple(b) for b in known["bad"]], known["notice"])
+        raise DataError(f"the image cache {folder} is damaged ({error}); delete it and it is made again") from None
+    return _images(pixels, known)
 
-# %% ../../nbs/core/04_data.ipynb #0877417e
+# %% ../../nbs/core/04_data.ipynb #7ea668f3
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _CAPTION_COLUMNS = ("caption", "text", "prompt", "description", "title")
 
@@ -481,7 +490,8 @@ def _metadata(path: Path) -> list[dict]:
         raise DataError(f"{path}: a line is not valid JSON ({error})") from None
     for n, row in enumerate(rows, 1):
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise DataError(f"{path}, row {n}: no 'file_name'; each row needs one, and a caption in one of {', '.join(_CAPTION_COLUMNS)}")
+            raise DataError(f"{path}, row {n}: no 'file_name'; each row needs one, and a caption in one of "
+                            f"{', '.join(_CAPTION_COLUMNS)}")
     return rows
 
 # %% ../../nbs/core/04_data.ipynb #4cd68d2e
@@ -508,7 +518,7 @@ def _folder_jobs(data: recipe.Data) -> tuple[list[dict], str]:
                         f"{root} holds no images: expected a metadata.jsonl or files ending in {', '.join(_SUFFIXES)}")
     return _thin(jobs, data.limit), f"Images from the folder {root.name}; their licence is whatever their owner says.\n"
 
-# %% ../../nbs/core/04_data.ipynb #b6e120bb
+# %% ../../nbs/core/04_data.ipynb #861e333e
 def _hf_stream(path: str):
     "A streamed dataset of a hub id, a parquet file, or a folder of them, its images left encoded."
     try:
@@ -518,7 +528,7 @@ def _hf_stream(path: str):
     where = Path(path).expanduser()
     files = [str(where)] if where.is_file() else sorted(map(str, where.rglob("*.parquet"))) if where.is_dir() else []
     if where.is_dir() and not files:
-        raise DataError(f"data.path = {path!r}: the folder holds no .parquet files; for image files take data.source = 'folder'")
+        raise DataError(f"data.path = {path!r}: the folder holds no .parquet files; for images, data.source = 'folder'")
     try:
         rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True) if files else \
             datasets.load_dataset(path, split="train", streaming=True)
@@ -529,20 +539,22 @@ def _hf_stream(path: str):
     except StopIteration:
         raise DataError(f"data.path = {path!r}: the dataset is empty") from None
     except Exception as error:
-        raise DataError(f"data.path = {path!r} could not be opened as a dataset: {type(error).__name__}: {str(error)[:300]}") from None
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        raise DataError(f"data.path = {path!r} could not be opened as a dataset: {reason}") from None
 
 
 def _encoded(value) -> bytes | None:
     "The file's bytes in a cell of an image column, whatever its form; none if it is no image."
     if isinstance(value, dict) and "bytes" in value:
-        return value["bytes"] or (Path(value["path"]).read_bytes() if value.get("path") and Path(value["path"]).is_file() else b"")
+        beside = Path(value.get("path") or ".")
+        return value["bytes"] or (beside.read_bytes() if beside.is_file() else b"")
     if isinstance(value, Image.Image):
         out = io.BytesIO()
         value.save(out, "PNG")
         return out.getvalue()
     return value if isinstance(value, bytes) else None
 
-# %% ../../nbs/core/04_data.ipynb #ea081d02
+# %% ../../nbs/core/04_data.ipynb #4c46e242
 def _hf_jobs(data: recipe.Data) -> tuple[Iterator[dict], str]:
     "The rows of a dataset, one after the other."
     rows, first = _hf_stream(data.path)
@@ -559,24 +571,25 @@ def _hf_jobs(data: recipe.Data) -> tuple[Iterator[dict], str]:
                 item = _row_item(name, row, name) | {"label": _caption_in(row) or ""}
                 yield {"item": item, "bytes": base64.b64encode(_encoded(row[image]) or b"").decode()}
         except Exception as error:
-            raise DataError(f"data.path = {data.path!r}: reading stopped after row {n} ({type(error).__name__}: {str(error)[:200]}); "
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            raise DataError(f"data.path = {data.path!r}: reading stopped after row {n} ({reason}); "
                             "call again and it goes on from what is there") from None
     return jobs, f"Images from the dataset {data.path}; see there for authors and licence.\n"
 
-# %% ../../nbs/core/04_data.ipynb #4b560697
+# %% ../../nbs/core/04_data.ipynb #ec87ed2b
 def _files_under(path: str) -> list[tuple]:
     "Names, sizes and times of local files: when one changes, the set is another."
     root = Path(path).expanduser()
     found = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root] if root.is_file() else []
-    return [(p.relative_to(root).as_posix() if p != root else p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in found]
+    return [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in found]
 
 
 def _content_key(data: recipe.Data) -> str:
     "Twelve hex digits for everything that decides the pixels and items."
     known = {"drawing": 3, "source": data.source, "size": data.size, "limit": data.limit}
     if data.source == "emoji":
-        known |= {"styles": data.styles, "background": data.background, "tones": data.skin_tones, "names": _NAMES_PACKAGE,
-                  "sets": [_PACKAGES[s] for s in data.styles], "palette": PALETTE, "named": NAMED}
+        known |= {"styles": data.styles, "background": data.background, "tones": data.skin_tones, "palette": PALETTE,
+                  "sets": [_PACKAGES[s] for s in data.styles], "names": _NAMES_PACKAGE, "named": NAMED}
     else:
         known |= {"path": data.path, "files": _files_under(data.path)}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
@@ -617,7 +630,7 @@ def _make(data: recipe.Data, folder: Path, key: str, progress: bool, workers: in
         _make_shards(_shards(folder, jobs, data.size), workers, done)
     _assemble(folder, sorted(folder.glob("shard-*.npz")), key, data.size, notice)
 
-# %% ../../nbs/core/04_data.ipynb #578553e5
+# %% ../../nbs/core/04_data.ipynb #c683392e
 def load(data: recipe.Data,
          progress: bool = True,          # show a bar while images are made
          workers: int | None = None,     # processes that prepare images; none: one a core, or one for few images
@@ -637,7 +650,8 @@ def load(data: recipe.Data,
     total = len(images) + len(images.bad)
     if not len(images) or len(images.bad) > data.max_bad * total:
         some = "; ".join(f"{name} ({reason})" for name, reason in images.bad[:3])
-        raise DataError(f"{len(images.bad)} of {total} images cannot be read, more than data.max_bad = {data.max_bad:g} allows: {some}")
+        raise DataError(f"{len(images.bad)} of {total} images cannot be read, "
+                        f"more than data.max_bad = {data.max_bad:g} allows: {some}")
     return images
 
 # %% ../../nbs/core/04_data.ipynb #7289367a
@@ -655,11 +669,11 @@ def _held(names: Iterable[str], share: float, kind: str) -> set[str]:
     low = {n for u, n in ranked if u < share}
     return low or ({ranked[0][1]} if share > 0 and len(ranked) > 1 else set())
 
-# %% ../../nbs/core/04_data.ipynb #102a571b
+# %% ../../nbs/core/04_data.ipynb #66e31fc5
 def split(images: Images,
           data: recipe.Data,         # holdout_concepts and holdout_pairs: shares in 0..1
           ) -> Split:
-    "Held-out concepts, held-out (concept, style) pairs, and the rest for training. Raises `DataError` if that is nothing."
+    "Held-out concepts, held-out (concept, style) pairs, the rest. Raises `DataError` if nothing is left to train on."
     import torch
     styles = defaultdict(set)
     for item in images.items:
@@ -671,8 +685,10 @@ def split(images: Images,
         concept, style = pairs[name]
         if len(styles[concept]) - sum(c == concept for c, _ in out) > 2:       # two other styles stay in training
             out.add((concept, style))
-    where = ["concepts" if i.concept in concepts else "pairs" if (i.concept, i.style) in out else "train" for i in images.items]
-    index = {part: torch.tensor([n for n, w in enumerate(where) if w == part], dtype=torch.long) for part in ("train", "concepts", "pairs")}
-    if not len(index["train"]):
-        raise DataError(f"nothing is left to train on: data.holdout_concepts = {data.holdout_concepts} of {len(styles)} concepts")
-    return Split(**index)
+    index = {"train": [], "concepts": [], "pairs": []}
+    for n, i in enumerate(images.items):
+        index["concepts" if i.concept in concepts else "pairs" if (i.concept, i.style) in out else "train"].append(n)
+    if not index["train"]:
+        raise DataError(f"nothing is left to train on: {len(styles)} concepts and "
+                        f"data.holdout_concepts = {data.holdout_concepts}")
+    return Split(**{part: torch.tensor(rows, dtype=torch.long) for part, rows in index.items()})

@@ -48,7 +48,8 @@ def write_pack(r: recipe.Recipe,                              # its data, captio
     tensors, meta = text_states(r.text.encoder, texts, r.text.tokens, progress).export(texts)
     known = {"key": images.key, "bad": images.bad, "notice": images.notice, "items": [asdict(i) for i in images.items]}
     items = np.frombuffer(json.dumps(known).encode(), np.uint8)
-    tensors |= {"images.pixels": torch.from_numpy(np.array(images.pixels)), "images.items": torch.from_numpy(items.copy())}
+    tensors |= {"images.pixels": torch.from_numpy(np.array(images.pixels)),
+                "images.items": torch.from_numpy(items.copy())}
     meta |= {"format": FORMAT, "images.crc32": _crc(images.pixels, items), "captions.kinds": ",".join(kinds)}
     with atomic(path) as part:
         save_file(tensors, part, meta)
@@ -88,14 +89,13 @@ def _chosen(images: Images, settings: recipe.Data) -> Images:
 # %% ../../nbs/core/07_pack.ipynb #1473f694
 def read_images(settings: recipe.Data,         # source "pack", path
                 ) -> Images:
-    "The images of a pack. `data.load` calls this. Raises `DataError` for a file that is missing, damaged or of another size."
+    "The images of a pack; `data.load` calls this. Raises `DataError`: missing, damaged, or of another size."
     path = Path(settings.path).expanduser()
     if not path.is_file():
         raise DataError(f"data.path = {settings.path!r}: there is no such pack")
     try:
         pixels, items, _ = _mapped(path)
-        known = json.loads(items.tobytes())
-        images = Images(pixels, [data._item(i) for i in known["items"]], known["key"], [tuple(b) for b in known["bad"]], known["notice"])
+        images = data._images(pixels, json.loads(items.tobytes()))
     except (ValueError, KeyError, OSError) as error:
         raise DataError(f"the pack {path} cannot be used ({error}); copy or write it again") from None
     if images.size != settings.size:
