@@ -39,14 +39,17 @@ def pipeline_for(r: recipe.Recipe) -> str:       # PRXPipeline or PRXPixelPipeli
     "The diffusers pipeline that samples from models of this recipe. Raises `InteropError` where there is none."
     pixels, f = r.latents.autoencoder == "pixels", r.flow
     if f.path != "linear":
-        raise InteropError(f"flow.path = '{f.path}' cannot be exported: diffusers' PRX pipelines follow the linear path only")
+        raise InteropError(f"flow.path = '{f.path}' cannot be exported: diffusers' PRX pipelines follow the linear "
+                           "path only")
     if f.prediction == "eps":
-        raise InteropError("flow.prediction = 'eps' cannot be exported: PRXPipeline takes 'v', PRXPixelPipeline takes 'x' in pixels")
+        raise InteropError("flow.prediction = 'eps' cannot be exported: PRXPipeline takes 'v', PRXPixelPipeline takes "
+                           "'x' in pixels")
     if f.prediction == "x" and not pixels:
         raise InteropError(f"flow.prediction = 'x' in the latents of '{r.latents.autoencoder}' cannot be exported: "
                            "PRXPixelPipeline takes 'x' in pixels only, PRXPipeline takes 'v' only")
     if f.prediction == "x" and f.clamp != 0.05:
-        raise InteropError(f"flow.clamp = {f.clamp} cannot be exported: PRXPixelPipeline divides by max(t, 0.05), always")
+        raise InteropError(f"flow.clamp = {f.clamp} cannot be exported: PRXPixelPipeline divides by "
+                           "max(t, 0.05), always")
     if f.prediction == "v" and f.noise_scale != 1:
         raise InteropError(f"flow.noise_scale = {f.noise_scale} with flow.prediction = 'v' cannot be exported: "
                            "PRXPipeline starts from noise of deviation 1")
@@ -70,7 +73,8 @@ def denoiser_recipe(config: dict[str, Any]) -> recipe.Denoiser:
     if (kind := config.get("_class_name")) != "PRXTransformer2DModel":
         raise InteropError(f"the transformer is a {kind!r}, not a PRXTransformer2DModel")
     mine = {k: v for k, v in config.items() if not k.startswith("_")}
-    defaults = {"in_channels": 16, "patch_size": 2, "context_in_dim": 2304, "hidden_size": 1792, "num_heads": 28, "depth": 16}
+    defaults = {"in_channels": 16, "patch_size": 2, "context_in_dim": 2304, "hidden_size": 1792, "num_heads": 28,
+                "depth": 16}
     axes = mine.get("axes_dim") or (32, 32)
     try:
         return recipe.Denoiser(**{**defaults, **mine, "axes_dim": axes})
@@ -82,9 +86,12 @@ def denoiser_recipe(config: dict[str, Any]) -> recipe.Denoiser:
 _VERSION = "0.42.1"          # of the diffusers whose layout is written
 
 # %% ../../nbs/core/15_interop.ipynb #0bed15b5
-_RENAMES = {"img_qkv_proj.weight": "attention.img_qkv_proj.weight", "txt_kv_proj.weight": "attention.txt_kv_proj.weight",
-            "qk_norm.query_norm.scale": "attention.norm_q.weight", "qk_norm.key_norm.scale": "attention.norm_k.weight",
-            "k_norm.scale": "attention.norm_added_k.weight", "attn_out.weight": "attention.to_out.0.weight"}
+_RENAMES = {"img_qkv_proj.weight": "attention.img_qkv_proj.weight",
+            "txt_kv_proj.weight": "attention.txt_kv_proj.weight",
+            "qk_norm.query_norm.scale": "attention.norm_q.weight",
+            "qk_norm.key_norm.scale": "attention.norm_k.weight",
+            "k_norm.scale": "attention.norm_added_k.weight",
+            "attn_out.weight": "attention.to_out.0.weight"}
 _PREFIXES = ("state.model.denoiser.", "denoiser.")
 _TRAINING_ONLY = re.compile(r"(^|\.)(ema_denoiser|repa_loss|sprint_[^.]*)(\.|$)")
 
@@ -124,10 +131,11 @@ def _pass_through(half: torch.nn.Module) -> None:
 
 
 def identity_autoencoder() -> torch.nn.Module:
-    "A diffusers `AutoencoderKL` (factor 1, 3 channels) that decodes, and encodes, to what came in, up to fp32 rounding."
+    "A diffusers `AutoencoderKL` (factor 1, 3 channels) that decodes and encodes to what came in, up to fp32 rounding."
     from diffusers import AutoencoderKL
-    model = AutoencoderKL(block_out_channels=(6,), norm_num_groups=1, latent_channels=3, layers_per_block=1, scaling_factor=1.0,
-                          shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False)
+    model = AutoencoderKL(block_out_channels=(6,), norm_num_groups=1, latent_channels=3, layers_per_block=1,
+                          scaling_factor=1.0, shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False,
+                          mid_block_add_attention=False)
     _pass_through(model.encoder)
     _pass_through(model.decoder)
     model.encoder.conv_out.bias.data[3:] = -30.0       # the posterior's log variance: none
@@ -157,6 +165,7 @@ def _folder(path: Path) -> Iterator[Path]:
     files.require_writable(path.parent)
     part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
+        shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         yield part
         if path.exists():
@@ -173,8 +182,8 @@ def _tokenizer(encoder: text.TextEncoder, tokens: int) -> Any:
     "A copy of the tokenizer, set up as the pipelines use it."
     tokenizer = copy.deepcopy(encoder.tokenizer)
     if not tokenizer("")["input_ids"]:
-        raise InteropError(f"the tokenizer of '{encoder.name}' makes no token of the empty prompt: the pipelines would attend "
-                           "to nothing where our null caption has one token")
+        raise InteropError(f"the tokenizer of '{encoder.name}' makes no token of the empty prompt: the pipelines "
+                           "would attend to nothing where our null caption has one token")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side, tokenizer.model_max_length = "right", tokens
@@ -197,14 +206,16 @@ def _write_text(folder: Path, encoder: text.TextEncoder, tokens: int) -> dict[st
         model = static_as_t5(model.embedding.weight.detach().cpu())
     kind = type(model).__name__
     if not hasattr(transformers, kind):
-        raise InteropError(f"the text encoder '{encoder.name}' is a {kind}, which transformers cannot load by that name")
+        raise InteropError(f"the text encoder '{encoder.name}' is a {kind}, which transformers cannot load by that "
+                           "name")
     with text._quiet():
         for place in ("tokenizer", "text_encoder"):          # also beside the model: the folder is complete by itself
             tokenizer.save_pretrained(folder / place)
             path = folder / place / "tokenizer_config.json"
             told = files.read_json(path)
-            files.write_json(path, {k: v for k, v in told.items() if k not in ("is_local", "local_files_only")}
-                             | {"tokenizer_class": _class_of(tokenizer)})
+            told = {k: v for k, v in told.items() if k not in ("is_local", "local_files_only")}
+            files.write_json(path, told | {"tokenizer_class": _class_of(tokenizer), "padding_side": "right",
+                                           "model_max_length": tokens})
         model.save_pretrained(folder / "text_encoder", safe_serialization=True)
     index = {"text_encoder": ["transformers", kind], "tokenizer": ["transformers", _class_of(tokenizer)]}
     _same_states(folder, index, encoder, tokens)
@@ -217,8 +228,8 @@ def _same_states(folder: Path, index: dict, encoder: text.TextEncoder, tokens: i
     want, mask = encoder.encode(captions, tokens)
     got, there = load_encoder(folder, index).encode(captions, tokens)
     if not mask.equal(there) or not torch.allclose(want, got, atol=1e-3 * want.abs().max().item(), rtol=0):
-        raise InteropError(f"the text encoder '{encoder.name}', written and loaded again as {index['text_encoder'][1]}, "
-                           "gives other states: it cannot be exported")
+        raise InteropError(f"the text encoder '{encoder.name}', written and loaded again as "
+                           f"{index['text_encoder'][1]}, gives other states: it cannot be exported")
 
 # %% ../../nbs/core/15_interop.ipynb #45d5c818
 def load_encoder(folder: str | Path,             # a pipeline's folder, here or elsewhere made
@@ -251,7 +262,8 @@ def _write_autoencoder(folder: Path, space: Pixels | Autoencoder) -> dict[str, l
         raise InteropError("AutoencoderKLFlux2 cannot be exported: PRXPipeline does not know its batch norm")
     if kind == "AutoencoderDC" and shift != 0:
         raise InteropError(f"latents.shift = {shift} cannot be exported: an AutoencoderDC has no place for it")
-    model.register_to_config(scaling_factor=scale, **({} if kind == "AutoencoderDC" else {"shift_factor": float(shift)}))
+    shift = {} if kind == "AutoencoderDC" else {"shift_factor": float(shift)}
+    model.register_to_config(scaling_factor=scale, **shift)
     model.save_pretrained(folder / "vae", safe_serialization=True)
     return {"vae": ["diffusers", kind]}
 
@@ -275,25 +287,29 @@ library_name: diffusers
 pipeline_tag: text-to-image
 tags: [{kind}, prx]
 ---
-A text-to-image model trained with the PRX workbook (recipe `{key}`, {size} px, `{prediction}`-prediction in {space}, text encoder `{encoder}`, {tokens} tokens, {parameters:,} parameters). The whole recipe is in `{mark}`.
+A text-to-image model trained with the PRX workbook: recipe `{key}`, {size} px, `{prediction}`-prediction in {space},
+text encoder `{encoder}` with {tokens} tokens, {parameters:,} parameters. The whole recipe is in `{mark}`.
 
 ```python
 from diffusers import {kind}
 pipe = {kind}.from_pretrained("path/of/this/folder")
-image = pipe("{prompt}", height={size}, width={size}, num_inference_steps={steps}, guidance_scale={guidance}, use_resolution_binning=False{more}).images[0]
+image = pipe("{prompt}", {call}).images[0]
 ```
-With guidance, diffusers 0.42 takes one prompt a call. {note}"""
-_NOTES = {"PRXPipeline": "Without `skip_text_cleaning=True` the pipeline lower-cases prompts and removes words and signs before they are encoded; training captions were not changed.\n",
-          "PRXPixelPipeline": "\n"}
+With guidance, diffusers 0.42 takes one prompt a call.
+{note}"""
+_NOTES = {"PRXPixelPipeline": "",
+          "PRXPipeline": "Without `skip_text_cleaning=True` the pipeline lower-cases prompts and removes words and signs\n"
+                         "before they are encoded; the captions of the training were not changed.\n"}
 
 
 def _card(r: recipe.Recipe, kind: str, parameters: int) -> str:
     "The folder's README."
-    more = ", skip_text_cleaning=True" if kind == "PRXPipeline" else ""
+    call = f"num_inference_steps={r.sample.steps}, guidance_scale={r.sample.guidance}, use_resolution_binning=False"
+    call += ", skip_text_cleaning=True" if kind == "PRXPipeline" else ""
     space = "pixels" if r.latents.autoencoder == "pixels" else f"latents of factor {r.latents.factor}"
-    return _CARD.format(kind=kind, key=r.key, size=r.data.size, prediction=r.flow.prediction, space=space, mark=_MARK, more=more,
-                        encoder=r.text.encoder, tokens=r.text.tokens, parameters=parameters, prompt="red heart",
-                        steps=r.sample.steps, guidance=r.sample.guidance, note=_NOTES[kind])
+    return _CARD.format(kind=kind, key=r.key, size=r.data.size, prediction=r.flow.prediction, space=space, mark=_MARK,
+                        call=call, encoder=r.text.encoder, tokens=r.text.tokens, parameters=parameters,
+                        prompt="red heart", note=_NOTES[kind])
 
 # %% ../../nbs/core/15_interop.ipynb #85071f1f
 def to_diffusers(run: Any,                                   # a `Run`, its folder, or `Parts`: has .model and .recipe
@@ -303,9 +319,9 @@ def to_diffusers(run: Any,                                   # a `Run`, its fold
                  ) -> Path:                                  # the folder
     """Write a folder that `PRXPipeline.from_pretrained` or `PRXPixelPipeline.from_pretrained` loads offline.
 
-    Raises `InteropError` before anything is written: for recipes that no pipeline can sample (see `pipeline_for`), a folder
-    that holds something else, a denoiser or text encoder without a place there. Prompts: `PRXPipeline` cleans them
-    (lower case, words and signs removed) unless it is called with `skip_text_cleaning=True`.
+    Raises `InteropError`, and leaves nothing behind: for recipes that no pipeline can sample (see `pipeline_for`), a
+    folder that holds something else, a denoiser or text encoder without a place there. Prompts: `PRXPipeline` cleans
+    them (lower case, words and signs removed) unless it is called with `skip_text_cleaning=True`.
     """
     if isinstance(run, str | Path):
         from prx_nb.core.train import Run
@@ -315,11 +331,12 @@ def to_diffusers(run: Any,                                   # a `Run`, its fold
     with _folder(folder) as part:
         encoder = encoder or text.load_text_encoder(r.text.encoder, "cpu")
         if encoder.dim != r.denoiser.context_in_dim:
-            raise InteropError(f"the text encoder '{encoder.name}' gives {encoder.dim} numbers a token, the denoiser takes "
-                               f"{r.denoiser.context_in_dim}")
+            raise InteropError(f"the text encoder '{encoder.name}' gives {encoder.dim} numbers a token, the denoiser "
+                               f"takes {r.denoiser.context_in_dim}")
         tokens = min(r.text.tokens, encoder.limit)
         index = {"_class_name": kind, "_diffusers_version": _VERSION, "default_sample_size": r.data.size,
-                 "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "transformer": ["diffusers", "PRXTransformer2DModel"]}
+                 "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+                 "transformer": ["diffusers", "PRXTransformer2DModel"]}
         _write_denoiser(part, run.model)
         index |= _write_text(part, encoder, tokens)
         if kind == "PRXPipeline":
@@ -335,8 +352,8 @@ def to_diffusers(run: Any,                                   # a `Run`, its fold
 
 
 def _scheduler(r: recipe.Recipe) -> dict[str, Any]:
-    return {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": _VERSION, "num_train_timesteps": 1000,
-            "shift": r.sample.shift, "use_dynamic_shifting": False}
+    return {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": _VERSION,
+            "num_train_timesteps": 1000, "shift": r.sample.shift, "use_dynamic_shifting": False}
 
 # %% ../../nbs/core/15_interop.ipynb #39ea1037
 def _at(name: str, seconds: float = 5.0) -> Path:
@@ -349,11 +366,13 @@ def _at(name: str, seconds: float = 5.0) -> Path:
     from huggingface_hub.utils import build_hf_headers
     try:
         if not isinstance(try_to_load_from_cache(name, "model_index.json"), str):
-            get_session().head(hf_hub_url(name, "model_index.json"), headers=build_hf_headers(), timeout=seconds).raise_for_status()
+            url = hf_hub_url(name, "model_index.json")
+            get_session().head(url, headers=build_hf_headers(), timeout=seconds).raise_for_status()
         patterns = ["*.json", "transformer/*.safetensors", "vae/*.safetensors", "tokenizer/*"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
-        raise InteropError(f"no pipeline '{name}': not a folder, and the hub cannot give it ({type(error).__name__})") from None
+        raise InteropError(f"no pipeline '{name}': not a folder, and the hub cannot give it "
+                           f"({type(error).__name__})") from None
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -383,10 +402,11 @@ def _is_identity(space: Autoencoder) -> bool:
 def _settings(folder: Path, index: dict[str, Any], denoiser: recipe.Denoiser) -> dict[str, Any]:
     "What the files of a pipeline say, as recipe settings by dotted path."
     pixel = index["_class_name"] == "PRXPixelPipeline"
-    found = {"denoiser": denoiser, "flow.prediction": "x" if pixel else "v", "flow.clamp": 0.05, "sample.grid": "diffusers",
-             "text.encoder": str(folder / "text_encoder")}
+    found = {"denoiser": denoiser, "flow.prediction": "x" if pixel else "v", "flow.clamp": 0.05,
+             "sample.grid": "diffusers", "text.encoder": str(folder / "text_encoder")}
     size = index.get("default_sample_size") or (1024 if pixel else 512)
-    length = files.read_json(p).get("model_max_length") if (p := folder / "tokenizer" / "tokenizer_config.json").is_file() else None
+    words = folder / "tokenizer" / "tokenizer_config.json"
+    length = files.read_json(words).get("model_max_length") if words.is_file() else None
     tokens = index.get("prompt_max_tokens", 256) if pixel else length or 256
     found |= {"data.size": size, "text.tokens": tokens if tokens <= 512 else 256}
     if pixel:
@@ -406,7 +426,8 @@ def _recipe_of(folder: Path, index: dict[str, Any], denoiser: recipe.Denoiser) -
         return recipe.Recipe().replace(_settings(folder, index, denoiser))
     r = recipe.parse(files.read_json(folder / _MARK)["recipe"])
     if denoiser_config(r.denoiser) != denoiser_config(denoiser):
-        raise InteropError(f"{folder}: {_MARK} and transformer/config.json describe different denoisers; remove the first to import it")
+        raise InteropError(f"{folder}: {_MARK} and transformer/config.json describe different denoisers; "
+                           "remove the first to import it")
     if r.text.encoder not in text.PACKAGED:
         r = r.replace("text.encoder", str(folder / "text_encoder"))
     return r if r.latents.autoencoder == "pixels" else r.replace("latents.autoencoder", str(folder))
@@ -417,7 +438,8 @@ def from_diffusers(name: str | Path,        # a pipeline's folder or hub id
     "Load a PRX pipeline's denoiser into ours, strictly, with the recipe as far as it is known. Raises `InteropError`."
     folder = _at(str(name))
     if not (folder / "model_index.json").is_file() or not (folder / "transformer" / "config.json").is_file():
-        raise InteropError(f"{folder} is not a pipeline's folder: model_index.json or transformer/config.json is missing")
+        raise InteropError(f"{folder} is not a pipeline's folder: model_index.json or transformer/config.json is "
+                           "missing")
     index = files.read_json(folder / "model_index.json")
     if index.get("_class_name") not in ("PRXPipeline", "PRXPixelPipeline"):
         raise InteropError(f"{folder} holds a {index.get('_class_name')}; PRXPipeline and PRXPixelPipeline can be read")
@@ -430,5 +452,6 @@ def from_diffusers(name: str | Path,        # a pipeline's folder or hub id
     try:
         model.load_state_dict(_weights(folder / "transformer"), strict=True)
     except RuntimeError as error:
-        raise InteropError(f"{folder}: the weights do not fit transformer/config.json: {' '.join(str(error).split())[:300]}") from None
+        why = " ".join(str(error).split())[:300]
+        raise InteropError(f"{folder}: the weights do not fit transformer/config.json: {why}") from None
     return Parts(model.eval(), r)

@@ -79,7 +79,8 @@ def find(name: str,               # local folder or hub id; also of a whole pipe
     if Path(name).expanduser().is_dir():
         return _local(Path(name).expanduser())
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise LatentsError(f"latents.autoencoder = '{name}': no such folder, and not a hub id like 'owner/name'; or use 'pixels'")
+        raise LatentsError(f"latents.autoencoder = '{name}': no such folder, and not a hub id like "
+                           "'owner/name'; or use 'pixels'")
     return _remote(name)
 
 # %% ../../nbs/core/08_latents.ipynb #19b02fb0
@@ -94,9 +95,11 @@ def describe(name: str,                  # pixels, local folder or hub id
     except ValueError as error:
         raise LatentsError(f"latents.autoencoder = '{name}': {error}") from None
     kind = config.get("_class_name")
-    blocks = config.get("encoder_block_out_channels" if kind in ("AutoencoderTiny", "AutoencoderDC") else "block_out_channels")
+    prefix = "encoder_" if kind in ("AutoencoderTiny", "AutoencoderDC") else ""
+    blocks = config.get(f"{prefix}block_out_channels")
     if kind not in KINDS or not blocks or "latent_channels" not in config:
-        raise LatentsError(f"latents.autoencoder = '{name}': {path} is of class {kind!r}; understood are {', '.join(KINDS)}")
+        raise LatentsError(f"latents.autoencoder = '{name}': {path} is of class {kind!r}; understood are "
+                           f"{', '.join(KINDS)}")
     channels, factor = config["latent_channels"], 2 ** (len(blocks) - 1)
     scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
     if kind == "AutoencoderKLFlux2":
@@ -165,7 +168,7 @@ class Autoencoder:
 def _draw(self: Autoencoder,
           mean: torch.Tensor, deviation: torch.Tensor | None = None,      # of `moments`
           generator: torch.Generator | None = None,
-          ) -> torch.Tensor:                  # raw latents (B, channels, H / factor, W / factor), before scale and shift
+          ) -> torch.Tensor:                  # raw latents (B, channels, H / factor, W / factor)
     "The mean, or with a generator a sample. An autoencoder without a deviation gives the same either way."
     if generator is not None and deviation is not None:
         noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype)
@@ -194,7 +197,7 @@ def _encode(self: Autoencoder,
 
 def _decode(self: Autoencoder,
             latents: torch.Tensor,                           # (B, channels, h, w) as `encode` gives them
-            ) -> torch.Tensor:                               # images (B, 3, h * factor, w * factor) float32, not clipped
+            ) -> torch.Tensor:                               # (B, 3, h * factor, w * factor) float32, not clipped
     "`D(z / scale + shift)`"
     z = (latents / self.latents.scale + self.latents.shift).to(next(self.model.parameters()))
     if self.flux2:
@@ -205,7 +208,7 @@ def _decode(self: Autoencoder,
 
 Autoencoder.encode, Autoencoder.decode = _encode, _decode
 
-# %% ../../nbs/core/08_latents.ipynb #387726b1
+# %% ../../nbs/core/08_latents.ipynb #f67ee938
 def load_latents(latents: recipe.Latents,
                  device: torch.device | str = "cpu",
                  slice: int = 32,                   # images that go through the autoencoder at once
@@ -216,7 +219,8 @@ def load_latents(latents: recipe.Latents,
     there = describe(latents.autoencoder)
     for name in ("channels", "factor"):
         if (asked := getattr(latents, name)) != (got := getattr(there, name)):
-            raise LatentsError(f"latents.{name} = {asked}, but the autoencoder '{latents.autoencoder}' has {name} {got}")
+            raise LatentsError(f"latents.{name} = {asked}, but the autoencoder '{latents.autoencoder}' "
+                               f"has {name} {got}")
     return Autoencoder(_read(latents.autoencoder), latents, slice).to(device)
 
 
@@ -229,10 +233,12 @@ def _read(name: str) -> torch.nn.Module:
         raise LatentsError(f"latents.autoencoder = '{name}' needs a newer diffusers than {diffusers.__version__}")
     local = Path(name).expanduser().is_dir()
     try:
-        return kind.from_pretrained(str(path.parent) if local else name, use_safetensors=True, torch_dtype=torch.float32,
-                                    **({} if local or path.parent.name != "vae" else {"subfolder": "vae"}))
+        inside = {} if local or path.parent.name != "vae" else {"subfolder": "vae"}
+        return kind.from_pretrained(str(path.parent) if local else name, use_safetensors=True,
+                                    torch_dtype=torch.float32, **inside)
     except Exception as error:
-        raise LatentsError(f"latents.autoencoder = '{name}': the weights cannot be read: {str(error).splitlines()[0]}") from error
+        why = str(error).strip().splitlines() or [type(error).__name__]
+        raise LatentsError(f"latents.autoencoder = '{name}': the weights cannot be read: {why[0]}") from error
 
 # %% ../../nbs/core/08_latents.ipynb #aba4abde
 @dataclass(frozen=True)
@@ -249,12 +255,12 @@ class Moments:
         "For `recipe.replace`: brings the latents to mean 0 and deviation 1."
         return {"latents.scale": round(1 / self.deviation, 5), "latents.shift": round(self.mean, 5)}
 
-# %% ../../nbs/core/08_latents.ipynb #f1939d43
+# %% ../../nbs/core/08_latents.ipynb #4a9eec70
 @torch.no_grad()
 def measure(space: Autoencoder,
             batches,                       # one tensor (N, 3, H, W) in [-1, 1], or an iterable of such batches
             ) -> Moments:
-    "Mean and deviation of the raw latents (before scale and shift; for KL of the posterior's mean), summed up in float64."
+    "Mean and deviation of the raw latents (before scale and shift; for KL of the posterior's mean), in float64."
     n, images, total, square = 0, 0, 0.0, 0.0
     for batch in [batches] if torch.is_tensor(batches) else batches:
         raw = space.draw(*space.moments(batch)).double()
@@ -285,7 +291,8 @@ class Cached:
               ) -> torch.Tensor:                                # (B, channels, h, w) float32
         "Latents as the flow wants them."
         if generator is not None and not self.deviation:
-            raise LatentsError("only the posterior's mean is stored; make the cache with deviation=True to draw samples")
+            raise LatentsError("only the posterior's mean is stored; make the cache with deviation=True to draw "
+                               "samples")
         raw = np.stack([self.shards[i // self.size][i % self.size] for i in index.tolist()])
         mean, *deviation = torch.from_numpy(raw).float().unbind(1)
         device = next(self.space.model.parameters()).device
