@@ -208,6 +208,10 @@ class VisionEncoder:
         self.model, self._mean, self._std = self.model.to(device), self._mean.to(device), self._std.to(device)
         return self
 
+    @property
+    def on_gpu(self) -> bool:
+        return self._mean.is_cuda
+
     def prepare(self, images: torch.Tensor,      # (B, 3, H, W) floating point in [-1, 1]
                 ) -> torch.Tensor:               # (B, 3, size, size), normalised
         "Resize and normalise. Raises `EncoderError` for bytes and other shapes."
@@ -326,7 +330,7 @@ def pooled_features(encoder: VisionEncoder,
         found = None
     if found is None:
         from tqdm.auto import tqdm
-        batch, parts = batch or (256 if encoder._mean.is_cuda else 16), []
+        batch, parts = batch or (256 if encoder.on_gpu else 16), []
         with torch.no_grad():
             for rows in tqdm(index.split(batch), desc=f"features ({encoder.name})", disable=not progress):
                 parts.append(encoder.means(images.batch(rows), taps))
