@@ -494,12 +494,10 @@ def _metadata(path: Path) -> list[dict]:
                             f"{', '.join(_CAPTION_COLUMNS)}")
     return rows
 
-# %% ../../nbs/core/04_data.ipynb #4cd68d2e
+# %% ../../nbs/core/04_data.ipynb #c8459e0c
 def _folder_jobs(data: recipe.Data) -> tuple[list[dict], str]:
     "The images of a folder."
     root = Path(data.path).expanduser()
-    if not root.is_dir():
-        raise DataError(f"data.path = {data.path!r}: there is no such folder")
     jobs = []
     tables = sorted(p for p in root.rglob("metadata.*") if p.suffix in (".jsonl", ".csv"))
     for table in tables:
@@ -591,6 +589,8 @@ def _content_key(data: recipe.Data) -> str:
         known |= {"styles": data.styles, "background": data.background, "tones": data.skin_tones, "palette": PALETTE,
                   "sets": [_PACKAGES[s] for s in data.styles], "names": _NAMES_PACKAGE, "named": NAMED}
     else:
+        if data.source == "folder" and not Path(data.path).expanduser().is_dir():
+            raise DataError(f"data.path = {data.path!r}: there is no such folder")
         known |= {"path": data.path, "files": _files_under(data.path)}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
 
