@@ -119,10 +119,9 @@ def _show(folder: Path, name: str) -> None:
     "The main table and the verdict, as plain text."
     from prx_nb.lab import ablations, report
     ablation = ablations.get(name)
-    results = report.table(report.collect(folder), ablation)
-    for metric in report.main_metrics(results):
-        typer.echo(f"\n{metric}\n{report.readable(results, metric).to_string(index=False)}")
-    typer.echo("")
+    runs = report.collect(folder)
+    results = report.table(runs, ablation)
+    typer.echo(f"\n{report.readable(results, report.bounds(runs)).to_string(index=False, justify='left')}\n")
     for line in report.sentences(results, ablation):
         typer.echo(line)
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'COLOURS', 'pretend_runs', 'ReportError', 'collect', 'unfinished', 'by_seed', 'variant_order', 'table',
-           'main_metrics', 'in_words', 'readable', 'sentences', 'published_lines', 'curves_figure', 'metrics_figure',
-           'read_samples', 'samples_figure', 'Page', 'markdown', 'as_html', 'write_report', 'template', 'make_report',
-           'publish']
+           'main_metrics', 'in_words', 'readable', 'bounds', 'sentences', 'published_lines', 'curves_figure',
+           'metrics_figure', 'read_samples', 'samples_figure', 'Page', 'markdown', 'as_html', 'write_report',
+           'template', 'make_report', 'publish']
 
 # %% ../../nbs/lab/03_report.ipynb #41c3b5c2
 import base64
@@ -96,11 +96,8 @@ COLUMNS = ("ablation", "variant", "preset", "seeds", "metric", "mean", "low", "h
 
 
 def _better_up(metric: str) -> bool:
-    try:
-        from prx_nb.core.metrics import higher_is_better
-    except ImportError:
-        higher_is_better = lambda n: not n.startswith(("KID", "FD", "MMD"))
-    return False if metric.startswith("val") else higher_is_better(metric)
+    from prx_nb.core.metrics import higher_is_better
+    return higher_is_better(metric)
 
 
 def by_seed(runs: pd.DataFrame, variant: str, metric: str) -> dict[int, float]:
@@ -138,11 +135,11 @@ def table(runs: pd.DataFrame,          # from `collect`
 
 # %% ../../nbs/lab/03_report.ipynb #c0cef5b4
 def main_metrics(results: pd.DataFrame) -> list[str]:
-    "The metrics worth a table: all but the error by time."
-    return [m for m in dict.fromkeys(results.metric) if not m.startswith("val t")]
+    "The metrics worth reading."
+    return [m for m in dict.fromkeys(results.metric) if not m.startswith(("val t", "MMD-biased", "retrieval@5", "duplicates"))]
 
 
-def in_words(mean: float, low: float, high: float, sign: str = "") -> str:
+def in_words(mean: float, low: float = math.nan, high: float = math.nan, sign: str = "") -> str:
     "A number with its interval, to three digits."
     if math.isnan(mean):
         return ""
@@ -150,13 +147,22 @@ def in_words(mean: float, low: float, high: float, sign: str = "") -> str:
     return number if math.isnan(low) else f"{number} [{low:{sign}.3g}, {high:{sign}.3g}]"
 
 
-def readable(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    "One metric's rows with numbers in words: variant, mean, difference, verdict."
-    rows = results[results.metric == metric]
-    return pd.DataFrame({"variant": rows.variant, "seeds": rows.seeds,
-                         "mean [95%]": [in_words(*v) for v in rows[["mean", "low", "high"]].values],
-                         "minus baseline [95%]": [in_words(*v, sign="+") for v in rows[["difference", "difference_low", "difference_high"]].values],
-                         "verdict": rows.verdict, "seconds a run": [f"{s:.0f}" for s in rows.seconds]})
+def readable(results: pd.DataFrame, bounds: dict | None = None) -> pd.DataFrame:
+    "The main metrics, numbers in words: metric, variant, mean, difference, verdict, seconds."
+    rows = []
+    for metric in main_metrics(results):
+        name = f"{metric} ({'higher' if _better_up(metric) else 'lower'} is better)"
+        for r in results[results.metric == metric].itertuples():
+            rows.append((name, r.variant, in_words(r.mean, r.low, r.high), in_words(r.difference, r.difference_low, r.difference_high, "+"),
+                         r.verdict, f"{r.seconds:.0f}"))
+            name = ""
+        rows += [("", f"({kind})", in_words(values[metric]), "", "", "") for kind, values in (bounds or {}).items() if metric in values]
+    return pd.DataFrame(rows, columns=["metric", "variant", "mean [95%]", "minus baseline [95%]", "verdict", "seconds a run"])
+
+
+def bounds(runs: pd.DataFrame) -> dict[str, dict[str, float]]:
+    "What real drawings and guessing give, from the first record that knows."
+    return next((b for f in runs.folder if (b := batch.record(f).get("bounds"))), {})
 
 # %% ../../nbs/lab/03_report.ipynb #df12c527
 def _list(words: list[str]) -> str:
@@ -396,10 +402,9 @@ def write_report(folder: str | Path,          # a folder of runs
         page.figure(fig, "samples", f"Samples of {', '.join(variant_order(runs, ablation))}: one row a variant, one column a prompt and its noise")
         page.text("Same column: same prompt, same starting noise. Top row: the held-out drawing the prompt describes.")
     page.text("Results", "h2")
-    page.text(f"Preset {runs.preset[0]}. Mean with its 95% interval over seeds (Student's t); difference from {ablation.baseline}, paired by seed.")
-    for metric in main_metrics(results):
-        page.text(f"{metric} ({'higher' if _better_up(metric) else 'lower'} is better)", "h3")
-        page.frame(readable(results, metric))
+    page.text(f"Preset {runs.preset[0]}, {runs.seed.nunique()} seeds. Mean with its 95% interval over seeds (Student's t); difference from "
+              f"{ablation.baseline}, paired by seed. (real): real held-out drawings in place of samples.")
+    page.frame(readable(results, bounds(runs)))
     page.figure(metrics_figure(runs, results, ablation), "metrics", "Every metric: a dot a seed, a bar for the mean, one column a variant")
     page.text("Curves", "h2")
     page.figure(curves_figure(runs, ablation), "curves", "Training loss, validation error over steps, and final validation error by time, one colour a variant")
