@@ -44,9 +44,9 @@ def tile(images: torch.Tensor,         # (B, 3, H, W) in [-1, 1]
 
 # %% ../../nbs/core/03_show.ipynb #120b25f6
 def picture(images: torch.Tensor, columns: int | None = None, zoom: int = 1, gap: int = 2):
-    "A grid of images as a `PIL.Image`, enlarged by a whole number without smoothing."
+    "A grid of images as a `PIL.Image` of at most 256 colours (small in notebooks), enlarged by a whole number without smoothing."
     from PIL import Image
-    sheet = Image.fromarray(tile(images, columns, gap))
+    sheet = Image.fromarray(tile(images, columns, gap)).quantize()
     return sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST)
 
 # %% ../../nbs/core/03_show.ipynb #77abf171
