@@ -215,6 +215,7 @@ def test_cached_latents_equal_fresh_ones(home, cache, kind, dtype, close):
     torch.testing.assert_close(stored.batch(index), space.encode(few.pixels[index]), atol=close, rtol=close)
     fresh = space.encode(few.pixels[index], stream(1, "s"))
     torch.testing.assert_close(stored.batch(index, stream(1, "s")), fresh, atol=close, rtol=close)
+    np.testing.assert_array_equal(stored[index.numpy()], stored.batch(index))
     assert len(stored) == 10 and isinstance(stored.shards[0], np.memmap)
 
 

@@ -216,7 +216,11 @@ def _write_text(folder: Path, encoder: text.TextEncoder, tokens: int) -> dict[st
             told = {k: v for k, v in told.items() if k not in ("is_local", "local_files_only")}
             files.write_json(path, told | {"tokenizer_class": _class_of(tokenizer), "padding_side": "right",
                                            "model_max_length": tokens})
-        model.save_pretrained(folder / "text_encoder", safe_serialization=True)
+        state = model.state_dict()
+        if kind == "BertModel" and model.pooler is None:     # loading would draw one, and warn; it is not used
+            width = model.config.hidden_size
+            state |= {"pooler.dense.weight": torch.zeros(width, width), "pooler.dense.bias": torch.zeros(width)}
+        model.save_pretrained(folder / "text_encoder", state_dict=state)
     index = {"text_encoder": ["transformers", kind], "tokenizer": ["transformers", _class_of(tokenizer)]}
     _same_states(folder, index, encoder, tokens)
     return index
@@ -264,7 +268,7 @@ def _write_autoencoder(folder: Path, space: Pixels | Autoencoder) -> dict[str, l
         raise InteropError(f"latents.shift = {shift} cannot be exported: an AutoencoderDC has no place for it")
     shift = {} if kind == "AutoencoderDC" else {"shift_factor": float(shift)}
     model.register_to_config(scaling_factor=scale, **shift)
-    model.save_pretrained(folder / "vae", safe_serialization=True)
+    model.save_pretrained(folder / "vae")
     return {"vae": ["diffusers", kind]}
 
 
@@ -298,8 +302,8 @@ image = pipe("{prompt}", {call}).images[0]
 With guidance, diffusers 0.42 takes one prompt a call.
 {note}"""
 _NOTES = {"PRXPixelPipeline": "",
-          "PRXPipeline": "Without `skip_text_cleaning=True` the pipeline lower-cases prompts and removes words and signs\n"
-                         "before they are encoded; the captions of the training were not changed.\n"}
+          "PRXPipeline": "Without `skip_text_cleaning=True` the pipeline lower-cases prompts and removes words and\n"
+                         "signs before they are encoded; the captions of the training were not changed.\n"}
 
 
 def _card(r: recipe.Recipe, kind: str, parameters: int) -> str:

@@ -286,6 +286,10 @@ class Cached:
     def __len__(self) -> int:
         return sum(len(s) for s in self.shards)
 
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        "`batch` for numpy: (B,) -> (B, channels, h, w) float32."
+        return self.batch(torch.as_tensor(index)).cpu().numpy()
+
     def batch(self, index: torch.Tensor,                        # (B,) which images
               generator: torch.Generator | None = None,         # none: the mean; else a sample from the posterior
               ) -> torch.Tensor:                                # (B, channels, h, w) float32
