@@ -78,7 +78,7 @@ class Data(Node):
 # %% ../../nbs/core/00_recipe.ipynb #b08a2dd0
 class Captions(Node):
     "Which caption a training image gets, and how often none."
-    kind: Literal["short", "long", "dense", "mixed"] = "long"
+    kind: Literal["short", "long", "dense", "mixed"] = "dense"
     dropout: float = Field(0.1, ge=0, lt=1)       # share replaced by the encoded empty caption
 
 
@@ -128,10 +128,10 @@ class Denoiser(Node):
     in_channels: int = Field(3, ge=1)
     patch_size: int = Field(4, ge=1)
     context_in_dim: int = Field(384, ge=1)        # width of the text states
-    hidden_size: int = Field(128, ge=8)
+    hidden_size: int = Field(96, ge=8)
     mlp_ratio: float = Field(3.5, gt=0)
-    num_heads: int = Field(4, ge=1)
-    depth: int = Field(6, ge=1)
+    num_heads: int = Field(3, ge=1)
+    depth: int = Field(4, ge=1)
     axes_dim: tuple[int, int] | None = None       # head width given to rows and to columns; none: half each
     theta: int = Field(10_000, gt=0)
     time_factor: float = Field(1000.0, gt=0)
@@ -153,12 +153,12 @@ class Denoiser(Node):
 class Optimizer(Node):
     "AdamW with a linear warm-up, a constant rate, a linear fall at the end, and clipping by global norm."
     name: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(3e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    warmup: int = Field(20, ge=0)                 # steps until the rate is reached
-    cooldown: float = Field(0.0, ge=0, le=1)      # share of all steps, at the end, in which it falls to zero
+    warmup: int = Field(30, ge=0)                 # steps until the rate is reached
+    cooldown: float = Field(0.4, ge=0, le=1)      # share of all steps, at the end, in which it falls to zero
     clip: float = Field(1.0, gt=0)                # largest global gradient norm
 
     @model_validator(mode="after")
@@ -177,13 +177,13 @@ class Ema(Node):
 # %% ../../nbs/core/00_recipe.ipynb #c2ce0ccc
 class Train(Node):
     "Length, batch, precision, and how often to look and to save."
-    steps: int = Field(300, ge=1)
+    steps: int = Field(750, ge=1)
     batch: int = Field(32, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"   # of the computation; weights and optimizer state stay fp32
     compile: bool = False                         # torch.compile the denoiser
-    validate_every: int = Field(100, ge=1)
+    validate_every: int = Field(250, ge=1)
     validate_samples: int = Field(128, ge=1)
-    checkpoint_every: int = Field(100, ge=1)
+    checkpoint_every: int = Field(250, ge=1)
     keep: int = Field(2, ge=1)                    # checkpoints kept
 
 
@@ -321,7 +321,7 @@ _PRESETS = {
     "smoke": {
         "data.size": 16, "data.limit": 256, "text.encoder": "static", "text.tokens": 12,
         "denoiser.hidden_size": 32, "denoiser.num_heads": 2, "denoiser.depth": 2,
-        "train.steps": 12, "train.batch": 8, "train.validate_every": 6, "train.validate_samples": 16,
+        "optimizer.lr": 1e-3, "train.steps": 12, "train.batch": 8, "train.validate_every": 6, "train.validate_samples": 16,
         "train.checkpoint_every": 6, "optimizer.warmup": 4, "ema.decay": 0.8,
         "sample.steps": 4, "evaluate.samples": 16, "evaluate.batch": 16, "evaluate.pictures": 8,
     },
@@ -329,19 +329,20 @@ _PRESETS = {
     "gpu": {
         "data.size": 64, "data.skin_tones": True, "text.tokens": 48,
         "denoiser.hidden_size": 384, "denoiser.num_heads": 6, "denoiser.depth": 6,
-        "optimizer.lr": 5e-4, "optimizer.warmup": 100, "ema.decay": 0.995,
+        "optimizer.lr": 1e-3, "optimizer.warmup": 100, "ema.decay": 0.995,
         "train.steps": 1500, "train.batch": 256, "train.precision": "bf16", "train.compile": True,
         "train.validate_every": 250, "train.validate_samples": 512, "train.checkpoint_every": 500,
         "sample.steps": 30, "evaluate.samples": 1024, "evaluate.batch": 256,
     },
     "paper": {
-        "data.source": "hf", "data.path": "brivangl/midjourney-v6-llava", "data.size": 256,
+        "data.source": "hf", "data.path": "brivangl/midjourney-v6-llava", "data.size": 256, "captions.kind": "long",
         "text.encoder": "google/t5gemma-2b-2b-ul2", "text.tokens": 256,
         "latents.autoencoder": "black-forest-labs/FLUX.1-dev", "latents.channels": 16, "latents.factor": 8,
         "latents.scale": 0.3611, "latents.shift": 0.1159,
         "denoiser.in_channels": 16, "denoiser.patch_size": 2, "denoiser.context_in_dim": 2304,
         "denoiser.hidden_size": 1792, "denoiser.num_heads": 28, "denoiser.depth": 16, "denoiser.axes_dim": (32, 32),
-        "optimizer.lr": 1e-4, "optimizer.eps": 1e-15, "optimizer.warmup": 1000, "optimizer.clip": 0.2, "ema.decay": 0.0,
+        "optimizer.lr": 1e-4, "optimizer.eps": 1e-15, "optimizer.warmup": 1000, "optimizer.cooldown": 0.0, "optimizer.clip": 0.2,
+        "ema.decay": 0.0,
         "train.steps": 100_000, "train.batch": 256, "train.precision": "bf16", "train.compile": True,
         "train.validate_every": 10_000, "train.validate_samples": 2048, "train.checkpoint_every": 10_000,
         "sample.steps": 50, "sample.guidance": 3.5, "evaluate.samples": 10_000, "evaluate.batch": 64,
