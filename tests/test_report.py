@@ -133,6 +133,12 @@ def test_publishing_copies_what_is_small_and_keeps_the_notice(home, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_report_notebook_runs(home, tmp_path):
+def test_the_report_notebook_runs_and_says_why_it_fails(home, tmp_path, monkeypatch):
     made = report.make_report("prediction_target", "smoke", tmp_path)
     assert (made / "report.ipynb").exists() and (made / "report.html").stat().st_size > 10_000
+    monkeypatch.setattr(report, "collect", lambda folder: None)
+    (home / "v-s0" / "record.json").write_text("{")
+    for run in home.glob("*-s*"):
+        (run / "record.json").unlink()
+    with pytest.raises(report.ReportError, match="the report notebook failed: .*no finished run"):
+        report.make_report("prediction_target", "smoke", tmp_path)

@@ -60,4 +60,5 @@ def test_bad_values_are_refused():
         paired_difference({0: 1.0}, {1: 1.0})
     with pytest.raises(ValueError, match="more than 50 seeds"):
         seeds_needed(0.01, 1.0, most=50)
+    assert verdict(mean_interval([0.1] * 3), True) == "not distinguishable", "no scatter seen is not certainty"
     assert verdict(mean_interval([4.0]), True) == "not distinguishable"

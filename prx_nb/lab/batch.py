@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATES', 'Job', 'find_notebook', 'check_parameters', 'source_hash', 'run_key', 'plan', 'status', 'record', 'finished',
-           'run_job', 'cores', 'set_aside', 'headline', 'prepare_caches', 'run']
+           'execute', 'run_job', 'cores', 'set_aside', 'headline', 'prepare_caches', 'run']
 
 # %% ../../nbs/lab/02_batch.ipynb #667cdc1d
 import contextlib
@@ -199,20 +199,23 @@ def _watch(reporter: _Reporter, scratch: str) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     os._exit(1)
 
-# %% ../../nbs/lab/02_batch.ipynb #c730d882
-def _execute(job: Job, scratch: str) -> None:
-    "Run the copy of the notebook in the run's folder, in place."
+# %% ../../nbs/lab/02_batch.ipynb #a0c2ba66
+def execute(notebook: str | Path,             # is copied, then run in the copy
+            copy: str | Path,                 # the executed notebook; its folder is the kernel's working folder
+            parameters: Mapping[str, Any],
+            scratch: str,                     # short private folder for sockets
+            ) -> None:
+    "Run a notebook by papermill over IPC sockets; what its cells print goes to log.txt beside it."
     import papermill
     from traitlets.config import Config
-    copy = Path(job.out) / "notebook.ipynb"
-    shutil.copyfile(job.notebook, copy)
-    with open(Path(job.out) / "log.txt", "a") as log:
-        papermill.execute_notebook(
-            str(copy), str(copy), parameters=job.parameters, kernel_name="python3", cwd=job.out, progress_bar=False,
-            stdout_file=log, stderr_file=log, start_timeout=120,
-            config=Config({"KernelManager": {"transport": "ipc", "ip": f"{scratch}/k"}}))
+    shutil.copyfile(notebook, copy)
+    os.environ |= {"IPYTHONDIR": f"{scratch}/ipython", "JUPYTER_DATA_DIR": f"{scratch}/jupyter", "JUPYTER_RUNTIME_DIR": f"{scratch}/runtime"}
+    with open(Path(copy).parent / "log.txt", "a") as log:
+        papermill.execute_notebook(str(copy), str(copy), parameters=dict(parameters), kernel_name="python3", cwd=str(Path(copy).parent),
+                                   progress_bar=False, stdout_file=log, stderr_file=log, start_timeout=120,
+                                   config=Config({"KernelManager": {"transport": "ipc", "ip": f"{scratch}/k"}}))
 
-
+# %% ../../nbs/lab/02_batch.ipynb #e8d9a6b6
 def _outcome(job: Job, call: Callable[[], None]) -> tuple[str, dict]:
     "The final state of a run and its cause."
     from nbclient.exceptions import DeadKernelError
@@ -230,7 +233,7 @@ def _outcome(job: Job, call: Callable[[], None]) -> tuple[str, dict]:
         return "error", {"error": "the notebook ran to its end but left no finished record.json"}
     return "done", {}
 
-# %% ../../nbs/lab/02_batch.ipynb #a8c0a727
+# %% ../../nbs/lab/02_batch.ipynb #4f4bdbdf
 def run_job(path: str | Path,      # the job's JSON file
             ) -> int:              # exit code: 0 done, 1 not
     "Run one job in this process, with a kernel of its own."
@@ -239,10 +242,8 @@ def run_job(path: str | Path,      # the job's JSON file
         fcntl.flock(lock, fcntl.LOCK_EX)                           # an earlier run of a killed driver may still be going down
         reporter = _Reporter(job, scratch)
         threading.Thread(target=_watch, args=(reporter, scratch), daemon=True).start()
-        os.environ |= {"IPYTHONDIR": f"{scratch}/ipython", "JUPYTER_DATA_DIR": f"{scratch}/jupyter",
-                       "JUPYTER_RUNTIME_DIR": f"{scratch}/runtime"}
         try:
-            state, more = _outcome(job, lambda: _execute(job, scratch))
+            state, more = _outcome(job, lambda: execute(job.notebook, Path(job.out) / "notebook.ipynb", job.parameters, scratch))
             _kill_children()
             reporter.finish(state, **more)
         finally:

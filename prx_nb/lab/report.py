@@ -15,6 +15,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -136,15 +138,16 @@ def table(runs: pd.DataFrame,          # from `collect`
 # %% ../../nbs/lab/03_report.ipynb #c0cef5b4
 def main_metrics(results: pd.DataFrame) -> list[str]:
     "The metrics worth reading."
-    return [m for m in dict.fromkeys(results.metric) if not m.startswith(("val t", "MMD-biased", "retrieval@5", "duplicates"))]
+    names = [m for m in dict.fromkeys(results.metric) if not m.startswith(("val t", "MMD-biased", "retrieval@5", "duplicates"))]
+    return sorted(names, key=lambda m: m.startswith("val"))       # of the pictures first, then of the network
 
 
 def in_words(mean: float, low: float = math.nan, high: float = math.nan, sign: str = "") -> str:
-    "A number with its interval, to three digits."
+    "A number with its interval, to three digits or more."
     if math.isnan(mean):
         return ""
-    number = f"{mean:{sign}.3g}"
-    return number if math.isnan(low) else f"{number} [{low:{sign}.3g}, {high:{sign}.3g}]"
+    short = lambda v: f"{v:{sign}.0f}" if abs(v) >= 1000 else f"{v:{sign}.3g}"
+    return short(mean) + ("" if math.isnan(low) else f" [{short(low)}, {short(high)}]")
 
 
 def readable(results: pd.DataFrame, bounds: dict | None = None) -> pd.DataFrame:
@@ -432,20 +435,31 @@ def make_report(name: str,                       # an ablation
                 out: str | Path = "outputs",     # where runs are
                 ) -> Path:                       # the folder of the report
     "Run the report notebook on an ablation's runs. Raises `AblationError`, `ReportError`."
-    import papermill
-    from traitlets.config import Config
     ablation, folder = ablations.get(name), Path(out) / name / preset
     collect(folder)                                                # nothing to report: said before a kernel is started
-    folder = folder.absolute()
-    made, scratch = folder / "report", batch._scratch()
+    template()
+    made = folder.absolute() / "report"
     made.mkdir(exist_ok=True)
+    with open(made / "log.txt", "w") as log:
+        code = subprocess.run([sys.executable, "-m", "prx_nb.lab.report", ablation.name, str(made)], stdout=log, stderr=log,
+                              stdin=subprocess.DEVNULL).returncode
+    if code:
+        words = [line for line in (made / "log.txt").read_text().splitlines() if line.strip()]
+        raise ReportError(f"the report notebook failed: {words[-1] if words else f'exit code {code}'}; see {made / 'log.txt'}")
+    return folder / "report"
+
+
+def _run_template(name: str, made: str) -> None:
+    "What the report's own process does."
+    scratch = batch._scratch()
     try:
-        papermill.execute_notebook(str(template()), str(made / "report.ipynb"), parameters={"ablation": ablation.name, "folder": str(folder)},
-                                   kernel_name="python3", cwd=str(made), progress_bar=False, start_timeout=120,
-                                   config=Config({"KernelManager": {"transport": "ipc", "ip": f"{scratch}/k"}}))
+        batch.execute(template(), f"{made}/report.ipynb", {"ablation": name, "folder": str(Path(made).parent)}, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return made
+
+
+if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "prx_nb.lab.report":   # python -m
+    _run_template(*sys.argv[1:])
 
 # %% ../../nbs/lab/03_report.ipynb #38511c7a
 def publish(name: str,

@@ -57,7 +57,8 @@ def verdict(difference: Interval,           # variant minus baseline
             higher_is_better: bool,         # of the metric
             ) -> str:                       # one of `VERDICTS`
     "What the interval of a difference allows to say."
-    if difference.n < 2 or difference.low <= 0 <= difference.high:
+    unmeasured = difference.n < 2 or difference.high - difference.low <= 1e-9 * abs(difference.mean)
+    if unmeasured or difference.low <= 0 <= difference.high:
         return "not distinguishable"
     return "better" if (difference.mean > 0) == higher_is_better else "worse"
 
