@@ -176,7 +176,8 @@ def test_damaged_shard_is_named(own_cache):
     text.text_states("static", TEXTS, 10, progress=False)
     shard, = own_cache.glob("text/*/*.safetensors")
     whole = shard.read_bytes()
-    for damaged in (whole[:-100], whole[:5], whole[:-3] + b"\xff" + whole[-2:]):
+    middle = len(whole) // 2                                           # inside the states
+    for damaged in (whole[:-100], whole[:5], whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]):
         shard.write_bytes(damaged)
         with pytest.raises(text.TextError, match=shard.name):
             text.text_states("static", TEXTS, 10, progress=False)

@@ -11,6 +11,7 @@ import resource
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -71,8 +72,10 @@ def kid(real: torch.Tensor,    # (n, d)
         ) -> float:
     "Kernel distance of two sets of features, by torchmetrics; always the same for the same features."
     from torchmetrics.image.kid import KernelInceptionDistance
-    metric = KernelInceptionDistance(feature=Given(real.shape[1]), subsets=subsets, normalize=False,
-                                     subset_size=min(len(real), len(fake), 1000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")          # that it keeps all features, which is meant
+        metric = KernelInceptionDistance(feature=Given(real.shape[1]), subsets=subsets, normalize=False,
+                                         subset_size=min(len(real), len(fake), 1000))
     metric.update(real, real=True)
     metric.update(fake, real=False)
     with torch.random.fork_rng(devices=[]):      # it draws from the global generator, which is put back afterwards
@@ -120,7 +123,7 @@ class StyleClassifier:
 
     def __init__(self, features: torch.Tensor,     # (n, d)
                  styles: list[str],                # (n,)
-                 ridge: float = 0.01,              # relative to the mean squared length of a centred feature
+                 ridge: float = 0.1,               # relative to the mean squared length of a centred feature
                  ):
         self.names, self.centre = sorted(set(styles)), features.double().mean(0)
         x = features.double() - self.centre
@@ -167,19 +170,23 @@ class Reference:
         self.images, self.split, self.progress = images, split, progress
         self.encoder = load_vision_encoder(features) if isinstance(features, str) else features
         self.narrow = "tap5" if "tap5" in self.encoder.taps else "pooled"       # what the Frechet distance is taken on
-        self.taps = tuple(dict.fromkeys(("pooled", self.narrow)))
+        self.strokes = tuple(self.encoder.taps)[:4]                             # what style is told from
+        self.taps = tuple(dict.fromkeys(("pooled", self.narrow, *self.strokes)))
         pick = torch.randperm(len(split.train), generator=seeds.stream(0, "reference"))[:limit]
         self.index = split.train[pick.sort().values]
         self.real = self._features(self.index)
         self.centre = self.real["pooled"].mean(0)
         styles = [images.items[i].style for i in self.index.tolist()]
-        self.style = StyleClassifier(self.real["pooled"], styles) if len(set(styles)) > 1 else None
+        self.style = StyleClassifier(self.early(self.real), styles) if len(set(styles)) > 1 else None
         self.held, self.drawings = split.concepts, self._features(split.concepts) if len(split.concepts) else None
         self.shown = [images.items[i] for i in self.held.tolist()]
 
     def _features(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        found = pooled_features(self.encoder, self.images, index, self.taps, progress=self.progress)
-        return {"pooled": found} if isinstance(found, torch.Tensor) else found
+        return pooled_features(self.encoder, self.images, index, self.taps, progress=self.progress)
+
+    def early(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        "The features that style is told from, side by side."
+        return torch.cat([features[t] for t in self.strokes], 1)
 
     def gallery(self, items: list[Item]) -> tuple[torch.Tensor, list[Item]]:
         "Features and items of all drawings of held-out concepts, and of the concepts of `items`."
@@ -224,7 +231,7 @@ def score(features: dict[str, torch.Tensor],     # by tap, as in `Reference.real
         f"retrieval-rank[{name}]": ((ranks - 1) / max(concepts - 1, 1)).double().mean().item(),
     }
     if reference.style:
-        guesses = reference.style.predict(wide)
+        guesses = reference.style.predict(reference.early(features))
         found[f"style[{name}]"] = statistics.mean(g == i.style for g, i in zip(guesses, items))
     grounds = [(seen, i.background) for seen, i in zip(border_colours(samples), items) if i.background]
     if grounds:
