@@ -128,9 +128,9 @@ class Denoiser(Node):
     in_channels: int = Field(3, ge=1)
     patch_size: int = Field(4, ge=1)
     context_in_dim: int = Field(384, ge=1)        # width of the text states
-    hidden_size: int = Field(96, ge=8)
+    hidden_size: int = Field(64, ge=8)
     mlp_ratio: float = Field(3.5, gt=0)
-    num_heads: int = Field(3, ge=1)
+    num_heads: int = Field(2, ge=1)
     depth: int = Field(4, ge=1)
     axes_dim: tuple[int, int] | None = None       # head width given to rows and to columns; none: half each
     theta: int = Field(10_000, gt=0)
@@ -153,7 +153,7 @@ class Denoiser(Node):
 class Optimizer(Node):
     "AdamW with a linear warm-up, a constant rate, a linear fall at the end, and clipping by global norm."
     name: Literal["adamw"] = "adamw"
-    lr: float = Field(3e-3, gt=0)
+    lr: float = Field(5e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -177,13 +177,13 @@ class Ema(Node):
 # %% ../../nbs/core/00_recipe.ipynb #c2ce0ccc
 class Train(Node):
     "Length, batch, precision, and how often to look and to save."
-    steps: int = Field(750, ge=1)
+    steps: int = Field(1200, ge=1)
     batch: int = Field(32, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"   # of the computation; weights and optimizer state stay fp32
     compile: bool = False                         # torch.compile the denoiser
-    validate_every: int = Field(250, ge=1)
+    validate_every: int = Field(300, ge=1)
     validate_samples: int = Field(128, ge=1)
-    checkpoint_every: int = Field(250, ge=1)
+    checkpoint_every: int = Field(300, ge=1)
     keep: int = Field(2, ge=1)                    # checkpoints kept
 
 
