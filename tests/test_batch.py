@@ -210,6 +210,8 @@ def test_half_written_files_never_count(tmp_path, file, text):
     (folder / "status.json").write_text(json.dumps({"state": "done", "key": job.key}))
     (folder / "record.json").write_text(json.dumps({"status": "done"}))
     assert batch.finished(job)
+    changed = batch.plan(toy(tmp_path, "ok"), overrides={"train.steps": 3}, out=tmp_path)[0]
+    assert changed.out == job.out and not batch.finished(changed), "done, but not this run"
     (folder / file).write_text(text)
     assert not batch.finished(job)
 

@@ -34,7 +34,7 @@ def test_difference_and_verdict_are_those_of_the_paired_t_test(seed):
 
 def test_pairing_goes_by_seed_and_not_by_order():
     baseline = {0: 1.0, 1: 10.0, 2: 100.0}
-    variant = {2: 101.0, 0: 2.0, 1: 11.0}
+    variant = {-1: 50.0, 2: 101.0, 0: 2.0, 1: 11.0}
     assert paired_difference(variant, baseline) == Interval(1.0, 1.0, 1.0, 3)
 
 
