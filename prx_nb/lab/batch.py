@@ -386,11 +386,12 @@ def _drive(waiting: list[Job], jobs: int, timeout: float | None, total: int, say
     finally:
         _stop(running, "interrupted")
 
-# %% ../../nbs/lab/02_batch.ipynb #cfaa76c6
+# %% ../../nbs/lab/02_batch.ipynb #0db0e3f4
 def prepare_caches(recipes: Iterable[Recipe],
                    say: Callable[[str], None] = print) -> None:
     "Fetch, draw, encode and measure what the runs share, each kind once."
     from prx_nb.core import metrics, train
+    from prx_nb.lab import judge
     seen = set()
     for recipe in recipes:
         kind = json.dumps(recipe.model_dump(mode="json", include={"data", "captions", "text", "latents", "evaluate"}), sort_keys=True)
@@ -398,7 +399,7 @@ def prepare_caches(recipes: Iterable[Recipe],
             seen.add(kind)
             begin = time.monotonic()
             ready = train.prepare(recipe, progress=False)
-            metrics.prepare(recipe, ready)
+            metrics.prepare(recipe, ready).gallery(judge.exam(ready, recipe).items)
             say(f"images, captions and reference ready in {time.monotonic() - begin:.0f} s: {len(ready.images)} images of {recipe.data.size} px")
 
 # %% ../../nbs/lab/02_batch.ipynb #87dc1ea4
