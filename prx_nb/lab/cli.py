@@ -137,7 +137,8 @@ def ablate(name: Annotated[str, typer.Argument(help="the ablation, e.g. predicti
            with_report: Annotated[bool, typer.Option("--report/--no-report", help="make the report at the end")] = True) -> None:
     """Run an ablation and make its report.
 
-    Its notebook is run once for each variant and seed. Finished runs are kept: started again, the command does what is missing. Results are in OUT/NAME/PRESET/.
+    Its notebook is run once for each variant and seed. Finished runs are kept:
+    started again, the command does what is missing. Results are in OUT/NAME/PRESET/.
 
     \b
       prx-nb ablate prediction_target --preset smoke

@@ -92,13 +92,14 @@ def as_markdown(path: Path) -> str:
     note = f"<!-- Made from {path.parent.name}/{path.name} by `make docs`; edit the notebook. -->\n\n"
     return note + re.sub(r"\n{3,}", "\n\n", moved_links(text, path.parent.name)).strip() + "\n"
 
-# %% ../../nbs/lab/05_docs.ipynb #0688688d
+# %% ../../nbs/lab/05_docs.ipynb #a988bd09
 def result_table(results: pd.DataFrame) -> str:
     "The published table in Markdown: the main metrics, one row a metric and variant."
     rows = ["| metric | variant | mean [95%] | minus baseline | verdict |", "|---|---|---|---|---|"]
     for metric in report.main_metrics(results):
         for r in results[results.metric == metric].itertuples():
-            rows.append(f"| {metric} | {r.variant} | {report.in_words(r.mean, r.low, r.high)} | {report.in_words(r.difference, sign='+')} | {r.verdict} |")
+            mean, difference = report.in_words(r.mean, r.low, r.high), report.in_words(r.difference, sign="+")
+            rows.append(f"| {metric} | {r.variant} | {mean} | {difference} | {r.verdict} |")
     return "\n".join(rows)
 
 

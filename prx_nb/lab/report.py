@@ -78,7 +78,8 @@ def collect(folder: str | Path,       # a folder of runs, <out>/<ablation>/<pres
         if path.parent.name.startswith(".") or "ablation" not in found:
             continue                                               # set aside, or not at its end yet
         cost = found.get("cost", {})
-        rows.append({k: found.get(k) for k in ("ablation", "variant", "preset", "seed", "recipe_key", "metrics", "hardware", "git_commit", "versions")}
+        names = ("ablation", "variant", "preset", "seed", "recipe_key", "metrics", "hardware", "git_commit", "versions")
+        rows.append({k: found.get(k) for k in names}
                     | {"seconds": cost.get("total_seconds") or cost.get("train_seconds"), "folder": str(path.parent), "cost": cost})
     if not rows:
         raise ReportError(f"no finished run in {folder}; make some with: prx-nb ablate NAME --preset PRESET")
