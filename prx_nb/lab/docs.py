@@ -114,7 +114,8 @@ def published(name: str,                     # an ablation
     results = pd.read_csv(folder / "table.csv")
     link, first = f"../outputs/published/{name}", results.iloc[0]
     parts = [f"**{ablation.question}** Preset {first.preset}, {int(results.seeds.max())} seeds, {first.hardware}; "
-             f"{results.groupby('variant').seconds.first().mean():.0f} s a run.", "\n".join(f"- {line}" for line in report.sentences(results, ablation)),
+             f"{results.groupby('variant').seconds.first().mean():.0f} s a run.",
+             "\n".join(f"- {line}" for line in report.sentences(results, ablation)),
              f"![Samples side by side: one row a variant, one column a prompt]({link}/samples.png)", result_table(results),
              f"Published by others: {'; '.join(map(str, ablation.published))}. {ablation.caveat}",
              f"More: [report]({link}/report.md), [table]({link}/table.csv), [attributions](../outputs/published/NOTICE)."]

@@ -333,8 +333,10 @@ def markdown(page: Page) -> str:
 # %% ../../nbs/lab/03_report.ipynb #0fc3f7a0
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:auto;padding:0 1rem 3rem;color:#222;background:#fff}
 h1{font-size:1.6rem}h2{font-size:1.25rem;margin-top:2rem}h3{font-size:1.05rem;margin-bottom:.3rem}img{max-width:100%;height:auto}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}th,td{padding:.3rem .7rem;text-align:left;border-bottom:1px solid #ddd;white-space:nowrap}
-pre{background:#f4f4f4;padding:.6rem;overflow-x:auto}.small{font-size:.8rem;color:#555;white-space:pre-line}.better{color:#00664d;font-weight:600}.worse{color:#b33c00;font-weight:600}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
+th,td{padding:.3rem .7rem;text-align:left;border-bottom:1px solid #ddd;white-space:nowrap}
+pre{background:#f4f4f4;padding:.6rem;overflow-x:auto}.small{font-size:.8rem;color:#555;white-space:pre-line}
+.better{color:#00664d;font-weight:600}.worse{color:#b33c00;font-weight:600}
 @media print{body{max-width:none}h2,h3{break-after:avoid}img,table{break-inside:avoid}}"""
 
 
