@@ -121,7 +121,7 @@ def published(name: str,                     # an ablation
              f"More: [report]({link}/report.md), [table]({link}/table.csv), [attributions](../outputs/published/NOTICE)."]
     return Markdown("\n\n".join(parts))
 
-# %% ../../nbs/lab/05_docs.ipynb #1dff2e5c
+# %% ../../nbs/lab/05_docs.ipynb #b0801410
 def write_page(path: Path, home: Path, out: Path) -> Path:
     "One notebook as an HTML page at the same place below `out`."
     from nbconvert import HTMLExporter
@@ -145,7 +145,8 @@ def index_page(home: Path, out: Path) -> Path:
     lists = "".join(f"<h2>{room}</h2><ul>{''.join(items)}</ul>" for room, items in rooms.items())
     style = "body{font:16px/1.6 system-ui,sans-serif;max-width:48rem;margin:auto;padding:1rem;color:#222}"
     with atomic(out / "contents.html") as part:
-        part.write_text(f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        part.write_text('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+                        '<meta name="viewport" content="width=device-width,initial-scale=1">'
                         f"<title>PRX Workbook: contents</title><style>{style}</style></head><body><h1>Contents</h1>"
                         f'<p><a href="index.html">Start</a></p>{lists}</body></html>\n')
     return out / "contents.html"
