@@ -1,6 +1,6 @@
 # The workbook's commands. Each sets up .venv first, once; Python 3.11 or newer and make are all it takes.
 #   make ablate            train the first ablation at preset cpu, two seeds, and make its report
-#   make ablate NAME=prediction_target PRESET=smoke SEEDS=1 JOBS=2
+#   make ablate NAME=prediction_target PRESET=smoke SEEDS=1
 #   make test              everything that must hold
 #   make lab               JupyterLab on the notebooks
 #   make docs              README.md and HTML pages in _docs/
@@ -14,7 +14,8 @@ STAMP  := $(VENV)/.prx-nb-installed
 NAME   ?= prediction_target
 PRESET ?= cpu
 SEEDS  ?= 2
-JOBS   ?= 1
+# two runs of one thread each go further on two cores than one run of two
+JOBS   ?= 2
 ARGS   ?=
 
 .PHONY: help setup ablate test lab docs export clean

@@ -177,13 +177,13 @@ class Ema(Node):
 # %% ../../nbs/core/00_recipe.ipynb #c2ce0ccc
 class Train(Node):
     "Length, batch, precision, and how often to look and to save."
-    steps: int = Field(1200, ge=1)
+    steps: int = Field(1500, ge=1)
     batch: int = Field(32, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"   # of the computation; weights and optimizer state stay fp32
     compile: bool = False                         # torch.compile the denoiser
     validate_every: int = Field(300, ge=1)
     validate_samples: int = Field(128, ge=1)
-    checkpoint_every: int = Field(300, ge=1)
+    checkpoint_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1)                    # checkpoints kept
 
 
