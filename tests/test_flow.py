@@ -108,6 +108,17 @@ def test_times_follow_their_distribution(mix, shift):
         assert stats.kstest(t, lambda x: (x - 1e-3) / (1 - 1e-3)).pvalue < 1e-6, "the test would notice another distribution"
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_truncation_is_scipys(shift):
+    "Draw for draw, far into the tail, where counting would see nothing."
+    from scipy import special, stats
+    flow = recipes.Flow(uniform_mix=0, shift=shift)
+    first = torch.rand(3, 200_000, generator=stream(4, "tail"), dtype=torch.float64)[0].numpy()
+    low = 1e-3 / (shift - (shift - 1) * 1e-3)
+    theirs = special.expit(stats.truncnorm.ppf(first, special.logit(low), np.inf))
+    np.testing.assert_allclose(timesteps(200_000, stream(4, "tail"), flow), shifted(torch.from_numpy(theirs), shift), rtol=1e-5)
+
+
 def test_logit_normal_agrees_with_diffusers():
     from diffusers.training_utils import compute_density_for_timestep_sampling
     from scipy import stats

@@ -53,7 +53,8 @@ def test_direction_of_better(tmp_path):
     rows = report.table(report.collect(tmp_path), TOY).set_index(["metric", "variant"]).verdict
     assert rows[("KID[a]", "eps")] == "worse" and rows[("retrieval@1[a]", "eps")] == "better"
     said = report.sentences(report.table(report.collect(tmp_path), TOY), TOY)
-    assert said == ["eps against v (3 seeds): worse on KID[a]; better on retrieval@1[a]."]
+    assert said == ["eps against v (3 seeds): worse on KID[a]; better on retrieval@1[a].",
+                    "2 comparisons were made, each at 95%: about 0.1 would look like a difference by chance alone."]
 
 
 def test_only_whole_finished_records_count(tmp_path):

@@ -35,5 +35,7 @@ def test_the_global_generator_is_left_alone():
 @pytest.mark.parametrize("batch,count", [(3, 10), (10, 10), (7, 5), (64, 100), (1, 1)])
 def test_every_epoch_holds_every_image_once(batch, count):
     seen = torch.cat([order(2, s, batch, count) for s in range(4 * count)])
+    if count > 3:
+        assert len({tuple(seen[e * count:(e + 1) * count].tolist()) for e in range(4)}) > 1, "each epoch has its own shuffle"
     for e in range(4):
         assert seen[e * count:(e + 1) * count].sort().values.equal(torch.arange(count))

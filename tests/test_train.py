@@ -207,6 +207,15 @@ def test_dropped_captions_are_the_encoded_empty_one(prepared):
     assert null_mask.any() and null.abs().sum() > 0, "not zeros, and not fully masked"
 
 
+def test_every_step_and_seed_has_its_own_randomness(prepared):
+    batches = [add_noise(read_batch(prepared, r, step), r, step, CPU) for r in (SMOKE, SMOKE.replace("seed", 1)) for step in (0, 1)]
+    for part in ("index", "noise", "t"):
+        values = [getattr(b, part) for b in batches]
+        assert not any(a.equal(b) for i, a in enumerate(values) for b in values[:i]), part
+    dropped = torch.stack([read_batch(prepared, SMOKE.replace("captions.dropout", 0.5), s).dropped for s in range(8)])
+    assert dropped.any(0).all() and not dropped.all(0).any()
+
+
 def test_mixed_captions_use_every_kind(prepared):
     kinds = prepared.rows.shape[1]
     assert kinds == 3

@@ -183,6 +183,9 @@ def sentences(results: pd.DataFrame, ablation: Ablation) -> list[str]:
         parts = [f"{word} on {_list(list(ms))}" for word, ms in rows.groupby("verdict", sort=False).metric]
         seeds = int(rows.seeds.min())
         said.append(f"{variant} against {ablation.baseline} ({seeds} {'seeds' if seeds > 1 else 'seed'}): {'; '.join(parts)}.")
+    tests = int((results.metric.isin(main_metrics(results)) & (results.variant != ablation.baseline)).sum())
+    if said:
+        said.append(f"{tests} comparisons were made, each at 95%: about {tests * 0.05:.1g} would look like a difference by chance alone.")
     return said
 
 
@@ -226,7 +229,8 @@ def curves_figure(runs: pd.DataFrame, ablation: Ablation):
     axes[2].set(title="validation error by time", xlabel="t (1 is noise)", yscale="log")
     for ax in axes:
         ax.yaxis.set_major_formatter(plain := ticker.FuncFormatter(lambda v, _: f"{v:.3g}"))
-        ax.yaxis.set_minor_formatter(plain)
+        low, high = ax.get_ylim()
+        ax.yaxis.set_minor_formatter(plain if high < 8 * low else ticker.NullFormatter())    # few decades need all their labels
         ax.grid(alpha=0.25, which="both", lw=0.5)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
@@ -331,9 +335,9 @@ def markdown(page: Page) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 
 # %% ../../nbs/lab/03_report.ipynb #0fc3f7a0
-_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:auto;padding:0 1rem 3rem;color:#222;background:#fff}
+_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:auto;padding:0 1rem 3rem;color:#222;background:#fff}
 h1{font-size:1.6rem}h2{font-size:1.25rem;margin-top:2rem}h3{font-size:1.05rem;margin-bottom:.3rem}img{max-width:100%;height:auto}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem}
 th,td{padding:.3rem .7rem;text-align:left;border-bottom:1px solid #ddd;white-space:nowrap}
 pre{background:#f4f4f4;padding:.6rem;overflow-x:auto}.small{font-size:.8rem;color:#555;white-space:pre-line}
 .better{color:#00664d;font-weight:600}.worse{color:#b33c00;font-weight:600}
