@@ -1,9 +1,9 @@
 """prx_nb.core.captions: what must survive truncation, determinism, given captions."""
 import pytest
 
-from prx_nb.core import data
+from prx_nb.core import emoji
 from prx_nb.core.captions import KINDS, caption, choices
-from prx_nb.core.data import Item
+from prx_nb.core.images import Item
 from prx_nb.core.recipe import Data
 
 
@@ -11,7 +11,7 @@ from prx_nb.core.recipe import Data
 def items():
     "Every emoji in every style and tone, without drawing them."
     return [Item(**j["item"] | {"tags": tuple(j["item"]["tags"]), "facts": {"colours": [("red", 1.0)], "fill": 0.2, "centre": (0.2, 0.5)}})
-            for j in data._emoji_jobs(Data(skin_tones=True))[0]]
+            for j in emoji.emoji_jobs(Data(skin_tones=True))[0]]
 
 
 def test_style_ground_and_label_survive_24_word_pieces(items):

@@ -1,4 +1,4 @@
-"""prx_nb.core.data: sources, cache, split, and what happens when processes die and files are broken."""
+"""prx_nb.core.data, emoji and images: sources, cache, split, and what happens when processes die and files are broken."""
 import io
 import json
 import os
@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from prx_nb.core import data
+from prx_nb.core import data, emoji
+from prx_nb.core import images as making
 from prx_nb.core.data import DataError, Images, Item, load, split
 from prx_nb.core.files import cache_dir
 from prx_nb.core.recipe import Data
@@ -25,7 +26,7 @@ SCRIPT = "from prx_nb.core import data, recipe\ndata.load(recipe.Data(limit={lim
 @pytest.fixture(scope="session")
 def packages():
     "The folder of fetched packages, filled once."
-    data._emoji_jobs(Data())
+    emoji.emoji_jobs(Data())
     return cache_dir("packages")
 
 
@@ -75,7 +76,7 @@ def test_emoji_items_and_pixels(cache):
     # an independent drawing of one: straight onto its ground, at the size itself
     n, item = next((n, i) for n, i in enumerate(images.items) if i.style == "twemoji")
     code = item.key.split("/")[1]
-    files = {m.member.split("/")[-1]: json.loads(m.path.read_text("utf-8")) for m in data._set_files("twemoji")}
+    files = {m.member.split("/")[-1]: json.loads(m.path.read_text("utf-8")) for m in emoji.set_files("twemoji")}
     name = next(v for k, v in files["chars.json"].items() if k.upper() == code)
     body = files["icons.json"]["icons"][name]["body"]
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 36 36" width="48" height="48">{body}</svg>'
@@ -86,7 +87,7 @@ def test_emoji_items_and_pixels(cache):
 
 
 def test_emoji_settings(packages):
-    jobs = lambda **k: data._emoji_jobs(Data(**k))[0]
+    jobs = lambda **k: emoji.emoji_jobs(Data(**k))[0]
     base, tones = jobs(), jobs(skin_tones=True)
     assert len(base) > 7000 and len(tones) > 14000
     assert {j["item"]["concept"] for j in tones} == {j["item"]["concept"] for j in base}, "tones add no concepts"
@@ -110,7 +111,7 @@ def test_twins_inside_a_style_are_dropped(cache, monkeypatch):
         svg = {"body": f'<rect width="9" height="5" fill="{colour}"/>', "box": [0, 0, 10, 10], "flips": [False, False]}
         return {"item": {"key": key, "concept": code, "style": style, "background": "white"}, "svg": svg}
     made = [job("noto/1", "red"), job("noto/2", "red"), job("noto/3", "blue"), job("fluent/1", "red")]
-    monkeypatch.setattr(data, "_emoji_jobs", lambda d: (made, "notice"))
+    monkeypatch.setattr(data, "emoji_jobs", lambda d: (made, "notice"))
     images = load(Data(), progress=False)
     assert [i.key for i in images.items] == ["noto/1", "noto/3", "fluent/1"]
     assert [tuple(p[2, 2]) for p in images.pixels] == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]
@@ -161,10 +162,10 @@ def test_interrupted_drawing_goes_on(cache, tmp_path, undisturbed, monkeypatch, 
     assert not helpers_of(cache), "helper processes outlive their parent"
     there = len(list(cache.glob("images/*/shard-*.npz")))
     made = []
-    make = data._make_shard
-    monkeypatch.setattr(data, "_make_shard", lambda **k: (made.append(k), make(**k)))
+    make = making._make_shard
+    monkeypatch.setattr(making, "_make_shard", lambda **k: (made.append(k), make(**k)))
     same(load(Data(limit=LIMIT), progress=False, workers=1), undisturbed)
-    total = -(-LIMIT // data.SHARD)
+    total = -(-LIMIT // making.SHARD)
     assert 2 <= there <= total and len(made) == total - there, "finished shards are kept"
     assert not [p.name for p in next(cache.glob("images/*")).iterdir() if p.name not in ("items.json", "pixels.npy", "NOTICE", "lock")]
 
@@ -180,7 +181,7 @@ def test_two_processes_at_once(cache, tmp_path, undisturbed):
 def test_helper_that_cannot_start_is_one_error(cache, monkeypatch):
     dead = lambda: subprocess.Popen([sys.executable, "-c", "import sys; sys.exit('no such thing')"], text=True,
                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    monkeypatch.setattr(data, "_helper", dead)
+    monkeypatch.setattr(making, "_helper", dead)
     with pytest.raises(DataError, match="died"):
         load(Data(limit=300), progress=False, workers=2)
 
@@ -204,12 +205,12 @@ def test_damaged_cache_is_named(cache):
 
 def test_wrong_checksum_in_the_package_cache(tmp_path, monkeypatch, packages):
     from prx_nb.core.files import FetchError
-    for member in [*data._set_files("fluent"), *data._name_files()]:
+    for member in [*emoji.set_files("fluent"), *emoji.name_files()]:
         to = tmp_path / "packages" / member.path.parent.name / member.path.name
         to.parent.mkdir(parents=True, exist_ok=True)
         to.write_bytes(member.path.read_bytes())
     monkeypatch.setenv("PRX_NB_CACHE", str(tmp_path))
-    icons = data._set_files("fluent")[0].path
+    icons = emoji.set_files("fluent")[0].path
     assert tmp_path in icons.parents
     icons.write_bytes(icons.read_bytes().replace(b"#0074ba", b"#ff0000", 1))
     with pytest.raises(FetchError, match="wrong checksum.*delete the file"):
@@ -386,14 +387,14 @@ def test_hf_typed_columns_and_broken_rows(cache, tmp_path):
 
 def test_hf_goes_on_after_an_interrupt(cache, tmp_path, monkeypatch):
     path = parquet(tmp_path / "a.parquet", {"image": [png(i) for i in range(300)], "text": [str(i) for i in range(300)]})
-    make, calls = data._make_shard, []
+    make, calls = making._make_shard, []
 
     def stop(**k):
         calls.append(k["path"])
         if len(calls) == 2:
             raise KeyboardInterrupt
         make(**k)
-    monkeypatch.setattr(data, "_make_shard", stop)
+    monkeypatch.setattr(making, "_make_shard", stop)
     with pytest.raises(KeyboardInterrupt):
         load(Data(source="hf", path=str(path), size=8, limit=290), progress=False, workers=1)
     images = load(Data(source="hf", path=str(path), size=8, limit=290), progress=False, workers=1)
@@ -494,9 +495,9 @@ def test_split_edges():
 
 def test_gender_tone_and_direction_are_one_concept():
     same = ["1F3C3", "1F3C3-1F3FF", "1F3C3-200D-2640-FE0F", "1F3C3-1F3FB-200D-2642-FE0F-200D-27A1-FE0F"]
-    assert {data.concept_of(c) for c in same} == {"1F3C3"}
-    assert data.concept_of("1F9D1-1F3FB-200D-1F91D-200D-1F9D1-1F3FF") == data.concept_of("1F469-200D-1F91D-200D-1F468")
-    assert data.concept_of("1F3F3-FE0F-200D-1F308") != data.concept_of("1F3F3-FE0F")
+    assert {emoji.concept_of(c) for c in same} == {"1F3C3"}
+    assert emoji.concept_of("1F9D1-1F3FB-200D-1F91D-200D-1F9D1-1F3FF") == emoji.concept_of("1F469-200D-1F91D-200D-1F468")
+    assert emoji.concept_of("1F3F3-FE0F-200D-1F308") != emoji.concept_of("1F3F3-FE0F")
 
 
 # ---------------------------------------------------------------- colours
@@ -505,9 +506,9 @@ def test_colours_are_named_like_the_nearest_example():
     rgb = rng.integers(0, 256, (500, 3))
     agree = 0
     for c in rgb:
-        distance = [np.linalg.norm(data.oklab(c) - p) for p in data._POINTS]
-        agree += data.colours(c[None], np.ones(1))[0][0] == data._NAMES[int(np.argmin(distance))]
+        distance = [np.linalg.norm(making.oklab(c) - p) for p in making._POINTS]
+        agree += making.colours(c[None], np.ones(1))[0][0] == making._NAMES[int(np.argmin(distance))]
     assert agree > 0.95 * len(rgb), "the table of 5 bits rarely differs"
     weights = np.array([0.1, 0.9])
-    assert data.colours(np.array([[255, 0, 0], [0, 0, 0]]), weights) == [("black", 0.9)]
-    assert data.colours(np.array([[255, 0, 0]]), np.zeros(1)) == []
+    assert making.colours(np.array([[255, 0, 0], [0, 0, 0]]), weights) == [("black", 0.9)]
+    assert making.colours(np.array([[255, 0, 0]]), np.zeros(1)) == []

@@ -1,4 +1,6 @@
 "The house rules: notebooks run, are clean, and the package is what they export."
+import ast
+import graphlib
 import json
 import re
 import shutil
@@ -115,6 +117,17 @@ for name in {modules!r}:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_no_module_of_the_core_imports_in_a_circle():
+    core, needs = ROOT / "prx_nb" / "core", {}
+    for path in core.glob("[a-z]*.py"):
+        found = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom)]      # inside functions too
+        rooms = [[n.module.split(".")[-1]] if n.module and n.module != "prx_nb.core" else [a.name for a in n.names] for n in found
+                 if n.level == 1 or (n.module or "").startswith("prx_nb.core")]
+        needs[path.stem] = {room for some in rooms for room in some if (core / f"{room}.py").exists()}
+    assert needs["pack"] >= {"data", "text"} and needs["data"] >= {"images", "emoji"}, "imports are seen"
+    graphlib.TopologicalSorter(needs).prepare()                     # raises CycleError
 
 
 def test_nothing_is_unpickled():

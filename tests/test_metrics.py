@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from prx_nb.core import metrics
-from prx_nb.core.data import PALETTE, Images, Item, Split
+from prx_nb.core.data import Split
+from prx_nb.core.images import PALETTE, Images, Item
 from prx_nb.core.show import from_uint8, to_uint8
 
 

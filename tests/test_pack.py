@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prx_nb.core import captions, data, recipe
-from prx_nb.core.data import DataError
+from prx_nb.core.images import DataError
 from prx_nb.core.pack import write_pack
 from prx_nb.core.text import TextError, text_states
 

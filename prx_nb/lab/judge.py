@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core import latents, metrics, train
 from ..core import sample as sampling
-from ..core.data import Item
+from ..core.images import Item
 from ..core.files import atomic
 from ..core.recipe import Recipe
 from ..core.seeds import stream
