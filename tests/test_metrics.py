@@ -212,9 +212,6 @@ def test_bad_input(world):
         metrics.higher_is_better("FID")
 
 
-def test_throughput_and_memory():
+def test_throughput():
     calls = []
     assert metrics.throughput(lambda: calls.append(1), 10, repeats=3, warmup=2) > 0 and len(calls) == 5
-    before = metrics.peak_memory()
-    block = np.ones(30_000_000)
-    assert metrics.peak_memory() >= before and block.sum() > 0 and before > 10

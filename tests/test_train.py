@@ -311,3 +311,10 @@ def test_record_says_what_it_took(whole):
     assert cost["images_seen"] == SMOKE.train.steps * SMOKE.train.batch and cost["parameters"] == sum(p.numel() for p in whole.model.parameters())
     assert cost["train_seconds"] > 0 and cost["peak_memory_mb"] > 50
     assert record["metrics"]["val"] == whole.curves[whole.curves.name == "val"].value.iloc[-1]
+
+
+def test_peak_memory_sees_a_block_of_240_megabytes():
+    code = "import numpy as np, torch; from prx_nb.core.train import peak_memory; a = peak_memory(torch.device('cpu')); " \
+           "b = np.ones(30_000_000); print(peak_memory(torch.device('cpu')) - a)"
+    grown = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 200 < grown < 300

@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['MetricError', 'ImageFeatures', 'Given', 'fd', 'kid', 'mmd', 'concept_ranks', 'StyleClassifier', 'border_colours',
-           'duplicates', 'Reference', 'score', 'evaluate', 'prepare', 'higher_is_better', 'throughput', 'peak_memory']
+           'duplicates', 'Reference', 'score', 'evaluate', 'prepare', 'higher_is_better', 'throughput']
 
-# %% ../../nbs/core/16_metrics.ipynb #457d8bcc
-import resource
+# %% ../../nbs/core/16_metrics.ipynb #4adc2626
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -280,7 +278,7 @@ def higher_is_better(name: str,       # as `evaluate` gives it, e.g. "KID[effnet
         raise MetricError(f"no metric '{name}'; there are {', '.join(_BETTER)}")
     return _BETTER[family]
 
-# %% ../../nbs/core/16_metrics.ipynb #d403c5ed
+# %% ../../nbs/core/16_metrics.ipynb #a18de58c
 def throughput(work: Callable[[], Any],                # one step
                items: int,                             # images (or texts, ...) a step
                repeats: int = 5, warmup: int = 1,
@@ -298,11 +296,3 @@ def throughput(work: Callable[[], Any],                # one step
         wait()
         seconds.append(time.perf_counter() - start)
     return items / statistics.median(seconds)
-
-
-def peak_memory(device: str | torch.device = "cpu") -> float:
-    "Most memory held so far, MB: of the GPU by torch, of the whole process (it never falls) on a CPU."
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held / (2**20 if sys.platform == "darwin" else 2**10)

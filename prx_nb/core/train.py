@@ -319,7 +319,7 @@ def git_commit() -> str | None:
     dirty = "-dirty" if run("status", "--porcelain", "-uno").stdout.strip() else ""
     return done.stdout.strip() + dirty if done.returncode == 0 else None
 
-# %% ../../nbs/core/14_train.ipynb #0b75314d
+# %% ../../nbs/core/14_train.ipynb #2bb6383e
 def update_record(folder: str | Path, **parts) -> dict:
     "Merge `parts` into a run's `record.json` (dictionaries key by key) and return the whole."
     path = Path(folder) / "record.json"
@@ -334,7 +334,11 @@ def peak_memory(device: torch.device) -> float:
     "Most memory held so far, MB: of the GPU, or of this process."
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+    try:                                             # Linux: getrusage would count the parent's memory before exec too
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024 / 1e6
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 # %% ../../nbs/core/14_train.ipynb #635dceae
 class Curves:
