@@ -157,7 +157,7 @@ def _vit_config() -> Any:
     return Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4, image_size=518,
                         patch_size=14, use_mask_token=False)
 
-
+# %% ../../nbs/core/13_encoders.ipynb #17d31c2c
 def _vit() -> nn.Module:
     "The pretrained vision transformer."
     from safetensors.torch import save_file

@@ -237,7 +237,7 @@ def score(features: dict[str, torch.Tensor],     # by tap, as in `Reference.real
         found["background"] = statistics.mean(seen == told for seen, told in grounds)
     return found | {"duplicates": duplicates(samples)}
 
-
+# %% ../../nbs/core/16_metrics.ipynb #a9c810ab
 def evaluate(samples: torch.Tensor,              # (N, 3, H, W) floating point in [-1, 1]; what lies outside is clipped
              items: list[Item],                  # (N,) what each was drawn for
              reference: Reference,

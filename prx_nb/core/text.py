@@ -264,7 +264,7 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> str:
         value = zlib.crc32(memoryview(tensors[name].numpy()).cast("B"), value)
     return f"{value:08x}"
 
-
+# %% ../../nbs/core/08_text.ipynb #7e9d818f
 def unpack_states(path: str | Path,
                   ) -> tuple[list[str], np.ndarray, np.ndarray, dict[str, str]]:   # captions, lengths, states, metadata
     "Open such a file; states stay on disk until they are used. Raises `TextError`, which names a damaged file."

@@ -179,7 +179,7 @@ def report(name: Annotated[str, typer.Argument(help="the ablation")], preset: Pr
     if publish:
         typer.echo(f"published: {reports.publish(name, preset, out)}")
 
-
+# %% ../../nbs/lab/04_cli.ipynb #b6e3e5b0
 @app.command()
 def sample(run: Annotated[Path, typer.Argument(help="a run's folder")],
            prompt: Annotated[list[str], typer.Option(help="what to draw; may be repeated")],

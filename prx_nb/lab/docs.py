@@ -76,7 +76,7 @@ def processed(path: Path):            # -> a notebook as nbformat has it
                 output["text"] = "".join(output["text"])
     return nb
 
-
+# %% ../../nbs/lab/05_docs.ipynb #fae33406
 def moved_links(text: str, folder: str) -> str:
     "Markdown of a file in `folder` as it must read one level above: relative links go through `folder`."
     move = lambda m: m[1] + os.path.normpath(os.path.join(folder, m[2])).replace(os.sep, "/") + m[3]
