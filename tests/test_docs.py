@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from prx_nb.lab import ablations, docs, report
+from prx_nb.lab import ablations, docs, report, results
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +28,7 @@ def test_readme_shows_the_commands_first():
 
 def test_published_result_is_read_from_its_files(tmp_path):
     assert "prx-nb ablate prediction_target" in docs.published("prediction_target", tmp_path).data
-    home = report.pretend_runs(tmp_path)
+    home = results.pretend_runs(tmp_path)
     made = report.write_report(home, ablations.get("prediction_target"))
     to = tmp_path / "published" / "prediction_target"
     to.mkdir(parents=True)

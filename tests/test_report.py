@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from prx_nb.lab import ablations, report
+from prx_nb.lab import ablations, report, results
 
 TOY = ablations.get("prediction_target")
 
@@ -26,7 +26,7 @@ def write_run(home, variant, seed, metrics, **more):
 
 @pytest.fixture
 def home(tmp_path):
-    return report.pretend_runs(tmp_path)
+    return results.pretend_runs(tmp_path)
 
 
 def test_table_by_hand(tmp_path):
@@ -36,7 +36,7 @@ def test_table_by_hand(tmp_path):
         write_run(tmp_path, "v", s, {"FD[a]": v[s], "val": 1.0})
         write_run(tmp_path, "x", s, {"FD[a]": x[s], "val": 1.0})
     write_run(tmp_path, "x", 9, {"FD[a]": 3.0})                       # no partner: counts for the mean, not for the difference
-    rows = report.table(report.collect(tmp_path), TOY).set_index(["metric", "variant"])
+    rows = results.table(results.collect(tmp_path), TOY).set_index(["metric", "variant"])
     ours, low_high = rows.loc[("FD[a]", "x")], stats.ttest_rel(x, v).confidence_interval()
     assert ours["mean"] == pytest.approx(np.mean([*x, 3.0])) and ours.seeds == 5 and ours.seconds == pytest.approx((20 + 21 + 22 + 23 + 29) / 5)
     assert ours.difference == pytest.approx((x - v).mean())
@@ -50,9 +50,9 @@ def test_direction_of_better(tmp_path):
     for s in range(3):
         write_run(tmp_path, "v", s, {"KID[a]": 1.0 + s, "retrieval@1[a]": 0.1 + s / 10})
         write_run(tmp_path, "eps", s, {"KID[a]": 1.5 + s + s / 100, "retrieval@1[a]": 0.3 + s / 10 + s / 1000})
-    rows = report.table(report.collect(tmp_path), TOY).set_index(["metric", "variant"]).verdict
+    rows = results.table(results.collect(tmp_path), TOY).set_index(["metric", "variant"]).verdict
     assert rows[("KID[a]", "eps")] == "worse" and rows[("retrieval@1[a]", "eps")] == "better"
-    said = report.sentences(report.table(report.collect(tmp_path), TOY), TOY)
+    said = results.sentences(results.table(results.collect(tmp_path), TOY), TOY)
     assert said == ["eps against v (3 seeds): worse on KID[a]; better on retrieval@1[a].",
                     "2 comparisons were made, each at 95%: about 0.1 would look like a difference by chance alone."]
 
@@ -63,17 +63,17 @@ def test_only_whole_finished_records_count(tmp_path):
     (write_run(tmp_path, "v", 2, {"val": 1.0}) / "record.json").write_text('{"status": "done", "abl')
     shutil.copytree(tmp_path / "v-s0", tmp_path / ".replaced" / "v-s0")
     (tmp_path / "v-s1" / "status.json").write_text(json.dumps({"state": "timeout", "error": "stopped by the driver"}))
-    assert list(report.collect(tmp_path).seed) == [0]
-    assert report.unfinished(tmp_path) == [("v-s1", "timeout", "stopped by the driver")]
+    assert list(results.collect(tmp_path).seed) == [0]
+    assert results.unfinished(tmp_path) == [("v-s1", "timeout", "stopped by the driver")]
 
 
 def test_what_cannot_be_reported_on(tmp_path):
-    with pytest.raises(report.ReportError, match="no finished run in .*prx-nb ablate"):
-        report.collect(tmp_path)
+    with pytest.raises(results.ReportError, match="no finished run in .*prx-nb ablate"):
+        results.collect(tmp_path)
     write_run(tmp_path, "v", 0, {})
     write_run(tmp_path, "x", 0, {}, preset="gpu")
-    with pytest.raises(report.ReportError, match="mixes runs of"):
-        report.collect(tmp_path)
+    with pytest.raises(results.ReportError, match="mixes runs of"):
+        results.collect(tmp_path)
 
 
 class Page(HTMLParser):
@@ -120,7 +120,7 @@ def test_differing_hardware_is_said(tmp_path):
 
 
 def test_publishing_copies_what_is_small_and_keeps_the_notice(home, tmp_path):
-    with pytest.raises(report.ReportError, match="no report in"):
+    with pytest.raises(results.ReportError, match="no report in"):
         report.publish("prediction_target", "smoke", tmp_path)
     report.write_report(home, TOY)
     notice = tmp_path / "published" / "NOTICE"
@@ -141,5 +141,5 @@ def test_the_report_notebook_runs_and_says_why_it_fails(home, tmp_path, monkeypa
     (home / "v-s0" / "record.json").write_text("{")
     for run in home.glob("*-s*"):
         (run / "record.json").unlink()
-    with pytest.raises(report.ReportError, match="the report notebook failed: .*no finished run"):
+    with pytest.raises(results.ReportError, match="the report notebook failed: .*no finished run"):
         report.make_report("prediction_target", "smoke", tmp_path)

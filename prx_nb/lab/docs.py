@@ -6,7 +6,7 @@
 __all__ = ['root', 'notebooks', 'heading', 'processed', 'moved_links', 'as_markdown', 'result_table', 'published', 'mathml',
            'write_page', 'index_page', 'main']
 
-# %% ../../nbs/lab/14_docs.ipynb #861dc1ce
+# %% ../../nbs/lab/14_docs.ipynb #74ca4469
 import html
 import json
 import os
@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.files import atomic
-from . import ablations, batch, report
+from . import ablations, batch, results
 
 # %% ../../nbs/lab/14_docs.ipynb #04eb44d5
 def root() -> Path:
@@ -92,7 +92,7 @@ def as_markdown(path: Path) -> str:
     note = f"<!-- Made from {path.parent.name}/{path.name} by `make docs`; edit the notebook. -->\n\n"
     return note + re.sub(r"\n{3,}", "\n\n", moved_links(text, path.parent.name)).strip() + "\n"
 
-# %% ../../nbs/lab/14_docs.ipynb #02f34ccb
+# %% ../../nbs/lab/14_docs.ipynb #adc11b49
 def result_table(folder: Path) -> str:
     "The table of a published report.md, with the interval of every difference."
     return "\n".join(line for line in (folder / "report.md").read_text().splitlines() if line.startswith("|"))
@@ -106,11 +106,11 @@ def published(name: str,                     # an ablation
     ablation, folder = ablations.get(name), (folder or root() / "outputs" / "published") / name
     if not (folder / "table.csv").exists():
         return Markdown(f"No result is published yet. Make it: `prx-nb ablate {name} --preset cpu --seeds 2`, then `prx-nb report {name} --publish`.")
-    results = pd.read_csv(folder / "table.csv")
-    link, first = f"../outputs/published/{name}", results.iloc[0]
-    parts = [f"**{ablation.question}** Preset {first.preset}, {int(results.seeds.max())} seeds, {first.hardware}; "
-             f"{results.groupby('variant').seconds.first().mean():.0f} s a run.",
-             "\n".join(f"- {line}" for line in report.sentences(results, ablation)),
+    rows = pd.read_csv(folder / "table.csv")
+    link, first = f"../outputs/published/{name}", rows.iloc[0]
+    parts = [f"**{ablation.question}** Preset {first.preset}, {int(rows.seeds.max())} seeds, {first.hardware}; "
+             f"{rows.groupby('variant').seconds.first().mean():.0f} s a run.",
+             "\n".join(f"- {line}" for line in results.sentences(rows, ablation)),
              f"![Samples side by side: one row a variant, one column a prompt]({link}/samples.png)", result_table(folder),
              f"Published by others: {'; '.join(map(str, ablation.published))}. {ablation.caveat}",
              f"More: [report]({link}/report.md), [table]({link}/table.csv), [attributions](../outputs/published/NOTICE)."]
