@@ -56,6 +56,9 @@ WRONG = [
     ("data.styles", ["noto", "noto"], "each once"),
     ("captions.dropout", 0, "sample.guidance"),
     ("latents.scale", 2.0, "pixels"),
+    ("train.processes", 3, "train.batch = 32 cannot be shared out evenly among train.processes = 3"),
+    ("train.parallel", "fsdp", "'ddp' or 'fsdp2'"),
+    ("evaluate.captions", "mixed", "'short', 'long' or 'dense'"),
 ]
 
 
@@ -98,3 +101,8 @@ def test_frozen_and_diff():
     other = base.replace({"seed": 3, "flow.path": "cosine"})
     assert other.diff(base) == {"seed": (0, 3), "flow.path": ("linear", "cosine")} and base.diff(base) == {}
     assert set(flatten(base)) == set(fields(Recipe))
+
+
+def test_what_is_asked_does_not_follow_what_is_trained_on():
+    assert preset("cpu").replace("captions.kind", "short").evaluate.captions == preset("cpu").evaluate.captions == "dense"
+    assert preset("paper").evaluate.captions == preset("paper").captions.kind == "long", "its images come with a long caption"

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from prx_nb.core import captions
 from prx_nb.core import train as training
 from prx_nb.core.denoiser import PRX, Route
 from prx_nb.core.flow import FlowMatching
@@ -221,6 +222,20 @@ def test_mixed_captions_use_every_kind(prepared):
     assert kinds == 3
     wanted = {tuple(prepared.texts[i]) for i in read_batch(prepared, SMOKE, 0).index.tolist()}
     assert all(len(set(texts)) == 3 for texts in wanted)
+
+
+@pytest.mark.parametrize("kind", ["short", "long", "mixed"])
+def test_questions_are_the_same_whatever_was_trained_on(kind, prepared):
+    "A run trained on short captions is validated on the same prompts as one trained on dense ones; their states are there."
+    other, recipe = prepare(SMOKE.replace("captions.kind", kind), progress=False), SMOKE.replace("captions.kind", kind)
+    assert other.asked == prepared.asked == [captions.caption(i, "dense") for i in prepared.images.items]
+    for a, b in zip(validation_set(prepared, SMOKE, CPU), validation_set(other, recipe, CPU)):
+        assert all(getattr(a, k).equal(getattr(b, k)) for k in ("index", "x0", "text", "mask", "noise", "t"))
+    states, mask = other.states.lookup([other.asked[i] for i in other.heldout])
+    assert mask.any(1).all()
+    b = validation_set(other, recipe, CPU)[0]
+    assert b.text.equal(other.states.lookup([other.asked[i] for i in b.index])[0])
+    assert prepare(recipe.replace("evaluate.captions", "short"), progress=False).asked == [i.label for i in prepared.images.items]
 
 
 def test_validation_is_fixed_and_in_the_space_of_v(prepared):

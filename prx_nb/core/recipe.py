@@ -176,15 +176,23 @@ class Ema(Node):
 
 # %% ../../nbs/core/00_recipe.ipynb #c2ce0ccc
 class Train(Node):
-    "Length, batch, precision, and how often to look and to save."
+    "Length, batch, precision, how often to look and to save, and in how many processes."
     steps: int = Field(1500, ge=1)
-    batch: int = Field(32, ge=1)
+    batch: int = Field(32, ge=1)                  # images a step, of all processes together
     precision: Literal["fp32", "bf16"] = "fp32"   # of the computation; weights and optimizer state stay fp32
     compile: bool = False                         # torch.compile the denoiser
     validate_every: int = Field(300, ge=1)
     validate_samples: int = Field(128, ge=1)
     checkpoint_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1)                    # checkpoints kept
+    processes: int = Field(1, ge=1)               # that share each batch: one a GPU, or on the CPU
+    parallel: Literal["ddp", "fsdp2"] = "ddp"     # each with all weights, or each with a share of them
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.batch % self.processes:
+            raise ValueError(f"train.batch = {self.batch} cannot be shared out evenly among train.processes = {self.processes}")
+        return self
 
 
 class Sample(Node):
@@ -199,6 +207,7 @@ class Evaluate(Node):
     "How many samples are drawn and what is measured on them."
     samples: int = Field(128, ge=2)
     batch: int = Field(64, ge=1)
+    captions: Literal["short", "long", "dense"] = "dense"   # what held-out images are described with, whatever was trained on
     features: Literal["effnet-lite0", "vit-s14"] = "effnet-lite0"
     pictures: int = Field(16, ge=1)               # in the sample grid
 
@@ -345,7 +354,7 @@ _PRESETS = {
         "ema.decay": 0.0,
         "train.steps": 100_000, "train.batch": 256, "train.precision": "bf16", "train.compile": True,
         "train.validate_every": 10_000, "train.validate_samples": 2048, "train.checkpoint_every": 10_000,
-        "sample.steps": 50, "sample.guidance": 3.5, "evaluate.samples": 10_000, "evaluate.batch": 64,
+        "sample.steps": 50, "sample.guidance": 3.5, "evaluate.samples": 10_000, "evaluate.batch": 64, "evaluate.captions": "long",
     },
 }
 

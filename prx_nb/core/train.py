@@ -35,7 +35,7 @@ from .flow import FlowMatching, timesteps
 from .recipe import Recipe
 from .seeds import order, stream
 
-# %% ../../nbs/core/15_train.ipynb #81593895
+# %% ../../nbs/core/15_train.ipynb #5613b06d
 @dataclass(frozen=True)
 class Prepared:
     "Images, split, captions' token states and latents of a recipe, ready to be read in batches."
@@ -44,6 +44,7 @@ class Prepared:
     states: text.TextStates
     texts: list[list[str]]            # the captions of each image
     rows: Tensor                      # (N, K) where each caption's states lie
+    asked: list[str]                  # what each image is asked for with in validation and exam
     latents: object = None            # (N, C, h, w) memory-mapped latents; none: pixels
 
     def clean(self, index: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class Prepared:
         held = torch.cat((self.split.concepts, self.split.pairs))
         return held if len(held) else self.split.train
 
-# %% ../../nbs/core/15_train.ipynb #6b19557a
+# %% ../../nbs/core/15_train.ipynb #246871ac
 def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
     "Fetch, draw and encode what is missing, and open it. Raises `DataError`, `TextError`, `FetchError`, `LatentsError`."
     if recipe.data.source != "pack":
@@ -66,7 +67,9 @@ def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
     images = data.load(recipe.data, progress)
     texts = [captions.choices(item, recipe.captions.kind) for item in images.items]
     pack = recipe.data.path if recipe.data.source == "pack" else None
-    states = text.text_states(recipe.text.encoder, sorted({t for ts in texts for t in ts}), recipe.text.tokens, progress, pack=pack)
+    asked = [captions.caption(item, recipe.evaluate.captions) for item in images.items]
+    said = sorted({t for ts in [*texts, asked] for t in ts})
+    states = text.text_states(recipe.text.encoder, said, recipe.text.tokens, progress, pack=pack)
     if states.dim != recipe.denoiser.context_in_dim:
         raise text.TextError(f"text encoder '{recipe.text.encoder}' gives {states.dim} numbers a token, "
                              f"but denoiser.context_in_dim = {recipe.denoiser.context_in_dim}")
@@ -79,7 +82,7 @@ def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
     if recipe.latents.autoencoder != "pixels":
         from prx_nb.core.latents import latents_of
         latents = latents_of(images, recipe.latents, progress=progress)
-    return Prepared(images, split, states, texts, rows, latents)
+    return Prepared(images, split, states, texts, rows, asked, latents)
 
 # %% ../../nbs/core/15_train.ipynb #dcf1630f
 @dataclass(frozen=True)
@@ -168,16 +171,16 @@ def objective(model: nn.Module, batch: Batch, flow: FlowMatching, techniques: Se
             losses[type(k).__name__] = extra
     return losses
 
-# %% ../../nbs/core/15_train.ipynb #6617b57f
+# %% ../../nbs/core/15_train.ipynb #20f7ed89
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def validation_set(prepared: Prepared, recipe: Recipe, device: torch.device) -> list[Batch]:
-    "Fixed batches of held-out images with their first caption, the same for every seed and variant."
+    "Fixed batches of held-out images with the caption they are asked for with, the same for every seed and variant."
     held = prepared.heldout
     n = min(recipe.train.validate_samples, len(held))
     index = held[torch.linspace(0, len(held) - 1, n).round().long()]
-    words, mask = prepared.states.gather(prepared.rows[index, 0])
+    words, mask = prepared.states.lookup([prepared.asked[i] for i in index])
     x0 = prepared.clean(index)
     noise = torch.stack([torch.randn(x0.shape[1:], generator=stream(0, "validate", i)) for i in range(n)])
     t = ((torch.randperm(n, generator=stream(0, "validate", "times")) + 0.5) / n).float()

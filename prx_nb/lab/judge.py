@@ -23,13 +23,13 @@ from ..core.seeds import stream
 from ..core.show import picture, to_uint8
 from ..core.train import Prepared, Run
 
-# %% ../../nbs/lab/08_judge.ipynb #e2cff865
+# %% ../../nbs/lab/08_judge.ipynb #ae1d2a74
 @dataclass(frozen=True)
 class Exam:
     "Fixed held-out captions with the images they describe."
     index: Tensor                     # (N,) which images
     items: list[Item]
-    prompts: list[str]                # the first caption of each
+    prompts: list[str]                # what each is asked for with, `evaluate.captions`
     reference: Tensor                 # (N, 3, H, W) in [-1, 1]
 
 
@@ -38,7 +38,7 @@ def exam(prepared: Prepared, recipe: Recipe) -> Exam:
     held = prepared.heldout
     index = held[torch.linspace(0, len(held) - 1, min(recipe.evaluate.samples, len(held))).round().long()]
     index = index[torch.randperm(len(index), generator=stream(0, "exam"))]
-    return Exam(index, [prepared.images.items[i] for i in index], [prepared.texts[i][0] for i in index], prepared.images.batch(index))
+    return Exam(index, [prepared.images.items[i] for i in index], [prepared.asked[i] for i in index], prepared.images.batch(index))
 
 # %% ../../nbs/lab/08_judge.ipynb #6a473fbf
 def draw(run: Run, prepared: Prepared, questions: Exam) -> Tensor:    # (N, 3, H, W) in [-1, 1], on the CPU
