@@ -74,13 +74,22 @@ def finished(job: Job) -> bool:
 BEAT, SILENCE = 5, 120         # seconds between beats, and without one until a run on another machine is given up
 
 
+def _there(process) -> bool:
+    "Whether a process is there and not merely waiting to be forgotten."
+    import psutil
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
 def _process(said: Mapping):
     "The run's process on this machine, if it is this machine and the process is there."
     import psutil
     if said.get("host") == os.uname().nodename:
         with contextlib.suppress(psutil.Error, KeyError):
             process = psutil.Process(said["pid"])
-            if abs(process.create_time() - said["born"]) < 1 and process.status() != psutil.STATUS_ZOMBIE:
+            if abs(process.create_time() - said["born"]) < 1 and _there(process):
                 return process
 
 
@@ -265,7 +274,7 @@ class _Child:
     def at_work(self, folder: Path) -> bool:
         if self.started:
             return self.started.poll() is None
-        return alive(status(folder), folder)
+        return _there(self.found) if self.found else alive(status(folder), folder)
 
     def end(self) -> str:
         code = self.started.returncode if self.started else None

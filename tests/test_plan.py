@@ -1,0 +1,106 @@
+"Plans: what decides a run's key, where runs go, and what is refused before anything is written."
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import nbformat
+import pytest
+from toys import BODY, toy
+
+from prx_nb.core.files import write_json
+from prx_nb.core.recipe import RecipeError
+from prx_nb.lab import plan as planning
+from prx_nb.lab.ablations import AblationError
+from prx_nb.lab.plan import plan, read_job, source_hash
+
+
+@pytest.fixture(autouse=True)
+def steady_source(monkeypatch):
+    "The package's source is not the subject here, and may be edited while the tests run."
+    monkeypatch.setattr(planning, "source_hash", lambda: "source")
+
+
+def test_what_decides_the_result_decides_the_key(tmp_path, monkeypatch):
+    ablation = toy(tmp_path, "ok")
+    key = lambda **kw: plan(ablation, out=kw.pop("out", tmp_path), **kw)[0].key
+    same = key()
+    assert key(out=tmp_path / "elsewhere") == same and key(label="somewhere") == same
+    assert key(timeout=3, cell_timeout=2) == same, "limits do not decide a result"
+    nb = nbformat.read(tmp_path / "toy.ipynb", 4)
+    nb.cells[1].outputs = [nbformat.v4.new_output("stream", text="seen")]
+    nbformat.write(nb, str(tmp_path / "toy.ipynb"))
+    assert key() == same, "outputs do not decide"
+    assert key(overrides={"train.steps": 3}) != same and key(preset="cpu") != same and key(seeds=[1]) != same
+    with monkeypatch.context() as m:
+        m.setattr(planning, "libraries", lambda: {"torch": "0.1"})
+        assert key() != same
+    toy(tmp_path, "ok", body=BODY + "\n# changed")
+    assert key() != same
+
+
+def test_the_source_of_a_run_is_what_a_run_uses(tmp_path):
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "a.py").write_text("1")
+    (tmp_path / "lab" / "report.py").write_text("2")
+    first = source_hash(tmp_path)
+    (tmp_path / "lab" / "report.py").write_text("3")
+    assert source_hash(tmp_path) == first, "the report is not part of a run"
+    (tmp_path / "a.py").write_text("4")
+    assert source_hash(tmp_path) != first
+    for name in planning._NOT_IN_RUNS:
+        assert name == "_modidx.py" or (Path(planning.__file__).parents[1] / name).exists(), f"{name} is excluded but does not exist"
+
+
+def test_plans_go_seed_by_seed_and_points_have_homes_of_their_own(tmp_path):
+    a = toy(tmp_path, "ok", "other", "third")
+    jobs = plan(a, seeds=2, variants=["ok", "third", "ok"], out=tmp_path)
+    assert [j.name for j in jobs] == ["ok-s0", "third-s0", "ok-s1", "third-s1"]
+    assert {j.home for j in jobs} == {tmp_path / "toy" / "smoke"}
+    [point] = plan(a, seeds=[7], variants=["ok"], out=tmp_path, overrides={"train.steps": 3}, label="steps=3")
+    assert point.out == str(tmp_path / "toy" / "smoke@steps=3" / "ok-s7") and point.recipe["train"]["steps"] == 3
+    assert point.parameters == {"variant": "ok", "seed": 7, "preset": "smoke", "overrides": {"train.steps": 3}, "out": point.out}
+
+
+@pytest.mark.parametrize("message, choice", [
+    ("no variant 'okay'; there is ok", dict(variants=["okay"])),
+    ("no variants chosen", dict(variants=[])),
+    ("no preset 'tpu'", dict(preset="tpu")),
+    ("no field 'train.step'; did you mean 'train.steps'", dict(overrides={"train.step": 3})),
+    ("train.steps' = -1", dict(overrides={"train.steps": -1})),
+    ("is what the ablation 'toy' sets itself", dict(overrides={"flow.clamp": 0.1})),
+    ("seeds = 0", dict(seeds=0)), ("seeds = \\[\\]", dict(seeds=[])), ("seeds = \\[0, -1\\]", dict(seeds=[0, -1])),
+    ("timeout = 0", dict(timeout=0)), ("cell_timeout = nan", dict(cell_timeout=float("nan"))),
+])
+def test_bad_choices_are_refused(tmp_path, message, choice):
+    with pytest.raises((AblationError, RecipeError), match=message):
+        plan(toy(tmp_path, "ok"), out=tmp_path / "out", **choice)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_notebooks_are_refused(tmp_path):
+    with pytest.raises(AblationError, match="no ablation 'predict'"):
+        plan("predict", out=tmp_path)
+    a = toy(tmp_path, "ok")
+    nb = json.loads((tmp_path / "toy.ipynb").read_text())
+    tags = nb["cells"][0]["metadata"]
+    for message, change in {"0 cells tagged": lambda: tags.update(tags=[]), "2 cells tagged": lambda: nb["cells"].insert(0, nb["cells"][0]),
+                            "does not know 'out'": lambda: nb["cells"][0].update(source=["variant, seed = 1, 2\n", "preset = 3\noverrides = 4\nvariant = 5\nseed = 6"])}.items():
+        nb = json.loads((tmp_path / "toy.ipynb").read_text())
+        tags = nb["cells"][0]["metadata"]
+        change()
+        (tmp_path / "bad.ipynb").write_text(json.dumps(nb))
+        with pytest.raises(AblationError, match=message):
+            planning.check_parameters(tmp_path / "bad.ipynb", ["variant", "seed", "preset", "overrides", "out"])
+    (tmp_path / "toy.ipynb").write_text("not a notebook")
+    with pytest.raises(AblationError, match="not a notebook"):
+        plan(a, out=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"ablation": "toy"}', '{"surprise": 1}'])
+def test_a_file_that_is_no_job_is_said_to_be_none(tmp_path, text):
+    [job] = plan(toy(tmp_path, "ok"), out=tmp_path)
+    write_json(tmp_path / "job.json", asdict(job))
+    assert read_job(tmp_path / "job.json") == job
+    (tmp_path / "job.json").write_text(text)
+    with pytest.raises(AblationError, match="job.json is no job"):
+        read_job(tmp_path / "job.json")
