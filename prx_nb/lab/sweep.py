@@ -360,6 +360,7 @@ def jobs(self: Sweep,
          out: str | Path | None = None,        # none: the file's
          timeout: float | None = None,         # for entries that do not say
          cell_timeout: float | None = None,
+         limits: Mapping[str, float] = {},     # {preset: timeout}, where neither says
          ) -> list:                            # of `prx_nb.lab.plan.Job`
     "The runs of a sweep: entry by entry, and within an entry seed by seed. Raises `AblationError`."
     from prx_nb.lab.plan import plan
@@ -367,7 +368,7 @@ def jobs(self: Sweep,
     for entry in self.runs:
         mine = [job for point in points(entry)
                 for job in plan(entry.ablation, entry.preset, entry.seeds, entry.variants, point.overrides, out or self.out,
-                                label=point.label, timeout=entry.timeout or timeout, cell_timeout=entry.cell_timeout or cell_timeout)]
+                                point.label, entry.timeout or timeout or limits.get(entry.preset), entry.cell_timeout or cell_timeout)]
         order = {seed: n for n, seed in enumerate(range(entry.seeds) if isinstance(entry.seeds, int) else entry.seeds)}
         found += sorted(mine, key=lambda job: order[job.seed])          # stable: within a seed the order stays
     return found
