@@ -1,5 +1,6 @@
 """The training loop: exact resume after real kills, checkpoints, validation, techniques, faults."""
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +12,13 @@ import torch
 
 from prx_nb.core import captions
 from prx_nb.core import train as training
+from prx_nb.core.checkpoint import CheckpointError, find_checkpoint, new_state, read_checkpoint, restore, save_checkpoint
 from prx_nb.core.denoiser import PRX, Route
 from prx_nb.core.flow import FlowMatching
 from prx_nb.core.recipe import preset
 from prx_nb.core.text import TextError
 from prx_nb.core.train import (
-    CheckpointError, NonFiniteLoss, Run, Technique, add_noise, find_checkpoint, new_state, objective, optimise, prepare, read_batch,
-    read_checkpoint, restore, train, validate, validation_set,
+    NonFiniteLoss, Run, Technique, add_noise, objective, optimise, prepare, read_batch, train, validate, validation_set,
 )
 
 SMOKE = preset("smoke").replace({"train.steps": 10, "train.checkpoint_every": 3, "train.validate_every": 5, "captions.kind": "mixed"})
@@ -39,11 +40,16 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     return find_checkpoint(run.dir / "checkpoint", run.recipe)[0]
 
 
+def plain(run: Run) -> pd.DataFrame:
+    "The curves without the seconds they took."
+    return run.curves[run.curves.name != "seconds"].reset_index(drop=True)
+
+
 def same(a: Run, b: Run) -> None:
     first, second = weights(a), weights(b)
     assert first.keys() == second.keys()
     assert all(first[k].equal(second[k]) for k in first)
-    assert a.curves.equals(b.curves)
+    assert plain(a).equals(plain(b))
 
 
 CHILD = """
@@ -52,9 +58,9 @@ torch.set_num_threads({threads})
 from prx_nb.core import train as t
 from prx_nb.core.recipe import load
 real = t.optimise
-def optimise(state, model, losses, recipe, step, accelerator):
+def optimise(state, losses, recipe, step):
     if step == {at} and {when!r} == "before": os.kill(os.getpid(), {sig})
-    norm = real(state, model, losses, recipe, step, accelerator)
+    norm = real(state, losses, recipe, step)
     if step == {at} and {when!r} == "after": os.kill(os.getpid(), {sig})
     return norm
 t.optimise = optimise
@@ -69,10 +75,14 @@ def test_a_killed_run_goes_on_bit_for_bit(at, when, sig, whole, prepared, tmp_pa
     code = CHILD.format(threads=torch.get_num_threads(), at=at, when=when, sig=int(sig))
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "recipe.json", tmp_path / "run"], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0, done.stderr
-    assert json.loads((tmp_path / "run/record.json").read_text())["status"] == "running"
+    record = json.loads((tmp_path / "run/record.json").read_text())
+    assert (record["status"], record["cause"]) == (("interrupted", "KeyboardInterrupt") if sig == signal.SIGINT else ("running", None))
+    if sig == signal.SIGINT:
+        kept = pd.read_parquet(tmp_path / "run/curves.parquet")
+        assert kept[kept.name == "loss flow"].step.tolist() == list(range(1, at + 1)), "every step before it"
     said = train(SMOKE, tmp_path / "run", prepared=prepared, progress=False)
     same(said, whole)
-    assert said.record["status"] == "done"
+    assert said.record["status"] == "done" and said.record["cause"] is None
 
 
 def test_killed_twice_at_any_moment(whole, prepared, tmp_path):
@@ -110,26 +120,98 @@ def test_finished_runs_are_not_trained_again(whole, prepared, monkeypatch):
 
 def test_another_recipe_in_the_folder_is_refused_and_nothing_lost(whole, prepared):
     before = {p: p.read_bytes() for p in whole.dir.rglob("*") if p.is_file()}
+    assert len(before) == 6
     with pytest.raises(CheckpointError, match=r"optimizer.lr: 0.001 there, 0.002 asked for") as error:
         train(SMOKE.replace("optimizer.lr", 2e-3), whole.dir, prepared=prepared, progress=False)
     assert str(whole.dir) in str(error.value)
     assert {p: p.read_bytes() for p in whole.dir.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "header"])
-def test_a_damaged_checkpoint_is_passed_over(damage, whole, prepared, tmp_path, capsys):
-    import shutil
+DAMAGE = {"truncated": lambda raw: raw[:len(raw) // 2], "empty": lambda raw: b"", "header": lambda raw: b"\xff" * 16 + raw[16:],
+          "one bit": lambda raw: raw[:-1000] + bytes([raw[-1000] ^ 1]) + raw[-999:]}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_used(damage, whole, prepared, tmp_path, capsys):
     shutil.copytree(whole.dir, tmp_path / "run")
     last = sorted((tmp_path / "run/checkpoint").glob("*"))[-1]
-    raw = last.read_bytes()
-    last.write_bytes({"truncated": raw[:len(raw) // 2], "empty": b"", "header": b"\xff" * 16 + raw[16:]}[damage])
-    same(train(SMOKE, tmp_path / "run", prepared=prepared, progress=False), whole)
+    last.write_bytes(DAMAGE[damage](last.read_bytes()))
+    run = train(SMOKE, tmp_path / "run", prepared=prepared, progress=False)
+    same(run, whole)
     said = capsys.readouterr().out
-    assert str(last) in said and "going on from step-0000009" in said
-    for path in (tmp_path / "run/checkpoint").glob("*"):
-        path.write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="delete the folder"):
-        train(SMOKE, tmp_path / "run", prepared=prepared, progress=False)
+    assert "WARNING" in said and str(last) in said and "going on from step-0000009" in said
+    assert run.record["broken_checkpoints"] == [f"{last.name}.broken"] and (last.parent / f"{last.name}.broken").exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_where_every_checkpoint_is_damaged_training_begins_again(damage, whole, prepared, tmp_path, capsys):
+    shutil.copytree(whole.dir, tmp_path / "run")
+    paths = sorted((tmp_path / "run/checkpoint").glob("*"))
+    for path in paths:
+        path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Run.load(tmp_path / "run")
+    assert sorted((tmp_path / "run/checkpoint").glob("*")) == paths, "who only looks changes nothing"
+    run = train(SMOKE, tmp_path / "run", prepared=prepared, progress=False)
+    same(run, whole)
+    assert capsys.readouterr().out.count("training begins again") == len(paths) > 1
+    assert run.record["broken_checkpoints"] == [f"{p.name}.broken" for p in paths] and run.record["status"] == "done"
+    same(Run.load(tmp_path / "run"), whole)
+
+
+def test_any_error_keeps_the_curve_and_the_cause(whole, prepared, tmp_path):
+    class Fails(Technique):
+        def loss(self, step):
+            if step.number == 7:
+                raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space left"):
+        train(SMOKE, tmp_path, prepared=prepared, progress=False, techniques=[Fails()])
+    record, kept = json.loads((tmp_path / "record.json").read_text()), pd.read_parquet(tmp_path / "curves.parquet")
+    assert record["status"] == "failed" and record["cause"].startswith("OSError: ") and "No space left" in record["cause"]
+    first = plain(whole)
+    assert kept[kept.name != "seconds"].reset_index(drop=True).equals(first[first.step <= 7].reset_index(drop=True))
+
+
+def test_a_full_disk_does_not_hide_what_went_wrong(prepared, tmp_path, monkeypatch):
+    class Fails(Technique):
+        def loss(self, step):
+            raise ValueError("the cause")
+
+    def full(self):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(training.Curves, "save", full)
+    with pytest.raises(ValueError, match="the cause"):
+        train(SMOKE, tmp_path, prepared=prepared, progress=False, techniques=[Fails()])
+
+
+def test_progress_and_seconds_are_told(whole, prepared, tmp_path, monkeypatch):
+    told = json.loads((whole.dir / "progress.json").read_text())
+    assert (told["step"], told["steps"]) == (10, 10) and told["seconds"] > 0 and told["at"]
+    seconds = whole.curves[whole.curves.name == "seconds"]
+    assert seconds.step.tolist() == [5, 10] and 0 < seconds.value.iloc[0] < seconds.value.iloc[1]
+    assert seconds.value.iloc[1] <= whole.record["cost"]["train_seconds"]
+
+    def refuse(*a):
+        raise OSError("no")
+    monkeypatch.setattr("prx_nb.core.record.os.replace", refuse)
+    from prx_nb.core.record import Progress
+    Progress(tmp_path, 5).tell(1, 0.1)
+    assert not (tmp_path / "progress.json").exists()
+
+
+def test_a_checkpoint_without_a_recipe_is_damaged_and_one_of_a_newer_version_is_refused(prepared, tmp_path):
+    from safetensors.torch import save_file
+    state = new_state(SMOKE, CPU)
+    save_file({"a": torch.zeros(2)}, tmp_path / "step-0000001.safetensors")
+    with pytest.raises(CheckpointError, match="no step, seconds and recipe"):
+        find_checkpoint(tmp_path, SMOKE)
+    path = save_checkpoint(tmp_path, 2, state, SMOKE, 1.0)
+    tensors, header = read_checkpoint(path)
+    tree = json.loads(header["recipe"]) | {"unheard_of": {"x": 1}}
+    save_file(tensors, path, header | {"recipe": json.dumps(tree)})
+    with pytest.raises(CheckpointError, match="does not know"):
+        find_checkpoint(tmp_path, SMOKE, mend=True)
+    assert path.exists()
 
 
 def test_an_output_folder_that_cannot_be_written_is_noticed_first(tmp_path, monkeypatch):
@@ -156,15 +238,14 @@ def test_loss_that_is_not_finite_stops_the_run(prepared, tmp_path):
 
 def test_a_step_equals_one_written_out_with_torch(prepared):
     "Loss, gradients, clipping, AdamW and the average of three steps, without the loop."
-    from accelerate import Accelerator
     recipe, flow = SMOKE.replace({"ema.decay": 0.7, "optimizer.clip": 0.05}), FlowMatching(SMOKE.flow)
-    state, accelerator = new_state(recipe, CPU), Accelerator(cpu=True)
+    state = new_state(recipe, CPU)
     net = PRX(**recipe.denoiser.model_dump())
     net.load_state_dict(state.model.state_dict())
     peer, average = torch.optim.AdamW(net.parameters(), recipe.optimizer.lr, recipe.optimizer.betas, recipe.optimizer.eps, weight_decay=0), None
     for step in range(3):
         batch = add_noise(read_batch(prepared, recipe, step), recipe, step, CPU)
-        optimise(state, state.model, objective(state.model, batch, flow, number=step), recipe, step, accelerator)
+        optimise(state, objective(state.model, batch, flow, number=step), recipe, step)
         x_t = (1 - batch.t.view(-1, 1, 1, 1)) * batch.x0 + batch.t.view(-1, 1, 1, 1) * batch.noise
         loss = (net(x_t, batch.t, batch.text, batch.mask).prediction - (batch.noise - batch.x0)).square().mean()
         peer.zero_grad()
@@ -325,6 +406,7 @@ def test_record_says_what_it_took(whole):
     cost = record["cost"]
     assert cost["images_seen"] == SMOKE.train.steps * SMOKE.train.batch and cost["parameters"] == sum(p.numel() for p in whole.model.parameters())
     assert cost["train_seconds"] > 0 and cost["peak_memory_mb"] > 50
+    assert cost["flops_step"] > 0 and (cost["energy_joules"] is None) == (cost["energy_source"] is None)
     assert record["metrics"]["val"] == whole.curves[whole.curves.name == "val"].value.iloc[-1]
 
 

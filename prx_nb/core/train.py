@@ -4,35 +4,30 @@
 
 # %% auto #0
 __all__ = ['BINS', 'Prepared', 'prepare', 'Batch', 'read_batch', 'add_noise', 'ahead', 'Step', 'Technique', 'objective',
-           'validation_set', 'validate', 'CheckpointError', 'NonFiniteLoss', 'State', 'restore', 'new_state',
-           'save_checkpoint', 'read_checkpoint', 'find_checkpoint', 'hardware', 'versions', 'git_commit',
-           'update_record', 'peak_memory', 'Curves', 'Run', 'progress_bar', 'learning_rate', 'optimise', 'train']
+           'validation_set', 'validate', 'Run', 'progress_bar', 'learning_rate', 'optimise', 'NonFiniteLoss', 'train',
+           'Clock', 'main']
 
-# %% ../../nbs/core/15_train.ipynb #1a1b7f63
-import importlib.metadata
+# %% ../../nbs/core/15_train.ipynb #24be1732
+import contextlib
 import json
-import os
-import platform
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import captions, data, text
+from . import captions, cost, data, processes, text
+from .checkpoint import CheckpointError, State, find_checkpoint, new_state, restore, save_checkpoint, whole
 from .denoiser import PRX, Output, Route
-from .files import atomic, read_json, require_writable, write_json
+from .files import read_json, require_writable
 from .flow import FlowMatching, timesteps
+from .processes import Place
 from .recipe import Recipe
+from .record import Curves, Progress, git_commit, hardware, now, peak_memory, update_record, versions
 from .seeds import order, stream
 
 # %% ../../nbs/core/15_train.ipynb #5613b06d
@@ -197,170 +192,6 @@ def validate(model: nn.Module, batches: list[Batch], flow: FlowMatching,
     named = {f"val t {low:.1f}-{high:.1f}": error[(t >= low) & (t < high)].mean().item() for low, high in zip(BINS, BINS[1:])}
     return {"val": error.mean().item()} | named
 
-# %% ../../nbs/core/15_train.ipynb #a3a8bb20
-class CheckpointError(RuntimeError):
-    "A checkpoint is of another recipe, or none can be read."
-
-
-class NonFiniteLoss(RuntimeError):
-    "Training stopped because the loss is not a finite number."
-
-
-@dataclass
-class State:
-    "What training changes."
-    model: PRX
-    ema: torch.optim.swa_utils.AveragedModel | None
-    optimizer: torch.optim.Optimizer
-    techniques: nn.ModuleList
-
-    def tensors(self) -> dict[str, Tensor]:
-        "Every tensor by name."
-        named = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        named |= {f"techniques.{k}": v for k, v in self.techniques.state_dict().items()}
-        named |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()} if self.ema else {}
-        for i, memory in self.optimizer.state_dict()["state"].items():
-            named |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in memory.items()}
-        return named
-
-# %% ../../nbs/core/15_train.ipynb #7e580a71
-def restore(state: State, named: dict[str, Tensor]) -> None:
-    "Put tensors back where `State.tensors` found them."
-    part = lambda prefix: {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
-    state.model.load_state_dict(part("model."))
-    state.techniques.load_state_dict(part("techniques."))
-    if state.ema:
-        state.ema.load_state_dict(part("ema."))
-    memory = {}
-    for name, value in part("optimizer.").items():
-        number, key = name.split(".", 1)
-        memory.setdefault(int(number), {})[key] = value
-    state.optimizer.load_state_dict({"state": memory, "param_groups": state.optimizer.state_dict()["param_groups"]})
-
-# %% ../../nbs/core/15_train.ipynb #a6bd9e46
-def new_state(recipe: Recipe, device: torch.device, techniques: Sequence[Technique] = ()) -> State:
-    "Fresh weights (drawn from the recipe's seed), optimizer and average."
-    model = PRX(**recipe.denoiser.model_dump()).initialise(stream(recipe.seed, "weights")).to(device)
-    techniques = nn.ModuleList(techniques).to(device)
-    o, average = recipe.optimizer, None
-    optimizer = torch.optim.AdamW([*model.parameters(), *techniques.parameters()], o.lr, o.betas, o.eps, o.weight_decay, fused=True)
-    if recipe.ema.decay > 0:
-        blend = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema.decay)
-        average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=blend).requires_grad_(False)
-    return State(model, average, optimizer, techniques)
-
-# %% ../../nbs/core/15_train.ipynb #6bd5d71d
-def save_checkpoint(folder: Path, step: int, state: State, recipe: Recipe, seconds: float) -> Path:
-    "Write the state after `step` steps, atomically, and drop all but the last few checkpoints."
-    path = folder / f"step-{step:07d}.safetensors"
-    header = {"step": str(step), "seconds": repr(seconds), "recipe": json.dumps(recipe.model_dump(mode="json"))}
-    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.tensors().items()}
-    with atomic(path) as part:
-        save_file(tensors, part, header)
-    for old in sorted(folder.glob("step-*.safetensors"))[:-recipe.train.keep]:
-        old.unlink()
-    return path
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    "Tensors and header of a checkpoint. Raises `CheckpointError`, which names the file."
-    try:
-        with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
-
-# %% ../../nbs/core/15_train.ipynb #a6e887bf
-def find_checkpoint(folder: Path, recipe: Recipe, say: Callable[[str], None] = print,
-                    ) -> tuple[dict[str, Tensor], dict[str, str]] | None:  # tensors and header; none: nothing saved yet
-    "The newest readable checkpoint of this recipe. Raises `CheckpointError`."
-    broken = []
-    for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
-        try:
-            tensors, header = read_checkpoint(path)
-        except CheckpointError as error:
-            broken.append(str(error))
-            continue
-        if changed := recipe.diff(Recipe.model_validate_json(header["recipe"])):
-            what = "; ".join(f"{k}: {old!r} there, {new!r} asked for" for k, (old, new) in list(changed.items())[:4])
-            raise CheckpointError(f"{folder} holds a run of another recipe ({what}); choose another output folder or delete it")
-        for line in broken:
-            say(f"{line}; going on from {path.name}")
-        return tensors, header
-    if broken:
-        raise CheckpointError("; ".join(broken) + "; delete the folder to train from the start")
-    return None
-
-# %% ../../nbs/core/15_train.ipynb #013ccba8
-def hardware(device: torch.device) -> str:
-    "The machine in words."
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores"
-
-
-def versions() -> dict[str, str]:
-    "Versions that a result may depend on."
-    found = {"python": platform.python_version()}
-    for name in ("prx-nb", "torch", "numpy", "accelerate", "torchmetrics", "transformers", "diffusers"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return found
-
-
-def git_commit() -> str | None:
-    "The commit of the checkout this package runs from, with `-dirty` for uncommitted changes; none outside one."
-    run = lambda *a: subprocess.run(["git", *a], cwd=Path(data.__file__).parent, capture_output=True, text=True)
-    done = run("rev-parse", "--short=12", "HEAD")
-    dirty = "-dirty" if run("status", "--porcelain", "-uno").stdout.strip() else ""
-    return done.stdout.strip() + dirty if done.returncode == 0 else None
-
-# %% ../../nbs/core/15_train.ipynb #2bb6383e
-def update_record(folder: str | Path, **parts) -> dict:
-    "Merge `parts` into a run's `record.json` (dictionaries key by key) and return the whole."
-    path = Path(folder) / "record.json"
-    record = read_json(path) if path.exists() else {}
-    for name, value in parts.items():
-        record[name] = {**record.get(name, {}), **value} if isinstance(value, dict) else value
-    write_json(path, record)
-    return record
-
-
-def peak_memory(device: torch.device) -> float:
-    "Most memory held so far, MB: of the GPU, or of this process."
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    try:                                             # Linux: getrusage would count the parent's memory before exec too
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024 / 1e6
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-# %% ../../nbs/core/15_train.ipynb #635dceae
-class Curves:
-    "Numbers by step: rows of (step, name, value), kept in `curves.parquet`."
-
-    def __init__(self, folder: Path, until: int = 0):    # rows of steps after `until` are forgotten: they will come again
-        self.path, self.rows = folder / "curves.parquet", []
-        if until and self.path.exists():
-            import pandas as pd
-            self.rows = [r for r in pd.read_parquet(self.path).itertuples(index=False, name=None) if r[0] <= until]
-
-    def add(self, step: int, **values: float) -> None:
-        self.rows += [(step, name, float(value)) for name, value in values.items()]
-
-    def save(self) -> None:
-        import pandas as pd
-        with atomic(self.path) as part:
-            pd.DataFrame(self.rows, columns=["step", "name", "value"]).to_parquet(part)
-
 # %% ../../nbs/core/15_train.ipynb #3571fff9
 @dataclass(frozen=True)
 class Run:
@@ -415,12 +246,11 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     fall = (steps - step) / max(1, o.cooldown * steps)
     return o.lr * min(1, rise, fall)
 
-# %% ../../nbs/core/15_train.ipynb #9e7348e8
-def optimise(state: State, model: nn.Module, losses: dict[str, Tensor], recipe: Recipe, step: int, accelerator) -> Tensor:
-    "Backward, clip, warm-up, step, average. Returns the gradient norm before clipping."
-    accelerator.backward(sum(losses.values()))
-    parameters = [*model.parameters(), *state.techniques.parameters()]
-    norm = accelerator.clip_grad_norm_(parameters, recipe.optimizer.clip)
+# %% ../../nbs/core/15_train.ipynb #e6772abb
+def optimise(state: State, losses: dict[str, Tensor], recipe: Recipe, step: int) -> Tensor:
+    "Backward, clip by the norm over all processes' shares, warm-up, step, average. Returns the norm before clipping."
+    sum(losses.values()).backward()
+    norm = whole(nn.utils.clip_grad_norm_(state.parameters(), recipe.optimizer.clip))
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step)
     state.optimizer.step()
@@ -429,17 +259,19 @@ def optimise(state: State, model: nn.Module, losses: dict[str, Tensor], recipe: 
         state.ema.update_parameters(state.model)
     return norm
 
-# %% ../../nbs/core/15_train.ipynb #daf9d169
-def _check_finite(losses: dict[str, float], step: int, recipe: Recipe, out: Path, curves: Curves) -> None:
+# %% ../../nbs/core/15_train.ipynb #6aec1b74
+class NonFiniteLoss(RuntimeError):
+    "Training stopped because the loss is not a finite number."
+
+# %% ../../nbs/core/15_train.ipynb #d306aa4b
+def _check_finite(losses: dict[str, float], step: int, recipe: Recipe, out: Path) -> None:
     "Stop at a loss that is not a finite number."
     bad = {k: v for k, v in losses.items() if not torch.isfinite(torch.tensor(v))}
     if bad:
-        curves.save()
-        update_record(out, status="failed", cause=f"loss not finite at step {step}: {bad}".replace("'", ""))
-        raise NonFiniteLoss(f"loss is {', '.join(f'{v} ({k})' for k, v in bad.items())} at step {step} of recipe {recipe.key} "
+        raise NonFiniteLoss(f"loss not finite, {', '.join(f'{v} ({k})' for k, v in bad.items())}, at step {step} of recipe {recipe.key} "
                             f"({out / 'recipe.json'}); checkpoints from before it are kept in {out / 'checkpoint'}")
 
-# %% ../../nbs/core/15_train.ipynb #1d48162e
+# %% ../../nbs/core/15_train.ipynb #d11fa53e
 def train(recipe: Recipe,
           out: str | Path,                          # the run's folder; a run that was interrupted there goes on
           *,
@@ -449,84 +281,178 @@ def train(recipe: Recipe,
           trackers: Sequence[str] = (),             # names accelerate knows: tensorboard, trackio, wandb
           techniques: Sequence[Technique] = (),
           ) -> Run:
-    "Train a recipe. Raises `CheckpointError`, `NonFiniteLoss`, `OSError` and what `prepare` raises."
+    "Train a recipe. Raises `CheckpointError`, `NonFiniteLoss`, `ProcessDied`, `OSError` and what `prepare` raises."
     out = require_writable(out)
-    found = find_checkpoint(require_writable(out / "checkpoint"), recipe)
-    accelerator, device = _accelerator(device, trackers, out, recipe)
-    prepared = prepared or prepare(recipe, progress)
-    state = new_state(recipe, device, techniques)
-    first, before = 0, 0.0
+    if recipe.train.processes > 1 and techniques:
+        raise ValueError(f"train.processes = {recipe.train.processes} with techniques passed by hand: "
+                         "other processes cannot be given them; train in one")
+    if recipe.train.processes > 1 and not processes.launched():
+        return _launch(recipe, out, progress, prepared, device, trackers)
+    place = processes.join(device, recipe.train.processes)
+    found = place.after_main(lambda: _find(out, recipe, place))
+    prepared = prepared or place.after_main(lambda: prepare(recipe, progress and place.main))
+    state = new_state(recipe, place.device, techniques)
+    model = processes.spread(state, place, recipe)
     if found:
         restore(state, found[0])
-        first, before = int(found[1]["step"]), float(found[1]["seconds"])
-    if accelerator.is_main_process:
+    _train(recipe, out, state, model, prepared, place, found[1] if found else {}, progress and place.main, trackers)
+    return Run.load(out, place.device)
+
+# %% ../../nbs/core/15_train.ipynb #ebf1fc13
+def _find(out: Path, recipe: Recipe, place: Place) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    "The checkpoint to go on from. Damaged ones are put aside and named in the record."
+    folder = require_writable(out / "checkpoint")
+    found = find_checkpoint(folder, recipe, print if place.main else lambda line: None, mend=place.main)
+    if place.main and (broken := sorted(p.name for p in folder.glob("*.broken"))):
+        update_record(out, broken_checkpoints=broken)
+    return found
+
+
+def _launch(recipe: Recipe, out: Path, progress: bool, prepared: Prepared | None, device, trackers: Sequence[str]) -> Run:
+    "Train in several processes, started here."
+    kind = processes.places(recipe, device)
+    found = _find(out, recipe, Place(torch.device("cpu")))
+    if found and int(found[1]["step"]) == recipe.train.steps and read_json(out / "record.json").get("status") == "done":
+        return Run.load(out, kind)
+    if prepared is None:
+        prepare(recipe, progress)                                  # fetched and encoded once, not by each
+    try:
+        processes.launch(recipe, out, device=kind, progress=progress, trackers=list(trackers))
+    except processes.ProcessDied as error:                         # who was killed could not say so
+        update_record(out, status="failed", cause=str(error))
+        raise
+    return Run.load(out, kind)
+
+# %% ../../nbs/core/15_train.ipynb #7d363b73
+def _train(recipe: Recipe, out: Path, state: State, model: nn.Module, prepared: Prepared, place: Place, header: dict[str, str],
+           progress: bool, trackers: Sequence[str]) -> None:
+    "Train from where the checkpoint with this header left off (empty: from the start) and keep the record."
+    first, curves = int(header.get("step", 0)), Curves(out, int(header.get("step", 0)))
+    if place.main:
         recipe.save(out / "recipe.json")
-        update_record(out, status="running", recipe_key=recipe.key, seed=recipe.seed, git_commit=git_commit(), versions=versions(),
-                      hardware=hardware(device), **({} if first else {"started": _now()}))
-    seconds = _loop(recipe, out, state, prepared, accelerator, first, before, progress)
-    if accelerator.is_main_process:
-        _finish(recipe, out, state, seconds, device)
-    accelerator.end_training()
-    return Run.load(out, device)
+        update_record(out, status="running", cause=None, recipe_key=recipe.key, seed=recipe.seed, git_commit=git_commit(), versions=versions(),
+                      hardware=hardware(place.device), cost={"flops_step": cost.flops_step(recipe)},
+                      **({} if first else {"started": now()}))
+    tracker, clock = _tracker(trackers, out, recipe, place), Clock(place, header)
+    try:
+        with clock:
+            _loop(recipe, out, state, model, prepared, place, first, clock, curves, progress, tracker)
+    except BaseException as error:
+        if place.main:
+            with contextlib.suppress(OSError):                     # a full disk must not hide what went wrong
+                curves.save()
+                update_record(out, status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
+                              cause=f"{type(error).__name__}: {error}".removesuffix(": "))
+        raise
+    if place.main:
+        _finish(recipe, out, state, place, clock, curves)
+    tracker.end_training()
 
-# %% ../../nbs/core/15_train.ipynb #ed8a574f
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _accelerator(device, trackers: Sequence[str], out: Path, recipe: Recipe):
-    "Accelerate's view of the machine. Precision is our own affair (autocast in the loop), so one process can train many recipes."
-    from accelerate import Accelerator
-    cpu = str(device) == "cpu" or not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=cpu, log_with=list(trackers) or None, project_dir=str(out))
-    if trackers:
-        from prx_nb.core.recipe import flatten
-        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flatten(recipe).items()}
-        accelerator.init_trackers("prx_nb", plain)
-    return accelerator, accelerator.device
-
-
-def _finish(recipe: Recipe, out: Path, state: State, seconds: float, device: torch.device) -> None:
+# %% ../../nbs/core/15_train.ipynb #5b44d640
+def _finish(recipe: Recipe, out: Path, state: State, place: Place, clock: "Clock", curves: Curves) -> None:
     "The last lines of the record."
-    import pandas as pd
-    curves = pd.read_parquet(out / "curves.parquet")
-    final = curves[curves.name.str.startswith("val")].groupby("name").value.last().to_dict()
-    update_record(out, status="done", finished=_now(), metrics=final, cost={
-        "train_seconds": seconds, "step_seconds": seconds / recipe.train.steps, "images_seen": recipe.train.steps * recipe.train.batch,
-        "peak_memory_mb": peak_memory(device), "parameters": sum(p.numel() for p in state.model.parameters())})
+    curves.save()
+    update_record(out, status="done", finished=now(), metrics=curves.last("val"), cost={
+        "train_seconds": clock.total, "step_seconds": clock.total / recipe.train.steps,
+        "images_seen": recipe.train.steps * recipe.train.batch, "peak_memory_mb": peak_memory(place.device),
+        "parameters": sum(p.numel() for p in state.model.parameters()),
+        "energy_joules": clock.spent, "energy_source": clock.meter.source if clock.spent is not None else None})
 
-# %% ../../nbs/core/15_train.ipynb #4b358110
-def _loop(recipe: Recipe, out: Path, state: State, prepared: Prepared, accelerator, first: int, before: float, progress: bool) -> float:
-    "Steps `first` to the last; returns the seconds of training so far, those before an interruption included."
-    c, device, flow = recipe.train, accelerator.device, FlowMatching(recipe.flow)
-    model, state.optimizer = accelerator.prepare(state.model, state.optimizer)
+
+def _tracker(names: Sequence[str], out: Path, recipe: Recipe, place: Place):
+    "Whom to tell the numbers: accelerate's trackers, or nobody."
+    if not names:
+        from types import SimpleNamespace
+        return SimpleNamespace(log=lambda values, step: None, end_training=lambda: None)
+    from accelerate import Accelerator
+
+    from prx_nb.core.recipe import flatten
+    accelerator = Accelerator(cpu=place.device.type == "cpu", log_with=list(names), project_dir=str(out))
+    plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flatten(recipe).items()}
+    accelerator.init_trackers("prx_nb", plain)
+    return accelerator
+
+# %% ../../nbs/core/15_train.ipynb #7f6600d0
+class Clock:
+    "Seconds and joules of training so far, those before an interruption included. `with` it around the loop."
+
+    def __init__(self, place: Place, header: dict[str, str]):      # of the checkpoint it goes on from; empty: the start
+        self.place, self.meter = place, cost.Energy(place.device)
+        self.before = float(header.get("seconds", 0.0))
+        self.spent_before = json.loads(header.get("joules", "null")) if header else 0.0
+        self.total, self.spent = self.before, self.spent_before
+
+    def __enter__(self) -> "Clock":
+        self.began = time.perf_counter()
+        self.meter.start()
+        return self
+
+    def seconds(self) -> float:
+        "Seconds so far."
+        self.total = self.before + time.perf_counter() - self.began
+        return self.total
+
+    def joules(self) -> float | None:
+        "Joules so far, of all GPUs or of the machine; none if unknown. All processes must ask together."
+        now = self.meter.joules
+        now = float("nan") if now is None or self.spent_before is None else now
+        every = self.place.total(now) if self.place.device.type == "cuda" else now
+        self.spent = every + self.spent_before if every == every else None
+        return self.spent
+
+    def __exit__(self, *error) -> None:
+        self.meter.stop()
+
+# %% ../../nbs/core/15_train.ipynb #2a66e9b7
+def _loop(recipe: Recipe, out: Path, state: State, model: nn.Module, prepared: Prepared, place: Place, first: int, clock: Clock,
+          curves: Curves, progress: bool, tracker) -> None:
+    "Steps `first` to the last."
+    c, device, flow, part = recipe.train, place.device, FlowMatching(recipe.flow), place.part(recipe.train.batch)
     model = torch.compile(model) if c.compile and device.type == "cuda" else model
-    share = c.batch // accelerator.num_processes
-    part = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=c.precision == "bf16" and device.type == "cuda")
-    fixed, curves, late = validation_set(prepared, recipe, device), Curves(out, first), []
-    (tell, tick), began = progress_bar(first, c.steps, progress and accelerator.is_main_process), time.perf_counter()
+    fixed, late, (tell, tick) = validation_set(prepared, recipe, device), [], progress_bar(first, c.steps, progress)
+    far = Progress(out, c.steps) if place.main else None
     read = lambda step: read_batch(prepared, recipe, step, part)
     for step, batch in enumerate(ahead(read, range(first, c.steps), device.type == "cuda"), first):
         with autocast():
             losses = objective(model, add_noise(batch, recipe, step, device, part), flow, state.techniques, step)
-        norm, done = optimise(state, model, losses, recipe, step, accelerator), step + 1
+        norm, done = optimise(state, losses, recipe, step), step + 1
         late.append((done, {f"loss {k}": v.detach() for k, v in losses.items()} | {"gradient norm": norm}))
         looks, saves = (done % n == 0 or done == c.steps for n in (c.validate_every, c.checkpoint_every))
         if device.type == "cpu" or len(late) == 20 or looks or saves:               # reading a number waits for the GPU
             for at, values in late:
-                latest = {k: accelerator.reduce(v, "mean").item() for k, v in values.items()}
+                latest = place.mean(values)
                 curves.add(at, **latest)
-                _check_finite(latest, at, recipe, out, curves)
+                _check_finite(latest, at, recipe, out)
             tell(" ".join(f"{k} {v:.4f}" for k, v in latest.items() if k.startswith("loss")))
             late.clear()
         if looks:
             with autocast():
                 errors = validate(state.ema.module if state.ema else state.model, fixed, flow)
-            curves.add(done, **errors)
-            accelerator.log(latest | errors, step=done)
-        if saves and accelerator.is_main_process:
-            curves.save()
-            save_checkpoint(out / "checkpoint", done, state, recipe, before + time.perf_counter() - began)
+            curves.add(done, **errors, seconds=clock.seconds())
+            tracker.log(latest | errors, step=done)
+        if saves:
+            if place.main:
+                curves.save()
+            save_checkpoint(out / "checkpoint", done, state, recipe, clock.seconds(), clock.joules(), place.main)
         tick()
-    return before + time.perf_counter() - began
+        if far:
+            far.tell(done, clock.seconds())
+
+# %% ../../nbs/core/15_train.ipynb #94dfca76
+def main(recipe: str,                      # a file
+         out: str,                         # the run's folder
+         options: str = "{}",              # JSON: arguments of `train`, and `faults`, a folder for what goes wrong
+         ) -> None:
+    "Train the recipe in a file."
+    given = json.loads(options)
+    with processes.as_one_of_several(given.pop("faults", None)):
+        train(Recipe.load(recipe), out, **given)
+        if processes.launched():
+            torch.distributed.destroy_process_group()
+
+# %% ../../nbs/core/15_train.ipynb #fd3689b1
+if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "prx_nb.core.train":   # python -m
+    from prx_nb.core import train as this                          # its classes, not a second set of them
+
+    this.main(*sys.argv[1:])
