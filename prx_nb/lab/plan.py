@@ -99,7 +99,7 @@ def pretend_ablation(folder: str | Path,      # toy.ipynb is written there
     return Ablation(name, str(path), "Does it run?", variants[0], {v: {"flow.clamp": 0.05 + i / 100} for i, v in enumerate(variants)})
 
 # %% ../../nbs/lab/02_plan.ipynb #f1a248b9
-_NOT_IN_RUNS = ("_modidx.py", *(f"lab/{name}.py" for name in ("batch", "slurm", "sweep", "watch", "calibration", "results", "figures", "page", "report", "docs", "cli")))
+_NOT_IN_RUNS = ("_modidx.py", *(f"lab/{name}.py" for name in ("batch", "slurm", "sweep", "watch", "calibration", "results", "figures", "page", "report", "docs", "cli", "cli_data")))
 
 # %% ../../nbs/lab/02_plan.ipynb #1a832350
 def source_hash(folder: Path | None = None,   # none: the installed prx_nb
