@@ -1,27 +1,18 @@
-"Reports from files: tables against a computation by hand, damaged and missing files, pages, publishing."
+"Reports as files: what a page says, a page over a sweep, the report notebook, publishing."
 import json
 import math
+import re
 import shutil
-from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from test_page import Reader
 
-from prx_nb.lab import ablations, report, results
+from prx_nb.lab import ablations, figures, report, results
 
 TOY = ablations.get("prediction_target")
-
-
-def write_run(home, variant, seed, metrics, **more):
-    folder = home / f"{variant}-s{seed}"
-    folder.mkdir(parents=True)
-    record = {"status": "done", "ablation": "prediction_target", "variant": variant, "preset": "smoke", "seed": seed, "recipe_key": "k",
-              "metrics": metrics, "cost": {"train_seconds": 10.0, "total_seconds": 20.0 + seed}, "hardware": "h", "versions": {}, "git_commit": None}
-    (folder / "record.json").write_text(json.dumps(record | more))
-    (folder / "status.json").write_text(json.dumps({"state": "done"}))
-    return folder
 
 
 @pytest.fixture
@@ -29,117 +20,169 @@ def home(tmp_path):
     return results.pretend_runs(tmp_path)
 
 
-def test_table_by_hand(tmp_path):
-    rng = np.random.default_rng(0)
-    v, x = rng.normal(2, 0.5, 4), rng.normal(1, 0.5, 4)
-    for s in range(4):
-        write_run(tmp_path, "v", s, {"FD[a]": v[s], "val": 1.0})
-        write_run(tmp_path, "x", s, {"FD[a]": x[s], "val": 1.0})
-    write_run(tmp_path, "x", 9, {"FD[a]": 3.0})                       # no partner: counts for the mean, not for the difference
-    rows = results.table(results.collect(tmp_path), TOY).set_index(["metric", "variant"])
-    ours, low_high = rows.loc[("FD[a]", "x")], stats.ttest_rel(x, v).confidence_interval()
-    assert ours["mean"] == pytest.approx(np.mean([*x, 3.0])) and ours.seeds == 5 and ours.seconds == pytest.approx((20 + 21 + 22 + 23 + 29) / 5)
-    assert ours.difference == pytest.approx((x - v).mean())
-    assert (ours.difference_low, ours.difference_high) == pytest.approx((low_high.low, low_high.high))
-    assert ours.verdict == ("better" if low_high.high < 0 else "worse" if low_high.low > 0 else "not distinguishable")
-    assert rows.loc[("FD[a]", "v")].verdict == "baseline" and math.isnan(rows.loc[("FD[a]", "v")].difference)
-    assert rows.loc[("val", "x")].verdict == "not distinguishable"
-
-
-def test_direction_of_better(tmp_path):
-    for s in range(3):
-        write_run(tmp_path, "v", s, {"KID[a]": 1.0 + s, "retrieval@1[a]": 0.1 + s / 10})
-        write_run(tmp_path, "eps", s, {"KID[a]": 1.5 + s + s / 100, "retrieval@1[a]": 0.3 + s / 10 + s / 1000})
-    rows = results.table(results.collect(tmp_path), TOY).set_index(["metric", "variant"]).verdict
-    assert rows[("KID[a]", "eps")] == "worse" and rows[("retrieval@1[a]", "eps")] == "better"
-    said = results.sentences(results.table(results.collect(tmp_path), TOY), TOY)
-    assert said == ["eps against v (3 seeds): worse on KID[a]; better on retrieval@1[a].",
-                    "2 comparisons were made, each at 95%: about 0.1 would look like a difference by chance alone."]
-
-
-def test_only_whole_finished_records_count(tmp_path):
-    write_run(tmp_path, "v", 0, {"val": 1.0})
-    write_run(tmp_path, "v", 1, {"val": 1.0}, status="running")
-    (write_run(tmp_path, "v", 2, {"val": 1.0}) / "record.json").write_text('{"status": "done", "abl')
-    shutil.copytree(tmp_path / "v-s0", tmp_path / ".replaced" / "v-s0")
-    (tmp_path / "v-s1" / "status.json").write_text(json.dumps({"state": "timeout", "error": "stopped by the driver"}))
-    assert list(results.collect(tmp_path).seed) == [0]
-    assert results.unfinished(tmp_path) == [("v-s1", "timeout", "stopped by the driver")]
-
-
-def test_what_cannot_be_reported_on(tmp_path):
-    with pytest.raises(results.ReportError, match="no finished run in .*prx-nb ablate"):
-        results.collect(tmp_path)
-    write_run(tmp_path, "v", 0, {})
-    write_run(tmp_path, "x", 0, {}, preset="gpu")
-    with pytest.raises(results.ReportError, match="mixes runs of"):
-        results.collect(tmp_path)
-
-
-class Page(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.images, self.outside, self.open = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        attrs = dict(attrs)
-        if tag == "img":
-            self.images.append(attrs)
-        self.outside += [v for k, v in attrs.items() if k in ("src", "href") and not v.startswith("data:")]
-        if tag not in ("img", "meta"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+def change(path, **more):
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
 
 
 def test_pages_hold_all_and_need_nothing_else(home):
-    made = report.write_report(home, TOY)
-    assert list(pd.read_csv(made / "table.csv").columns) == list(report.COLUMNS)
-    page = Page()
-    page.feed((made / "report.html").read_text())
-    assert page.open == [] and page.outside == [] and len(page.images) == 3 and all(i["alt"] for i in page.images)
-    text = (made / "report.md").read_text()
-    for word in ("FID 18.20 -> 16.80", "prx-nb ablate prediction_target --preset smoke --seeds 3", "retrieval@1[invented]", "](samples.png)"):
-        assert word in text
-    assert all((made / f"{n}.png").stat().st_size > 5000 for n in ("samples", "metrics", "curves"))
+    page = report.write_report(home)
+    made = home / "report"
+    assert page.folder == made and list(pd.read_csv(made / "table.csv").columns) == list(results.COLUMNS)
+    assert {"variant", "total_seconds", "flops", "energy_joules"} <= set(pd.read_csv(made / "cost.csv").columns)
+    text = (made / "report.html").read_text()
+    read = Reader(text)
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in read.links), "nothing from elsewhere"
+    assert len(read.images) == 10 and all(len(i["alt"]) > 20 for i in read.images) and 'name="viewport"' in text
+    words = (made / "report.md").read_text()
+    for word in ("FID 18.20 -> 16.80", "prx-nb ablate prediction_target --preset smoke --variants v,x --seeds 3", "retrieval@1[invented]", "](samples.png)",
+                 "not measured here", "No metric here is of the kind of CMMD and DINO-MMD", "metrics were not calibrated here"):
+        assert word in words, word
+    titles = re.findall(r"^## (.+)$", words, re.M)
+    assert titles == ["Verdict", "Samples", "Results", "Curves", "Cost", "Runs", "How to make it again"]
+    assert words.index("| variant | metric |") < words.index("## Samples") and all(f"{n}.png" in words for n in ("curves", "curves-seconds", "pareto", "metrics"))
 
 
-def test_a_report_stands_without_samples_and_curves_and_names_failures(home):
-    for path in [*home.rglob("samples.safetensors"), *home.rglob("curves.parquet")]:
+def test_the_table_on_the_page_is_the_table_in_the_file(home):
+    report.write_report(home)
+    rows = pd.read_csv(home / "report" / "table.csv").set_index(["metric", "variant"])
+    line = next(line for line in (home / "report" / "report.md").read_text().splitlines() if line.startswith("| eps | FD[invented]"))
+    r = rows.loc[("FD[invented]", "eps")]
+    assert results.in_words(r.difference, r.difference_low, r.difference_high, "+") in line and f"| {r.verdict} |" in line
+
+
+def test_a_report_stands_on_whatever_is_left_and_names_failures(home):
+    for path in [*home.rglob("samples.safetensors"), *home.rglob("curves.parquet"), *home.rglob("recipe.json"), *home.rglob("job.json")]:
         path.unlink()
-    (home / "v-s2" / "status.json").write_text(json.dumps({"state": "dead kernel", "error": "Kernel <died>"}))
-    made = report.write_report(home, TOY)
-    assert not (made / "samples.png").exists() and "dead kernel. Kernel &lt;died&gt;" in (made / "report.html").read_text()
+    (home / "x-s0" / "samples.safetensors").write_bytes(b"\xff" * 20)
+    (home / "x-s0" / "curves.parquet").write_bytes(b"PAR1")
+    (home / "v-s2" / "status.json").write_text(json.dumps({"state": "dead kernel", "error": "Kernel <died>", "attempt": 2}))
+    change(home / "x-s1" / "status.json", attempt=2, history=[{"state": "host gone", "error": "not heard of"}])
+    report.write_report(home)
+    text = (home / "report" / "report.html").read_text()
+    assert not (home / "report" / "samples.png").exists() and "Kernel &lt;died&gt;" in text and "1 run did not finish" in text
+    words = (home / "report" / "report.md").read_text()
+    assert "| v-s2 | dead kernel | 2 |" in words and "x-s1 was done at attempt 2, after: host gone, not heard of" in words
 
 
-def test_differing_hardware_is_said(tmp_path):
-    write_run(tmp_path, "v", 0, {"val": 1.0})
-    write_run(tmp_path, "x", 0, {"val": 1.0}, hardware="another")
-    assert "hardware differs between runs" in (report.write_report(tmp_path, TOY) / "report.md").read_text()
+def test_baseline_alone_and_one_seed(home):
+    for path in home.iterdir():
+        if not path.name.endswith("-s0"):
+            shutil.rmtree(path)
+    report.write_report(home)
+    words = (home / "report" / "report.md").read_text()
+    assert "One seed says nothing about chance" in words and "one seed, no verdict" in words and "one seed, cannot tell" in words and "nan" not in words.replace("dominant", "")
+    for variant in ("x", "eps"):
+        shutil.rmtree(home / f"{variant}-s0")
+    report.write_report(home)
+    words = (home / "report" / "report.md").read_text()
+    assert "Only the baseline has been run" in words and "--variants v --seeds 1" in words and "nan" not in words
+
+
+def test_disagreement_comes_with_the_reason(home):
+    for seed in range(3):
+        path = home / f"x-s{seed}" / "record.json"
+        found = json.loads(path.read_text())
+        change(path, metrics=found["metrics"] | {"FD[invented]": 500.0 + seed})
+    report.write_report(home)
+    words = (home / "report" / "report.md").read_text()
+    assert re.search(r"\*\*Disagrees\*\*: x was better in FID there, and is not in FD\[invented\] here\. Why that may be: The published runs", words)
+    assert words.count(TOY.caveat[:40]) == 1
+
+
+def test_differing_hardware_is_said(home):
+    change(home / "x-s0" / "record.json", hardware="another")
+    report.write_report(home)
+    words = (home / "report" / "report.md").read_text()
+    assert "Not all runs were made alike" in words and "hardware is another for x-s0" in words
+
+
+def test_a_null_check_has_its_own_part(tmp_path):
+    name = next((a.name for a in ablations.ABLATIONS.values() if getattr(a, "seed_shift", None)), None)
+    if name is None:
+        pytest.skip("no null check is declared")
+    home = results.pretend_runs(tmp_path, 6, name)
+    report.write_report(home)
+    words = (home / "report" / "report.md").read_text()
+    assert "How often chance decides" in words and "](chance.png)" in words and "KID[invented] | " in words.split("How often chance decides")[1]
+
+
+def test_bands_are_the_intervals_of_the_mean():
+    values = pd.DataFrame(np.random.default_rng(0).normal(size=(6, 4)))
+    values.iloc[2, 1:3] = np.nan
+    band = figures.band(values)
+    for i, row in values.iterrows():
+        seen = row.dropna()
+        low, high = stats.t.interval(0.95, len(seen) - 1, seen.mean(), stats.sem(seen))
+        assert band.loc[i].tolist() == pytest.approx([seen.mean(), low, high])
+    assert figures.band(values[[0]]).low.isna().all()
+
+
+def test_every_variant_has_its_own_look_and_the_baseline_comes_first():
+    many = ablations.Ablation("a", "a.ipynb", "?", "v3", {f"v{i}": {} for i in range(20)})
+    looks = figures.look(many)
+    assert looks["v3"][0] == figures.COLOURS[0] and len(set(looks.values())) == 20
+
+
+def test_summary_over_a_sweep(home, tmp_path):
+    homes = [home, *(results.pretend_runs(tmp_path, label=f"optimizer.lr={lr}") for lr in (0.002, 0.005)), tmp_path / "prediction_target" / "gpu"]
+    report.write_report(homes[1])
+    shutil.rmtree(homes[2] / "x-s0")
+    (homes[2] / "eps-s0" / "status.json").write_text(json.dumps({"state": "disk full", "error": "no space"}))
+    made = report.summary(homes, tmp_path / "sum")
+    rows = pd.read_csv(tmp_path / "sum" / "summary.csv")
+    assert list(rows.point.fillna("")) == [""] * 2 + ["optimizer.lr=0.002"] * 2 + ["optimizer.lr=0.005"] * 2
+    assert list(rows.seeds) == [3, 3, 3, 3, 2, 3] and list(rows["failed runs"]) == [0, 0, 0, 0, 1, 1]
+    p = []
+    for folder in homes[:3]:
+        runs = results.collect(folder)
+        base = results.by_seed(runs, "v", "KID[invented]")
+        for variant in ("x", "eps"):
+            mine = results.by_seed(runs, variant, "KID[invented]")
+            p.append(stats.ttest_rel([mine[s] for s in mine], [base[s] for s in mine]).pvalue)
+    called = [w in ("better", "worse") for w in rows.verdict]
+    assert called == [q < 0.05 for q in stats.false_discovery_control(p)], "corrected over all rows of the page"
+    text = made.read_text()
+    read = Reader(text)
+    assert read.links == ["../prediction_target/smoke%40optimizer.lr%3D0.002/report/report.html"] * 2 and "no finished run in" in text
+    with pytest.raises(report.ReportError, match="nothing to sum up"):
+        report.summary([tmp_path / "nowhere"], tmp_path)
 
 
 def test_publishing_copies_what_is_small_and_keeps_the_notice(home, tmp_path):
-    with pytest.raises(results.ReportError, match="no report in"):
-        report.publish("prediction_target", "smoke", tmp_path)
-    report.write_report(home, TOY)
+    with pytest.raises(report.ReportError, match="no report in"):
+        report.publish(home)
+    report.write_report(home)
     notice = tmp_path / "published" / "NOTICE"
     notice.parent.mkdir()
     notice.write_text("Drawings by somebody.\n")
-    to = report.publish("prediction_target", "smoke", tmp_path)
+    to = report.publish(home)
+    assert to == tmp_path / "published" / "prediction_target" / "smoke"
     names = {p.relative_to(to).as_posix() for p in to.rglob("*") if p.is_file()}
-    assert {"table.csv", "report.md", "samples.png", "curves.png", "metrics.png", "records/v-s0.json"} <= names
-    assert not any("parquet" in n or "safetensors" in n for n in names)
+    assert {"table.csv", "cost.csv", "report.md", "samples.png", "curves.png", "metrics.png", "records/v-s0.json"} <= names
+    assert not any("parquet" in n or "safetensors" in n or "html" in n for n in names)
     assert notice.read_text().startswith("Drawings by somebody.")
+    for picture in re.findall(r"\]\(([^)]+\.png)\)", (to / "report.md").read_text()):
+        assert (to / picture).exists(), picture
+    cpu = home.rename(home.with_name("cpu"))
+    assert report.publish(cpu, tmp_path / "elsewhere") == tmp_path / "elsewhere" / "published" / "prediction_target"
 
 
 @pytest.mark.slow
-def test_the_report_notebook_runs_and_says_why_it_fails(home, tmp_path, monkeypatch):
-    made = report.make_report("prediction_target", "smoke", tmp_path)
-    assert (made / "report.ipynb").exists() and (made / "report.html").stat().st_size > 10_000
-    monkeypatch.setattr(report, "collect", lambda folder: None)
-    (home / "v-s0" / "record.json").write_text("{")
+def test_the_report_notebook_runs_and_says_why_it_fails(home, monkeypatch):
+    told = []
+    made = report.make_report(home, say=told.append)
+    assert (made / "report.ipynb").exists() and (made / "report.html").stat().st_size > 10_000 and "report.html" in told[0]
+    outputs = [o for c in json.loads((made / "report.ipynb").read_text())["cells"] for o in c.get("outputs", [])]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 8
+    runs = results.collect(home)
     for run in home.glob("*-s*"):
         (run / "record.json").unlink()
-    with pytest.raises(results.ReportError, match="the report notebook failed: .*no finished run"):
-        report.make_report("prediction_target", "smoke", tmp_path)
+    with pytest.raises(report.ReportError, match="no finished run"):
+        report.make_report(home)
+    monkeypatch.setattr(report, "collect", lambda folder: runs)
+    with pytest.raises(report.ReportError, match="the report notebook failed: .*no finished run"):
+        report.make_report(home)
+
+
+def test_numbers_that_are_missing_are_not_invented():
+    assert results.in_words(math.nan) == "" and results.in_words(1.0) == "1" and results.in_words(-1234.5, -2000, 10.0, "+") == "-1234 [-2000, +10]"

@@ -6,8 +6,9 @@
 __all__ = ['root', 'notebooks', 'heading', 'processed', 'moved_links', 'as_markdown', 'result_table', 'published', 'mathml',
            'write_page', 'index_page', 'main']
 
-# %% ../../nbs/lab/14_docs.ipynb #74ca4469
+# %% ../../nbs/lab/14_docs.ipynb #8104ae4b
 import html
+import itertools
 import json
 import os
 import re
@@ -18,12 +19,13 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.files import atomic
-from . import ablations, batch, results
+from . import ablations, results
+from .run import scratch_folder
 
-# %% ../../nbs/lab/14_docs.ipynb #04eb44d5
+# %% ../../nbs/lab/14_docs.ipynb #42e5ec3b
 def root() -> Path:
     "The checkout: the nearest folder with settings.ini, from here upwards, else the package's. Raises `FileNotFoundError`."
-    for start in (Path.cwd(), Path(batch.__file__).resolve().parent):
+    for start in (Path.cwd(), Path(results.__file__).resolve().parent):
         for folder in (start, *start.parents):
             if (folder / "settings.ini").exists() and (folder / "nbs").is_dir():
                 return folder
@@ -92,10 +94,12 @@ def as_markdown(path: Path) -> str:
     note = f"<!-- Made from {path.parent.name}/{path.name} by `make docs`; edit the notebook. -->\n\n"
     return note + re.sub(r"\n{3,}", "\n\n", moved_links(text, path.parent.name)).strip() + "\n"
 
-# %% ../../nbs/lab/14_docs.ipynb #adc11b49
+# %% ../../nbs/lab/14_docs.ipynb #3deef7ba
 def result_table(folder: Path) -> str:
-    "The table of a published report.md, with the interval of every difference."
-    return "\n".join(line for line in (folder / "report.md").read_text().splitlines() if line.startswith("|"))
+    "The first table of a published report.md: every comparison."
+    lines = (folder / "report.md").read_text().splitlines()
+    first = next((i for i, line in enumerate(lines) if line.startswith("|")), len(lines))
+    return "\n".join(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
 
 
 def published(name: str,                     # an ablation
@@ -158,13 +162,13 @@ def index_page(home: Path, out: Path) -> Path:
                         f'<p><a href="index.html">Start</a></p>{lists}</body></html>\n')
     return out / "contents.html"
 
-# %% ../../nbs/lab/14_docs.ipynb #2700f8cb
+# %% ../../nbs/lab/14_docs.ipynb #69b73345
 def _run_again(path: Path) -> None:
     "Run a notebook in place, so that its outputs are of now, and clean it as nbdev does."
     import nbformat
     from nbclient import NotebookClient
     from traitlets.config import Config
-    nb, scratch = nbformat.read(path, 4), batch._scratch()
+    nb, scratch = nbformat.read(path, 4), scratch_folder()
     try:
         NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
                        config=Config({"KernelManager": {"transport": "ipc", "ip": f"{scratch}/k"}})).execute()
