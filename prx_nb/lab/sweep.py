@@ -264,7 +264,7 @@ def _clashes(entry: Entry) -> list[str]:
         shifted = getattr(other, "seed_shift", None)
         if name == entry.ablation:
             faults.append(f"pairs.{name}: an ablation cannot be paired with itself")
-        elif shifted or (other and not any(changes for *_, changes in axis)):
+        elif shifted or (other and not any(ablations.changes(other, v) for v in other.variants)):
             faults.append(f"pairs.{name}: its variants {'differ in their seeds' if shifted else 'change no settings'}, so they make no axis")
         else:
             sources.append((f"pairs.{name}", {path for *_, changes in axis for path in changes}))
@@ -277,7 +277,7 @@ def _clashes(entry: Entry) -> list[str]:
 MOST = 10_000          # runs in one file
 
 
-def _bad_values(entry: Entry) -> list[str]:
+def _bad_values(entry: Entry, same: bool = True) -> list[str]:
     "Points that make no recipe, and points that make the same one."
     if entry.preset not in recipes.PRESETS:
         return []
@@ -289,7 +289,7 @@ def _bad_values(entry: Entry) -> list[str]:
         try:
             made = base.replace(changes | (ablations.changes(ablation, variant) if variant else {}))
             first = seen.setdefault((variant, made.key), point.label)
-            if first != point.label:
+            if same and first != point.label:
                 faults.setdefault(f"points {first} and {point.label} are the same runs", "")
         except RecipeError as error:
             for line in str(error).splitlines():
@@ -311,7 +311,8 @@ def _faults(entry: Entry) -> list[str]:
     "All that is wrong with an entry whose fields have the right types."
     if _count(entry) > MOST:
         return [f"makes {_count(entry):,} runs; {MOST:,} is the most a file may ask for"]
-    return _unknown_names(entry) + _clashes(entry) + _bad_values(entry)
+    clashes = _clashes(entry)
+    return _unknown_names(entry) + clashes + _bad_values(entry, same=not clashes)
 
 # %% ../../nbs/lab/06_sweep.ipynb #858e6c45
 def _folders(entry: Entry) -> set[str]:

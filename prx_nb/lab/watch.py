@@ -32,15 +32,15 @@ from .sweep import in_words
 _PASS = {"published", "checkpoint", "report"}
 
 
-def run_folders(folder: str | Path) -> Iterator[Path]:
+def run_folders(folder: str | Path, _seen: frozenset = frozenset()) -> Iterator[Path]:
     "Every run's folder at or below a folder, in order of their names."
-    folder = Path(folder)
+    folder, real = Path(folder), os.path.realpath(folder)
     if (folder / "job.json").is_file():
         yield folder
-        return
-    with contextlib.suppress(OSError):
-        for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in _PASS):
-            yield from run_folders(path)
+    elif real not in _seen:                                        # a link may lead back up
+        with contextlib.suppress(OSError):
+            for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in _PASS):
+                yield from run_folders(path, _seen | {real})
 
 
 def places(names: Iterable[str | Path],          # folders, or names of ablations; none: all of `out`
