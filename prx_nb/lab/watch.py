@@ -113,6 +113,25 @@ def _json(path: Path) -> dict:
     except (OSError, ValueError):
         return {}
 
+# %% ../../nbs/lab/07_watch.ipynb #322662b0
+_TYPES = {"state": str, "host": str, "pid": int, "born": (int, float), "started": str, "seconds": (int, float), "error": str, "cell": int,
+          "history": list, "device": str, "slurm": str}
+
+
+def _said(folder: Path) -> dict:
+    "A run's status, as far as it makes sense."
+    said = {k: v for k, v in runs.status(folder).items() if isinstance(v, _TYPES.get(k, object))}
+    if said.get("state") in runs.STATES:
+        return said
+    return {"state": "killed", "error": "its status.json cannot be read"} if (folder / "status.json").exists() else {"state": "queued"}
+
+
+def _headline(record: dict) -> str:
+    try:
+        return runs.headline(record)
+    except (AttributeError, TypeError, ValueError):
+        return ""
+
 # %% ../../nbs/lab/07_watch.ipynb #094a785d
 def _progress(folder: Path, started: str | None) -> dict[str, Any]:
     "Step, steps and seconds left of this attempt; `{}` before the first word."
@@ -132,11 +151,11 @@ def _since(started: str | None) -> float | None:
     except (TypeError, ValueError):
         return None
 
-# %% ../../nbs/lab/07_watch.ipynb #9218b025
+# %% ../../nbs/lab/07_watch.ipynb #1cbd2b68
 def _running(folder: Path, said: dict) -> dict[str, Any]:
     "What is to be said of a run that says it is running."
     if not runs.alive(said, folder):
-        now = runs.status(folder)
+        now = _said(folder)
         if now != said and now.get("state") != "running":          # it ended just now
             return _facts(folder, now)
         away = said.get("host") != os.uname().nodename
@@ -147,7 +166,7 @@ def _running(folder: Path, said: dict) -> dict[str, Any]:
 
 def _facts(folder: Path, said: dict) -> dict[str, Any]:
     "What is to be said of a run, by its state."
-    state = said.get("state", "queued")
+    state = said["state"]
     if state == "running":
         return _running(folder, said)
     if state == "queued":
@@ -155,21 +174,21 @@ def _facts(folder: Path, said: dict) -> dict[str, Any]:
     facts = {"state": state, "seconds": said.get("seconds")}
     if state == "done":
         found = runs.record(folder)
-        return facts | ({"metric": runs.headline(found)} if found else {"state": "no record", "cause": "its record.json cannot be read"})
+        return facts | ({"metric": _headline(found)} if found else {"state": "no record", "cause": "its record.json cannot be read"})
     where = f"cell {said['cell']}: " if "cell" in said else ""
-    return facts | {"cause": where + next(iter(str(said.get("error", "")).splitlines()), "")} | _progress(folder, said.get("started")) | {"eta": None}
+    return facts | {"cause": where + next(iter(said.get("error", "").splitlines()), "")} | _progress(folder, said.get("started")) | {"eta": None}
 
-# %% ../../nbs/lab/07_watch.ipynb #896e6590
+# %% ../../nbs/lab/07_watch.ipynb #31c23ad3
 def row(folder: str | Path,       # a run's
         top: str | Path,          # what its home is named relative to
         ) -> Row:
     "How a run stands, from its files."
-    folder, said = Path(folder), runs.status(folder)
+    folder, said = Path(folder), _said(Path(folder))
     home = os.path.relpath(folder.parent, top)
     machine = said.get("host") if said.get("state") == "running" and said.get("host") != os.uname().nodename else None
     device = f"GPU {said['device']}" if said.get("device") and said.get("state") == "running" else None
-    facts = {"attempt": len(said.get("history") or []) + 1, "where": " ".join(filter(None, (machine, device))),
-             "slurm": str(said.get("slurm") or "")} | _facts(folder, said)
+    facts = {"attempt": len(said.get("history", [])) + 1, "where": " ".join(filter(None, (machine, device))),
+             "slurm": said.get("slurm", "")} | _facts(folder, said)
     return Row("." if home == "." else home, folder.name, folder=str(folder), **facts)
 
 # %% ../../nbs/lab/07_watch.ipynb #bea0965c
@@ -397,14 +416,13 @@ def _bits(folder: Path) -> list[Path]:
     "What killed processes left in a run's folder."
     return [p for pattern in (".*.part", ".reserve", ".clock-*", "checkpoint/.*.part") for p in sorted(folder.glob(pattern))]
 
-# %% ../../nbs/lab/07_watch.ipynb #59c76595
+# %% ../../nbs/lab/07_watch.ipynb #188eafcd
 STOPPED = {"interrupted", "killed", "host gone"}       # from outside: they go on from their checkpoint
 
 
 def _of_run(folder: Path, failed: bool, checkpoints: bool) -> list[Leftover]:
     "What can go of a run that is not at work."
-    said, saves = runs.status(folder), sorted((folder / "checkpoint").glob("step-*.safetensors"))
-    state = said.get("state", "queued")
+    state, saves = _said(folder)["state"], sorted((folder / "checkpoint").glob("step-*.safetensors"))
     if failed and state not in {"done", *runs.OPEN, *STOPPED}:
         return [Leftover(folder, _size(folder), "failed runs")]
     found = [Leftover(p, _size(p), "unfinished files") for p in _bits(folder)]
@@ -417,11 +435,11 @@ def _of_home(home: Path) -> list[Leftover]:
     "What can go of a folder of runs, beside the runs."
     old = [p for name in (".replaced", ".removed") if (home / name).is_dir() for p in sorted((home / name).iterdir())]
     late = time.time() - 3600                                      # somebody may be writing a report this minute
-    old = [p for p in old if not runs.alive(runs.status(p), p)]     # set aside while it ran on another machine
+    old = [p for p in old if not runs.alive(_said(p), p)]     # set aside while it ran on another machine
     bits = [p for pattern in (".*.part", "report/.*.part") for p in sorted(home.glob(pattern)) if p.lstat().st_mtime < late]
     return [Leftover(p, _size(p), "replaced runs") for p in old] + [Leftover(p, _size(p), "unfinished files") for p in bits]
 
-# %% ../../nbs/lab/07_watch.ipynb #b44a5270
+# %% ../../nbs/lab/07_watch.ipynb #24c22efc
 def _remove(item: Leftover) -> None:
     "Remove a leftover. A run's folder is moved out of the way first, whole."
     path = item.path
@@ -439,7 +457,7 @@ def _remove(item: Leftover) -> None:
 
 def _idle(folder: Path) -> bool:
     "Whether a run is not at work, whose lock we hold."
-    return not runs.alive(runs.status(folder), folder)
+    return not runs.alive(_said(folder), folder)
 
 # %% ../../nbs/lab/07_watch.ipynb #fa94cd3b
 def clean(*folders: str | Path,            # from `places`
