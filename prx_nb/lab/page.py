@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+import numpy as np
 import pandas as pd
 
 from ..core.files import atomic
@@ -34,12 +35,14 @@ class Link(str):
 
 
 def _png(fig, colours: int | None) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
-    file = io.BytesIO()
-    fig.savefig(file, dpi=DOTS, format="png", facecolor="white")
-    if colours:
-        picture = Image.open(file).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
-        picture.save(file := io.BytesIO(), format="PNG")
+    fig.set(dpi=DOTS, facecolor="white")
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    picture = picture.quantize(colours, dither=Image.Dither.NONE) if colours else picture
+    picture.save(file := io.BytesIO(), format="PNG")
     return file.getvalue()
 
 # %% ../../nbs/lab/12_page.ipynb #a9e4aedf
@@ -135,7 +138,7 @@ h3{font-size:1.05rem;margin:1.4rem 0 .3rem}p,ul{max-width:46rem}a{color:var(--li
 caption{text-align:left;color:var(--soft);padding-bottom:.3rem}th,td{padding:.35rem .8rem .35rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 thead th{border-bottom:2px solid var(--line);vertical-align:bottom}tbody th{font-weight:400}td{white-space:nowrap}td.words{white-space:normal;min-width:9rem}
 tr.next>*{border-top:2px solid var(--line)}small,.small{font-size:.8rem;color:var(--soft)}td small,th small{display:block;white-space:normal;max-width:20rem;line-height:1.35}
-.small{white-space:pre-line}.better{color:var(--good);font-weight:600}.worse,.disagrees{color:var(--bad);font-weight:600}
+.box>table:not(.cards) tbody th{position:sticky;left:0;background:var(--bg)}.small{white-space:pre-line}.better{color:var(--good);font-weight:600}.worse,.disagrees{color:var(--bad);font-weight:600}
 .warn{border-left:4px solid var(--bad);background:var(--box);padding:.5rem .8rem;max-width:46rem}
 pre{background:var(--box);padding:.7rem;white-space:pre-wrap;font-size:.85rem}code{font-size:.9em;background:var(--box)}
 img{display:block;width:100%;height:auto;background:#fff;border-radius:4px}summary{cursor:pointer;padding:.4rem 0;color:var(--link)}
@@ -153,7 +156,7 @@ _PRINT = """
 @page{size:A4;margin:14mm}
 @media print{:root{color-scheme:light;--ink:#000;--soft:#444;--line:#bbb;--bg:#fff;--box:#f4f6f8;--good:#00604a;--bad:#a33000;--link:#000}
 body{max-width:none;padding:0;font-size:10pt}nav{display:none}h2,h3,caption{break-after:avoid}img,tr,pre{break-inside:avoid}thead{display:table-header-group}
-table{font-size:7.6pt}td,td.words{white-space:normal;min-width:0}.box,.wide{overflow:visible}.wide img{min-width:0}
+table{font-size:7.6pt}small,td small,th small,.small{font-size:7pt}td,td.words{white-space:normal;min-width:0}.box,.wide{overflow:visible}.wide img{min-width:0}
 .row{grid-template-columns:1fr 1fr}details::details-content{content-visibility:visible;display:block}summary{list-style:none;color:#000}}
 """
 
@@ -172,7 +175,7 @@ def _cell(words: str, name: str, first: bool) -> str:
     inner = _inline(main) + "".join(f"<small>{_inline(line)}</small>" for line in rest)
     if isinstance(words, Link):
         inner = f'<a href="{html.escape(words.target)}">{inner}</a>'
-    kind = words if words in _MARKED else "words" if len(main) > 28 else ""
+    kind = words if words in _MARKED else "words" if len(main) > 20 and "[" not in main else ""
     if first:
         return f'<th scope="row" role="rowheader">{inner}</th>'
     return f'<td role="cell" data-name="{html.escape(name)}"' + (f' class="{kind}"' if kind else "") + f">{inner}</td>"

@@ -329,10 +329,10 @@ def verdicts(results: pd.DataFrame, ablation: Ablation, said: dict[str, str] | N
     order = mine.metric.map(main.index) + len(main) * mine.variant.map(list(dict.fromkeys(mine.variant)).index)
     for r in mine.loc[order.sort_values().index].itertuples():
         beside = others[(others.metric == r.metric) & (others.variant == r.variant)]
-        needed = "" if pd.isna(r.seeds_needed) or r.verdict != "not distinguishable" else str(r.seeds_needed)
+        needed = "" if pd.isna(r.seeds_needed) or r.verdict != "not distinguishable" else str(r.seeds_needed) if r.seeds_needed > r.seeds else f">{r.seeds}"
         rows.append((r.variant, "; ".join(filter(None, (direction(r.metric), (said or {}).get(r.metric)))),
                      in_words(r.difference, r.difference_low, r.difference_high, "+"), _chance(r.p_corrected), _word(r), needed,
-                     "\n".join(f"{p.published}, {p.direction}" for p in beside.itertuples()), "; ".join(dict.fromkeys(beside.agreement))))
+                     "; ".join(f"{p.published}, {p.direction}" for p in beside.itertuples()), "; ".join(dict.fromkeys(beside.agreement))))
     return pd.DataFrame(rows, columns=["variant", "metric", f"minus {ablation.baseline} [95%]", "p, corrected", "verdict", "seeds needed",
                                        "published", "agreement"])
 
@@ -364,7 +364,8 @@ def readable(results: pd.DataFrame, limits: dict | None = None) -> pd.DataFrame:
 # %% ../../nbs/lab/10_results.ipynb #836548c2
 def sentences(results: pd.DataFrame, ablation: Ablation) -> list[str]:
     "What our runs say, one sentence a variant."
-    said, main = [], results[results.metric.isin(main_metrics(results)) & (results.variant != ablation.baseline)]
+    order, said = main_metrics(results), []
+    main = results[results.metric.isin(order) & (results.variant != ablation.baseline)].sort_values("metric", key=lambda m: m.map(order.index), kind="stable")
     for variant, rows in main.groupby("variant", sort=False):
         words = pd.Series([_word(r) for r in rows.itertuples()], rows.index)
         parts = [f"{word} on {in_list(list(ms))}" for word, ms in rows.groupby(words, sort=False).metric]
