@@ -104,6 +104,12 @@ def test_asking_in_other_words_changes_the_words_only(sat):
             assert (mine.text.shape == theirs.text.shape and mine.text.equal(theirs.text)) == (kind == "dense")
 
 
+def test_the_noise_of_the_exam_knows_no_seed(sat):
+    run, prepared, questions, images = sat["dense"]
+    other = replace(run, recipe=run.recipe.replace({"seed": 7}))
+    assert judge.draw(other, prepared, questions).equal(images) and judge.exam(prepared, other.recipe).prompts == questions.prompts
+
+
 def test_what_is_kept_of_an_exam(sat):
     from safetensors import safe_open
     run, _, questions, images = sat["dense"]

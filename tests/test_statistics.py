@@ -175,6 +175,8 @@ def test_seeds_needed_of_a_comparison_is_none_where_it_cannot_be_said():
     assert of(1.0, -1.0, 2.0, -2.0) is None, "no difference"
     assert of(1.0, -1.0, 1.0, -0.96) is None, "more than a thousand"
     assert of(0.9, 1.0, 1.1, 1.0) == 2
+    faint = (0.4, -0.3, 0.6, 0.1)
+    assert of(*faint) == seeds_needed(np.mean(faint), np.std(faint, ddof=1)) > seeds_needed(np.mean(faint), np.std(faint))
 
 
 def test_resampled_rate_is_five_percent_of_nothing_and_the_power_of_something():
