@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import shlex
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy import stats
 
 from prx_nb.lab import ablations, results
 from prx_nb.lab.ablations import Ablation, Published
+from prx_nb.lab.cli_data import settings
 
 TOY = ablations.get("prediction_target")
 COST = {"train_seconds": 10.0, "total_seconds": 20.0, "step_seconds": 0.5}
@@ -254,7 +256,12 @@ def test_a_null_check_counts_how_often_chance_decides(tmp_path):
 def test_commands_name_variants_seeds_and_settings(tmp_path):
     for seed in (3, 5):
         for variant in ("v", "x"):
-            write_run(tmp_path, variant, seed, {}, job={"overrides": {"optimizer.lr": 0.002, "data.path": "my images", "captions.kind": "short", "a.b": None}})
+            write_run(tmp_path, variant, seed, {}, job={"overrides": {"optimizer.lr": 0.002, "data.path": "my images", "captions.kind": "short", "a.b": None, "c.d": "5"}})
     runs = results.collect(tmp_path)
-    assert results.command(runs, TOY, "x") == ("prx-nb ablate prediction_target --preset smoke --variants v,x --seeds 3,5 "
-                                               "--set optimizer.lr=0.002 --set 'data.path=my images' --set captions.kind=short --set a.b=null")
+    line = results.command(runs, TOY, "x")
+    assert line == ("prx-nb ablate prediction_target --preset smoke --variants v,x --seeds 3,5 "
+                    """--set optimizer.lr=0.002 --set 'data.path=my images' --set captions.kind=short --set a.b=null --set 'c.d="5"'""")
+    pairs = [word for word, before in zip(shlex.split(line)[1:], shlex.split(line)) if before == "--set"]
+    assert settings(pairs) == runs.overrides[0], "the command reads what the report writes"
+    write_run(tmp_path, "eps", 7, {})
+    assert results.command(results.collect(tmp_path), TOY, "eps").endswith("--variants v,eps --seeds 7,"), "one seed is a list, not a number of seeds"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'MARKS', 'PANEL', 'DOTS', 'look', 'band', 'curve_figure', 'time_figure', 'metrics_figure', 'pareto_figure',
-           'chance_figure', 'read_samples', 'samples_figure']
+           'chance_figure', 'forest_figure', 'read_samples', 'samples_figure']
 
 # %% ../../nbs/lab/11_figures.ipynb #f4be4c84
 import json
@@ -17,7 +17,7 @@ import pandas as pd
 
 from .ablations import Ablation
 from .results import better_up, by_seed, main_metrics, pareto, variant_order
-from .statistics import mean_interval
+from .statistics import Interval, mean_interval
 
 # %% ../../nbs/lab/11_figures.ipynb #834914a2
 COLOURS = ("#333333", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")   # after Okabe & Ito, the yellows darker
@@ -119,24 +119,27 @@ def time_figure(runs: pd.DataFrame, ablation: Ablation):
     ax.legend(frameon=False)
     return fig
 
-# %% ../../nbs/lab/11_figures.ipynb #26bbbc3e
+# %% ../../nbs/lab/11_figures.ipynb #5e888e98
+def _span(values: list[float], intervals: list[Interval], room: float) -> tuple[float, float]:
+    "Limits of an axis: all values, and the whiskers of three runs or more; those of two may be far longer."
+    ends = [*values, *(end for m in intervals if m.n > 2 for end in (m.low, m.high))]
+    pad = room * (max(ends) - min(ends)) or 0.05 * abs(max(ends)) or 1
+    return min(ends) - pad, max(ends) + pad
+
+
 def _one_metric(ax, runs: pd.DataFrame, ablation: Ablation, metric: str) -> None:
-    variants, styles = variant_order(runs, ablation), look(ablation)
+    variants = variant_order(runs, ablation)
     values = {v: by_seed(runs, v, metric) for v in variants}
+    found = {v: mean_interval(list(of.values())) for v, of in values.items() if of}
     for seed in sorted(set().union(*values.values())):
         ax.plot(range(len(variants)), [values[v].get(seed, np.nan) for v in variants], color="0.8", lw=1, zorder=1)
-    for i, v in enumerate(variants):
-        if values[v]:
-            m = mean_interval(list(values[v].values()))
-            ax.scatter([i] * m.n, list(values[v].values()), color=styles[v][0], marker=styles[v][1], s=18, zorder=3)
-            ax.plot([i - 0.2, i + 0.2], [m.mean] * 2, color=styles[v][0], lw=2.5, zorder=2)
-    limits = ax.get_ylim()                                             # of the dots: a whisker of two seeds may be far longer
-    for i, v in enumerate(variants):
-        if len(values[v]) > 1:
-            m = mean_interval(list(values[v].values()))
-            ax.plot([i, i], [m.low, m.high], color=styles[v][0], lw=1, zorder=2)
-    grow = 0.25 * (limits[1] - limits[0])
-    ax.set(xticks=range(len(variants)), xticklabels=variants, xlim=(-0.5, len(variants) - 0.5), ylim=(limits[0] - grow, limits[1] + grow))
+    for v, m in found.items():
+        i, (colour, mark) = variants.index(v), look(ablation)[v]
+        ax.scatter([i] * m.n, list(values[v].values()), color=colour, marker=mark, s=18, zorder=3)
+        ax.plot([i - 0.2, i + 0.2], [m.mean] * 2, color=colour, lw=2.5, zorder=2)
+        ax.plot([i, i], [m.low, m.high], color=colour, lw=1, zorder=2)
+    ax.set(xticks=range(len(variants)), xticklabels=variants, xlim=(-0.5, len(variants) - 0.5),
+           ylim=_span([v for of in values.values() for v in of.values()], list(found.values()), 0.1))
     ax.set_title(f"{metric}\n{'up' if better_up(metric) else 'down'} is better", fontsize=9)
     _tidy(ax, "y")
 
@@ -170,14 +173,13 @@ def pareto_figure(runs: pd.DataFrame, ablation: Ablation, metric: str, cost: str
         ax.plot(c.mean, q.mean, mark, color=colour, mfc=colour if on else "white", ms=8, zorder=3, label=variant + (", on the front" if on else ""))
     best = sorted((c.mean, q.mean) for on, (c, q) in zip(front, points.values()) if on)
     ax.plot(*zip(*best), color="0.6", lw=1, ls="--", zorder=1)
-    ax.margins(0.35)
-    limits = ax.get_xlim(), ax.get_ylim()
     for variant, (c, q) in points.items():
-        across = {"xerr": [[c.mean - c.low], [c.high - c.mean]]} if c.n > 1 else {}
-        up = {"yerr": [[q.mean - q.low], [q.high - q.mean]]} if q.n > 1 else {}
-        ax.errorbar(c.mean, q.mean, **across, **up, color=look(ablation)[variant][0], lw=1, fmt="none", zorder=2)
-    ax.set(xlim=limits[0], ylim=limits[1])
-    ax.legend(frameon=False, fontsize=9)
+        colour = look(ablation)[variant][0]
+        ax.plot([c.low, c.high], [q.mean] * 2, color=colour, lw=1, zorder=2)
+        ax.plot([c.mean] * 2, [q.low, q.high], color=colour, lw=1, zorder=2)
+    costs, qualities = zip(*points.values())
+    ax.set(xlim=_span([c.mean for c in costs], costs, 0.15), ylim=_span([q.mean for q in qualities], qualities, 0.15))
+    fig.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3)
     return fig
 
 # %% ../../nbs/lab/11_figures.ipynb #4ec8469f
@@ -192,6 +194,24 @@ def chance_figure(rates: pd.DataFrame):
     ax.set(yticks=y, yticklabels=rates.metric, xlim=(0, None), ylim=(-0.6, len(rates) - 0.4))
     ax.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
     ax.legend(frameon=False)
+    return fig
+
+# %% ../../nbs/lab/11_figures.ipynb #ab29c710
+def forest_figure(names: list[str], differences: list[Interval], verdicts: list[str], metric: str):
+    "Differences from the baseline, one line each: a matplotlib figure, `None` without any."
+    import matplotlib.pyplot as plt
+    if not names:
+        return None
+    fig, ax = plt.subplots(figsize=(8, 1 + 0.24 * len(names)), dpi=DOTS, constrained_layout=True)
+    for y, (d, word) in enumerate(zip(differences, verdicts)):
+        colour = {"better": COLOURS[3], "worse": COLOURS[2]}.get(word, "0.4")
+        ax.plot([d.low, d.high], [y, y], color=colour, lw=1.2)
+        ax.plot(d.mean, y, "o", color=colour, mfc=colour if word in ("better", "worse") else "white", ms=5)
+    ax.axvline(0, color="0.5", lw=1, ls=":")
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6), xlim=_span([0, *(d.mean for d in differences)], differences, 0.05),
+           xlabel=f"{metric} minus baseline, {'up' if better_up(metric) else 'down'} is better")
+    ax.tick_params("y", labelsize=8)
+    _tidy(ax, "x")
     return fig
 
 # %% ../../nbs/lab/11_figures.ipynb #36fc1453

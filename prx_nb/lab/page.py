@@ -149,7 +149,7 @@ _NARROW = """
 @media(max-width:46rem){.cards,.cards tbody,.cards tr,.cards th,.cards td,.cards caption{display:block}.cards thead{display:none}
 .cards tr,.cards tr.next{border:1px solid var(--line);border-radius:6px;padding:.5rem .7rem;margin:.6rem 0}.cards tr>*,.cards tr.next>*{border:0;padding:.12rem 0}
 .cards th,.cards td:nth-child(2){display:inline;font-weight:600;font-size:1rem}.cards td:nth-child(2)::before{content:"\\a0\\b7\\a0"}
-.cards small{font-weight:400}.cards td:nth-child(n+3){display:flex;gap:.6rem;white-space:normal;min-width:0}
+.cards small{font-weight:400}.cards th small{display:inline;margin-left:.5em}.cards td:nth-child(n+3){display:flex;gap:.6rem;white-space:normal;min-width:0}
 .cards td:nth-child(n+3)::before{content:attr(data-name);color:var(--soft);flex:0 0 7.2rem;font-weight:400}.cards td:empty{display:none!important}}
 """
 _PRINT = """

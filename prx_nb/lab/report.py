@@ -163,7 +163,7 @@ def _cost(page: Page, f: Findings) -> None:
 
 def _chance(page: Page, f: Findings) -> None:
     "Of a null check only."
-    if not getattr(f.ablation, "seed_shift", {}):
+    if not f.ablation.seed_shift:
         return
     page.text("How often chance decides", "h2")
     rates = results.chance(f.runs, f.ablation)
@@ -196,6 +196,8 @@ def _again(page: Page, f: Findings) -> None:
     for variant, line in rows:
         page.text(f"The rows of {variant}:")
         page.text(line, "code")
+    if results.point(f.home):
+        page.text("These runs are a point of a sweep. The commands make the same runs in a folder of their own, so that they do not take the place of others.", "small")
     usual = f.runs.iloc[0]
     page.text(f"Commit {usual.git_commit}; {', '.join(f'{k} {v}' for k, v in (usual.versions or {}).items()) or 'versions unknown'}.", "small")
     with page.folded("Every run"):
@@ -283,20 +285,29 @@ def _headlines(found: list[Findings], metric: str | None) -> dict[tuple[int, str
     return pairs
 
 
-def _summary_rows(found: list[Findings], metric: str | None, out: Path) -> pd.DataFrame:
+def _summary_row(f: Findings, variant: str, name: str, c: results.Comparison | None, out: Path) -> tuple:
+    alone = "baseline only" if len(f.variants) == 1 else "no pair"
+    words = (results.in_words(c.difference.mean, c.difference.low, c.difference.high, "+"), results.p_words(c.p_corrected),
+             "one seed, no verdict" if c.difference.n < 2 else c.verdict) if c else ("", "", alone)
+    made = f.home / "report" / "report.html"
+    return (f"{f.ablation.name}, {f.runs.preset[0]}", results.point(f.home), variant, name and results.direction(name), *words,
+            c.difference.n if c else len(f.seeds), len(f.failed), Link("report", os.path.relpath(made, out)) if made.exists() else "")
+
+
+_SUMMARY = ("ablation", "point", "variant", "metric", "minus baseline [95%]", "p, corrected", "verdict", "seeds", "failed runs", "more")
+
+
+def _summary_rows(found: list[Findings], metric: str | None, out: Path) -> tuple[pd.DataFrame, list[tuple]]:
+    "The rows in words; and what a figure needs: (row's name, difference, verdict, metric)."
     pairs = _headlines(found, metric)
     said = results.compare({k: (mine, base, results.better_up(name)) for k, (name, mine, base) in pairs.items()})
-    rows = []
+    rows, drawn = [], []
     for i, f in enumerate(found):
         for v in [v for v in f.variants if v != f.ablation.baseline] or f.variants:
-            c, name = said.get((i, v)), pairs[i, v][0] if (i, v) in pairs else ""
-            words = (results.in_words(c.difference.mean, c.difference.low, c.difference.high, "+"), results._chance(c.p_corrected),
-                     "one seed, no verdict" if c.difference.n < 2 else c.verdict) if c else ("", "", "baseline only" if len(f.variants) == 1 else "no pair")
-            path = os.path.relpath(f.home / "report" / "report.html", out)
-            rows.append((f"{f.ablation.name}, {f.runs.preset[0]}", results.point(f.home), v, name and results.direction(name), *words,
-                         c.difference.n if c else len(f.seeds), len(f.failed), Link("report", path) if (f.home / "report" / "report.html").exists() else ""))
-    return pd.DataFrame(rows, columns=["ablation", "point", "variant", "metric", "minus baseline [95%]", "p, corrected", "verdict", "seeds", "failed runs", "more"],
-                        dtype=object)
+            name, c = pairs[i, v][0] if (i, v) in pairs else "", said.get((i, v))
+            rows.append(_summary_row(f, v, name, c, out))
+            drawn += [(", ".join(filter(None, (f.ablation.name, results.point(f.home), v))), c.difference, c.verdict, name)] if c else []
+    return pd.DataFrame(rows, columns=_SUMMARY, dtype=object), drawn
 
 # %% ../../nbs/lab/13_report.ipynb #72b8a5d5
 def _light(folder: str | Path) -> Findings:
@@ -321,11 +332,16 @@ def summary(homes: Iterable[str | Path],     # folders of runs
     if not found:
         raise ReportError(f"nothing to sum up: {'; '.join(empty) or 'no folder of runs given'}")
     out.mkdir(parents=True, exist_ok=True)
-    page, rows = Page(out, "Summary"), _summary_rows(found, metric, out.absolute())
+    page, (rows, drawn) = Page(out, "Summary"), _summary_rows(found, metric, out.absolute())
     compared = int((rows["p, corrected"] != "").sum())
     page.text(f"{len(found)} folders of runs, {sum(len(f.runs) for f in found)} finished runs, {sum(len(f.failed) for f in found)} not finished. "
               f"Differences are from the baseline of the same folder, paired by seed; p is corrected over the {compared} comparisons of this page (Benjamini-Hochberg).")
-    page.frame(rows.loc[:, (rows.astype(str) != "").any()], "One row a folder and variant")
+    where = [f"{r.ablation}\n{r.point}" if r.point else r.ablation for r in rows.itertuples()]
+    page.frame(rows.drop(columns=["ablation", "point"]).assign(runs=where)[["runs", "variant", *rows.columns[3:]]], "One row a folder and variant", cards=True)
+    if len({name for *_, name in drawn}) == 1:
+        names, differences, words, (name, *_) = zip(*drawn)
+        page.figures((figures.forest_figure(names, differences, words, name), "summary",
+                      f"Difference of {name} from the baseline with its interval, one line a row of the table"), wide=True)
     for line in empty:
         page.text(line, "li")
     with atomic(out / "summary.csv") as part:

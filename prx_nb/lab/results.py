@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'pretend_runs', 'ReportError', 'collect', 'point', 'unfinished', 'retried', 'odd_runs', 'in_list',
            'better_up', 'by_seed', 'variant_order', 'main_metrics', 'table', 'kin', 'agreement', 'published_table',
-           'published_lines', 'in_words', 'direction', 'bounds', 'flags', 'verdicts', 'means', 'readable', 'sentences',
-           'curves', 'at_moment', 'equal_time', 'costs', 'cost_words', 'pareto', 'chance', 'command']
+           'published_lines', 'in_words', 'direction', 'bounds', 'flags', 'p_words', 'verdicts', 'means', 'readable',
+           'sentences', 'curves', 'at_moment', 'equal_time', 'costs', 'cost_words', 'pareto', 'chance', 'command']
 
 # %% ../../nbs/lab/10_results.ipynb #70ec2628
 import json
@@ -51,7 +51,7 @@ def _pretend(run: Path, ablation: str, variant: str, seed: int, shift: float, lu
     "One invented run."
     run.mkdir(parents=True, exist_ok=True)
     preset, _, label = run.parent.name.partition("@")
-    overrides = {k: json.loads(v) for k, v in (pair.split("=") for pair in label.split(",") if pair)}
+    overrides = {k: json.loads(v) for k, v in (pair.split("=") for pair in label.split(",") if pair) if "." in k}
     rng = np.random.default_rng([*variant.encode(), seed, round(shift * 1000)])
     base, pace = 1 + shift + 0.2 * luck.normal() + 0.02 * rng.normal(), 0.1 * (1 + 0.5 * abs(shift - 0.2)) * (1 + 0.02 * rng.normal())
     metrics = {"KID[invented]": base * 0.01, "FD[invented]": base * 100 + 3 * rng.normal(), "retrieval@1[invented]": 0.5 - 0.1 * shift + 0.05 * luck.normal() + 0.05 * rng.normal(),
@@ -77,8 +77,8 @@ def pretend_runs(folder: str | Path,                    # made there: <folder>/<
     home = Path(folder) / ablation / ("smoke@" + label if label else "smoke")
     shifts = {"v": 0.2, "x": 0.0, "eps": 0.6}
     for number, variant in enumerate(declared.variants):
-        other = getattr(declared, "seed_shift", {}).get(variant)           # the same runs under other seeds
-        shift = 0.2 if other else shifts.get(variant, 0.2 * number)
+        other = declared.seed_shift.get(variant)                           # the baseline's own runs under other seeds
+        shift = shifts.get(declared.baseline, 0) if other else shifts.get(variant, 0.2 * number)
         for seed in range(seeds):                                          # luck goes with the seed, whatever the variant
             _pretend(home / f"{variant}-s{seed}", ablation, variant, seed, shift, np.random.default_rng(seed + (other or 0)))
     return home
@@ -318,7 +318,8 @@ def _word(row) -> str:
     return "one seed, no verdict" if one else row.verdict
 
 
-def _chance(p: float) -> str:
+def p_words(p: float) -> str:
+    "A p value in words; empty for not-a-number."
     return "" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.2g}"
 
 
@@ -331,7 +332,7 @@ def verdicts(results: pd.DataFrame, ablation: Ablation, said: dict[str, str] | N
         beside = others[(others.metric == r.metric) & (others.variant == r.variant)]
         needed = "" if pd.isna(r.seeds_needed) or r.verdict != "not distinguishable" else str(r.seeds_needed) if r.seeds_needed > r.seeds else f">{r.seeds}"
         rows.append((r.variant, "; ".join(filter(None, (direction(r.metric), (said or {}).get(r.metric)))),
-                     in_words(r.difference, r.difference_low, r.difference_high, "+"), _chance(r.p_corrected), _word(r), needed,
+                     in_words(r.difference, r.difference_low, r.difference_high, "+"), p_words(r.p_corrected), _word(r), needed,
                      "; ".join(f"{p.published}, {p.direction}" for p in beside.itertuples()), "; ".join(dict.fromkeys(beside.agreement))))
     return pd.DataFrame(rows, columns=["variant", "metric", f"minus {ablation.baseline} [95%]", "p, corrected", "verdict", "seeds needed",
                                        "published", "agreement"])
@@ -478,19 +479,28 @@ def chance(runs: pd.DataFrame, ablation: Ablation, n: int = 3) -> pd.DataFrame:
     "Of the main metrics: metric, variant, rate, low, high, seeds; empty if no variant is a null check or there are fewer than n seeds."
     parts = [pd.DataFrame(columns=["metric", "rate", "low", "high", "seeds", "variant"])]
     metrics = [m for m in dict.fromkeys(name for ms in runs.metrics for name in ms) if _is_main(m)]
-    for variant in getattr(ablation, "seed_shift", {}):
+    for variant in ablation.seed_shift:
         pools = {m: (by_seed(runs, variant, m), by_seed(runs, ablation.baseline, m)) for m in metrics}
         pools = {m: pair for m, pair in pools.items() if min(map(len, pair)) >= n}
         if variant != ablation.baseline and pools:
             parts.append(null_rates(pools, n).assign(variant=variant))
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
-# %% ../../nbs/lab/10_results.ipynb #e37209c7
+# %% ../../nbs/lab/10_results.ipynb #ecc35cdd
+def _as_setting(value) -> str:
+    "A value as `--set` reads it: JSON, or words that are none."
+    try:
+        json.loads(value)
+    except (TypeError, ValueError):
+        return value if isinstance(value, str) else json.dumps(value)
+    return json.dumps(value)
+
+
 def command(runs: pd.DataFrame, ablation: Ablation, variant: str) -> str:
-    "The line that makes a variant's runs, and the baseline's with the same seeds, again."
+    "The line that makes a variant's runs, and the baseline's with the same seeds, again. Those of a point of a grid get a folder of their own."
     mine = runs[runs.variant == variant]
     seeds, names = sorted(set(mine.seed)), list(dict.fromkeys([ablation.baseline, variant]))
-    some = str(len(seeds)) if seeds == list(range(len(seeds))) else ",".join(map(str, seeds))
-    value = lambda v: v if isinstance(v, str) else json.dumps(v)
-    settings = [f"--set {shlex.quote(f'{k}={value(v)}')}" for k, v in mine.overrides.iloc[0].items()]
-    return " ".join(["prx-nb ablate", ablation.name, "--preset", mine.preset.iloc[0], "--variants", ",".join(names), "--seeds", some, *settings])
+    some = str(len(seeds)) if seeds == list(range(len(seeds))) else ",".join(map(str, seeds)) + "," * (len(seeds) == 1)
+    settings = [f"--set {shlex.quote(f'{k}={_as_setting(v)}')}" for k, v in mine.overrides.iloc[0].items()]
+    out = ["--out again"] if point(Path(mine.folder.iloc[0]).parent) else []
+    return " ".join(["prx-nb ablate", ablation.name, "--preset", mine.preset.iloc[0], "--variants", ",".join(names), "--seeds", some, *settings, *out])
