@@ -75,9 +75,26 @@ def test_kid_is_the_unbiased_polynomial_mmd():
     off = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
     truth = off(polynomial(x, x)) + off(polynomial(y, y)) - 2 * polynomial(x, y).mean()
     assert metrics.kid(a, b) == pytest.approx(truth, rel=1e-3)          # sets of one size: every subset is the whole set
+
+
+@pytest.mark.parametrize("n, m, d", [(90, 90, 12), (200, 90, 12), (40, 150, 6), (60, 30, 80)])
+def test_as_torchmetrics_says(n, m, d):
+    "Both distances, also where there are fewer images than features; KID with the same draws of subsets."
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+    real, fake, given = cloud(n, d, 2).double(), cloud(m, d, 3, 0.2).double(), torch.nn.Identity()
+    given.num_features = d
+    peers = FrechetInceptionDistance(feature=given), KernelInceptionDistance(feature=given, subsets=7, subset_size=min(n, m))
+    for peer in peers:
+        peer.update(real, real=True)
+        peer.update(fake, real=False)
+    assert metrics.fd(real, fake) == pytest.approx(peers[0].compute().item(), rel=1e-6)
     before = torch.random.get_rng_state()
-    unequal = metrics.kid(cloud(200, 12, 2), b)
-    assert unequal == metrics.kid(cloud(200, 12, 2), b) and torch.equal(torch.random.get_rng_state(), before)
+    ours = metrics.kid(real, fake, subsets=7)
+    assert torch.equal(torch.random.get_rng_state(), before) and ours == metrics.kid(real, fake, subsets=7)
+    torch.manual_seed(0)
+    assert ours == pytest.approx(peers[1].compute()[0].item(), rel=1e-9)
+    torch.random.set_rng_state(before)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -88,7 +105,10 @@ def test_mmd_pair_by_pair(biased):
     k = lambda a, b: np.exp(-cdist(unit(a), unit(b), "sqeuclidean") / (2 * 10.0**2))
     keep = lambda m: m.mean() if biased else m[~np.eye(len(m), dtype=bool)].mean()
     truth = 1000 * (keep(k(x, x)) + keep(k(y, y)) - 2 * k(x, y).mean())
-    assert metrics.mmd(torch.tensor(x), torch.tensor(y), biased=biased) == pytest.approx(truth, rel=1e-5)
+    ours = metrics.mmd(torch.tensor(x), torch.tensor(y), biased=biased)
+    assert ours == pytest.approx(truth, rel=1e-5)
+    own = metrics.gaussian_total(torch.tensor(x), torch.tensor(x))
+    assert own == pytest.approx(k(x, x).sum()) and ours == metrics.mmd(torch.tensor(x), torch.tensor(y), biased=biased, own=own)
 
 
 def test_unbiased_means_unbiased():
@@ -137,6 +157,58 @@ def test_real_images_score_as_real(world):
     wrong = metrics.evaluate(real, [replace(i, concept=str((int(i.concept) + 4) % 16), background="white") for i in items], reference)
     assert wrong[f"retrieval@1[{name}]"] < 0.3 and wrong["background"] < 0.5
     assert wrong[f"KID[{name}]"] == found[f"KID[{name}]"]
+
+
+def test_limits_come_from_disk(world, monkeypatch):
+    "Measured once; again when anything they depend on is another, or the file is damaged."
+    images, split, reference = world
+    calls, real_score = [], metrics.score
+    monkeypatch.setattr(metrics, "score", lambda *a: calls.append(1) or real_score(*a))
+    again = lambda split=split, images=images: metrics.Reference(images, split, reference.encoder)
+    first = reference.limits
+    assert again().limits == first and not calls
+    path = metrics.cache_dir("limits") / f"{reference.key}.json"
+    for damage in ("{", "[1]", '{"KID": "x"}', ""):
+        path.write_text(damage)
+        assert again().limits == first and len(calls) == 1
+        calls.clear()
+    fewer = Split(split.train, split.concepts[:-4], split.pairs)
+    other = Images(images.pixels, images.items, "another-key", [], "")
+    keys = {again().key, again(fewer).key, again(Split(split.train[1:], split.concepts, split.pairs)).key, again(images=other).key}
+    assert len(keys) == 4
+    assert again(fewer).limits != first and calls
+    monkeypatch.setattr(metrics.Path, "read_bytes", lambda self: b"other code")
+    assert again().key not in keys
+    for count in (0, 1):                                                # nothing, or too little, is held out
+        assert again(Split(split.train, split.concepts[:count], split.pairs)).limits == {}
+
+
+def test_one_reference_for_one_run(world):
+    images, split, _ = world
+    from types import SimpleNamespace as Space
+    recipe = Space(evaluate=Space(features="effnet-lite0"))
+    first = metrics.prepare(recipe, Space(images=images, split=split))
+    assert metrics.prepare(recipe, Space(images=images, split=split)) is first
+    assert metrics.prepare(recipe, Space(images=images, split=replace(split))) is not first
+    assert len(metrics._last) == 1
+    metrics._last.clear()
+
+
+def test_measuring_needs_no_heavy_package():
+    "A run's overhead: torchmetrics alone takes longer to import than a small run to be measured."
+    import subprocess
+    import sys
+    code = """
+import sys, torch
+from prx_nb.core import metrics
+g = torch.Generator().manual_seed(0)
+a, b = torch.randn(30, 8, generator=g), torch.randn(20, 8, generator=g)
+metrics.fd(a, b), metrics.kid(a, b), metrics.mmd(a, b)
+metrics.load_vision_encoder("effnet-lite0", device="cpu")
+print(*[m for m in ("torchmetrics", "transformers", "scipy", "matplotlib", "onnx") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
 
 
 def test_what_a_clipped_or_saved_sample_scores(world):
