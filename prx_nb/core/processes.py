@@ -153,7 +153,7 @@ def find_fault(folder: Path,
                said: str,        # the launcher's own words
                count: int, code: int) -> BaseException:
     "Why processes ended: a kill, else the earliest fault, else the launcher's last words."
-    for number, rank in re.findall(r"exitcode\s*:\s*(-\d+)\) local_rank: (\d+)", said):
+    for rank, number in re.findall(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*(-\d+)", said):
         if -int(number) not in (signal.SIGTERM, signal.SIGINT):        # these are the launcher's own
             name = signal.Signals(-int(number)).name
             return ProcessDied(f"process {rank} of {count} was killed by {name}; the others were stopped")
