@@ -15,6 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 from PIL import Image
+from slurm import slurm  # noqa: F401  (a fixture)
 
 from prx_nb.lab import watch
 
@@ -208,12 +209,14 @@ if variant == "slow":
 
 PROGRAM = """
 import functools, sys
-from types import MappingProxyType
-from prx_nb.lab import ablations, batch, cli, plan
-toy = plan.pretend_ablation(sys.argv[1], "ok", "slow", "raises", body=open(sys.argv[1] + "/body.py").read())
-ablations.ABLATIONS = MappingProxyType({**ablations.ABLATIONS, "toy": toy})
-plan.source_hash = lambda: "source"
-batch.run = functools.partial(batch.run, prepare=None)
+from prx_nb.lab import cli
+if sys.argv[2] in ("ablate", "retry"):
+    from types import MappingProxyType
+    from prx_nb.lab import ablations, batch, plan, slurm
+    toy = plan.pretend_ablation(sys.argv[1], "ok", "slow", "raises", body=open(sys.argv[1] + "/body.py").read())
+    ablations.ABLATIONS = MappingProxyType({**ablations.ABLATIONS, "toy": toy})
+    plan.source_hash = lambda: "source"
+    batch.run, slurm.submit = functools.partial(batch.run, prepare=None), functools.partial(slurm.submit, prepare=None)
 cli.main(sys.argv[2:])
 """
 
@@ -358,6 +361,26 @@ def test_an_interrupted_sweep_exits_130(toy, tmp_path):
     out, err = sweep.communicate(timeout=60)
     assert sweep.returncode == 130 and "The same command again does the rest" in out and "Traceback" not in err
     assert "interrupted" in toy("status")[1]
+
+
+@pytest.mark.slow
+def test_runs_are_handed_in_to_slurm_watched_and_waited_for(slurm, toy, tmp_path):  # noqa: F811
+    command = ["ablate", "toy", "--preset", "smoke", "--seeds", "1", "--executor", "slurm", "--partition", "steady", "--time", "5", "--no-report"]
+    code, out, err = toy(*command, "--jobs", "1")
+    assert code == 0 and "3 runs handed in to partition 'steady'" in out and "prx-nb status --watch" in out, out + err
+    wait_for(lambda: (tmp_path / "out" / "toy" / "smoke" / "slow-s0" / "progress.json").exists())
+    rows = {row["run"]: row for row in json.loads(toy("status", "--json")[1])}
+    assert rows["slow-s0"]["state"] == "running" and re.fullmatch(r"slurm \d+_\d pending", rows["raises-s0"]["cause"]), rows
+    assert "at work" in toy("clean", "--failed")[1]
+    (tmp_path / "out" / "go").touch()
+    code, out, err = toy(*command, "--wait")
+    assert code == 1 and "raises-s0 CELL ERROR" in out, out + err
+    (tmp_path / "out" / "mended").touch()
+    code, out, err = toy("retry", "--executor", "slurm", "--partition", "steady", "--time", "5", "--wait", "--no-report")
+    assert code == 0 and "1 runs handed in" in out, out + err
+    assert [row["state"] for row in json.loads(toy("status", "--json")[1])] == ["done"] * 3
+    code, out, _ = toy("ablate", "toy", "--preset", "smoke", "--seeds", "1", "--executor", "slurm", "--partition", "nowhere")
+    assert code == 2
 
 
 def test_status_on_a_terminal_has_colours_and_watches_to_the_end(tmp_path):
