@@ -107,10 +107,12 @@ def plan_in_words(jobs: list, at_once: int) -> str:
         mine = [job for job in jobs if job.home == home]
         variants, seeds = (list(dict.fromkeys(values)) for values in ([j.variant for j in mine], [str(j.seed) for j in mine]))
         counted = f"{len(mine)} runs, {sum(job not in todo for job in mine)} done"
-        lines += [f"{home.parent.name}/{home.name}: {counted}", f"    {', '.join(variants)} with seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"]
-    lines += ["", f"{len(jobs)} runs in {_from_here(jobs[0].home.parents[1])}: {len(jobs) - len(todo)} done already, {len(todo) - len(lost)} to be run"
+        lines += [f"{home.parent.name}/{home.name}: {counted}",
+                  f"    {', '.join(variants)} with seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"]
+    out, fresh = jobs[0].home.parents[1], [job for job in todo if job not in lost]
+    lines += ["", f"{len(jobs)} runs in {_from_here(out)}: {len(jobs) - len(todo)} done already, {len(fresh)} to be run"
               + (f", {len(lost)} failed before and are left alone (prx-nb retry)" if lost else "")]
-    return "\n".join([*lines, "time: " + sweep.estimate([j for j in todo if j not in lost], jobs[0].home.parents[1], at_once)[1]])
+    return "\n".join([*lines, f"time: {sweep.estimate(fresh, out, at_once)[1]}"])
 
 # %% ../../nbs/lab/16_cli.ipynb #17afc60d
 Jobs = Annotated[int | None, typer.Option(min=1, help="runs side by side (default: one a GPU, or one); cores are shared out among them")]
@@ -172,7 +174,7 @@ def _hand_in(jobs: list, at_once: int | None, wanted: dict, wait: bool, again: b
 
 # %% ../../nbs/lab/16_cli.ipynb #68413a6f
 @app.command()
-def ablate(names: Annotated[list[str], typer.Argument(metavar="NAME", help="ablations, e.g. prediction_target, or sweep files (.yaml, .toml)")],
+def ablate(names: Annotated[list[str], typer.Argument(metavar="NAME", help="ablations, or sweep files (.yaml, .toml)")],
            preset: Annotated[str | None, typer.Option(help="smoke, cpu, gpu or paper: how big (default: cpu)")] = None,
            seeds: Annotated[str | None, typer.Option(help="how many, or a list: 0,4 (default: 2)")] = None,
            variants: Annotated[str | None, typer.Option(help="some variants only, e.g. v,x")] = None,
@@ -218,7 +220,7 @@ def _reports(homes: list[Path], name: str) -> bool:
     if len(homes) == 1:
         made = report.make_report(homes[0])
         _show(homes[0])
-        typer.echo("\n" + "\n".join(f"{'report:' * (n == 0):8}{made / file}" for n, file in enumerate(("report.html", "report.md", "table.csv"))))
+        typer.echo(f"\nreport: {made / 'report.html'}\n        {made / 'report.md'}\n        {made / 'table.csv'}")
         return True
     for home in homes:
         try:
@@ -300,10 +302,11 @@ def status(names: Some = None, out: Out = Path("outputs"),
     else:
         watching.show(folders, out, watch, everything)
 
-# %% ../../nbs/lab/16_cli.ipynb #81734794
+# %% ../../nbs/lab/16_cli.ipynb #b772502b
 @app.command()
 def retry(names: Some = None, out: Out = Path("outputs"),
-          only: Annotated[list[str] | None, typer.Option(metavar="STATE", help="only runs in this state, e.g. 'timeout'; may be repeated")] = None,
+          only: Annotated[list[str] | None, typer.Option(
+              metavar="STATE", help="only runs in this state, e.g. timeout; may be repeated")] = None,
           jobs: Jobs = None, per_device: PerDevice = 1,
           timeout: Annotated[float | None, typer.Option(help="seconds a run may take (default: as before)")] = None,
           executor: Executor = "local", partition: Partition = None, time: Minutes = None, gpus: Gpus = 0, cpus: Cpus = 1,
@@ -332,11 +335,13 @@ def retry(names: Some = None, out: Out = Path("outputs"),
         typer.echo("\n".join(f"{row.home}/{row.run}: {row.state}" + (f", {row.cause}" if row.cause else "") for row in rows) + "\n")
     _go(found, executor, jobs, per_device, dry_run, with_report, wanted, wait, "retry", again=True)
 
-# %% ../../nbs/lab/16_cli.ipynb #e638009d
+# %% ../../nbs/lab/16_cli.ipynb #7b8e6ca6
 @app.command()
 def clean(names: Some = None, out: Out = Path("outputs"),
-          failed: Annotated[bool, typer.Option("--failed", help="also failed runs, whole; those stopped from outside can go on and stay")] = False,
-          checkpoints: Annotated[bool, typer.Option("--checkpoints", help="also all but the last checkpoint of finished runs")] = False,
+          failed: Annotated[bool, typer.Option(
+              "--failed", help="also failed runs, whole; those stopped from outside can go on and stay")] = False,
+          checkpoints: Annotated[bool, typer.Option(
+              "--checkpoints", help="also all but the last checkpoint of finished runs")] = False,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="only list what would go, with sizes")] = False) -> None:
     """Remove what is not needed any more. Never touches a run at work.
 

@@ -60,7 +60,8 @@ def _describe(r, images, split) -> str:
     item = images.items[int(split.train[0])]
     lines = [f"{len(images)} images of {images.size} x {images.size} px from {r.data.source}" + (f" {r.data.path}" if r.data.path else ""),
              f"  to train on     {len(split.train)}",
-             f"  held out        {len(split.concepts)} images of concepts never seen, {len(split.pairs)} of concepts seen in other styles only",
+             f"  held out        {len(split.concepts)} images of concepts never seen, "
+             f"{len(split.pairs)} of concepts seen in other styles only",
              f"  styles          {count(i.style for i in images.items)}",
              f"  groups          {count(i.group for i in images.items)}", f"  unreadable      {len(images.bad)}"]
     lines += [f"    {name}: {reason}" for name, reason in images.bad[:5]]
@@ -138,7 +139,8 @@ def export(run: Annotated[Path, typer.Argument(help="a run's folder")],
       P.from_pretrained("my-model")("a cat").images[0].save("cat.png")'
     """
     from prx_nb.core import interop, train
-    typer.echo(f"wrote {interop.to_diffusers(train.Run.load(run), folder)}, for diffusers' {interop.pipeline_for(train.Run.load(run).recipe)}")
+    trained = train.Run.load(run)
+    typer.echo(f"wrote {interop.to_diffusers(trained, folder)}, for diffusers' {interop.pipeline_for(trained.recipe)}")
 
 # %% ../../nbs/lab/15_cli_data.ipynb #7ea0aa37
 def register(app: typer.Typer) -> None:

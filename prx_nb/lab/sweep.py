@@ -265,7 +265,8 @@ def _clashes(entry: Entry) -> list[str]:
         if name == entry.ablation:
             faults.append(f"pairs.{name}: an ablation cannot be paired with itself")
         elif shifted or (other and not any(ablations.changes(other, v) for v in other.variants)):
-            faults.append(f"pairs.{name}: its variants {'differ in their seeds' if shifted else 'change no settings'}, so they make no axis")
+            what = "differ in their seeds" if shifted else "change no settings"
+            faults.append(f"pairs.{name}: its variants {what}, so they make no axis")
         else:
             sources.append((f"pairs.{name}", {path for *_, changes in axis for path in changes}))
     for where, paths in sources:
@@ -404,8 +405,9 @@ def _past(path: Path, published: bool = False) -> Past | None:
         cost, whole = record["cost"], said.get("seconds") if said.get("state") == "done" else None
         if record["status"] != "done":
             return None
-        return Past(record["ablation"], record["preset"], "" if published else path.parent.parent.name, record["variant"],
-                    float(whole or cost["total_seconds"]), float(cost["train_seconds"]), float(cost["images_seen"]), str(record.get("hardware")))
+        home, seconds = "" if published else path.parent.parent.name, float(whole or cost["total_seconds"])
+        return Past(record["ablation"], record["preset"], home, record["variant"], seconds,
+                    float(cost["train_seconds"]), float(cost["images_seen"]), str(record.get("hardware")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -477,8 +479,9 @@ def estimate(jobs: list,                       # of `Job`: those that are still 
     if not known:
         return (0.0, "nothing to run") if not jobs else (None, f"no estimate: no earlier run of {where}")
     wall, best = wall_clock(known, at_once), wall_clock(sorted(known, reverse=True), at_once)
-    words = f"{'at least ' if missing else 'about '}{in_words(wall)} with {at_once} at a time ({in_words(sum(known))} of work), " \
-            f"judged by {' and '.join(f'{kind} ({n})' if len(kinds) > 1 else kind for kind, n in kinds.items() if kind)} on {'; '.join(hardware)}"
+    sources = " and ".join(f"{kind} ({n})" if len(kinds) > 1 else kind for kind, n in kinds.items() if kind)
+    words = f"{'at least' if missing else 'about'} {in_words(wall)} with {at_once} at a time " \
+            f"({in_words(sum(known))} of work), judged by {sources} on {'; '.join(hardware)}"
     words += f"; unknown for {len(missing)} runs of {where}" if missing else ""
     saved = wall - best
     return wall, words + (f"; {in_words(saved)} less if the longest entries came first in the file" if saved > max(60, wall / 10) else "")

@@ -51,7 +51,8 @@ def places(names: Iterable[str | Path],          # folders, or names of ablation
     for name in names or [out]:
         options = [path for path in (Path(name), Path(out) / name) if path.is_dir()]
         if not options:
-            raise AblationError(f"no folder {name}" + (f" and none in {out}" if Path(name) != Path(out) else "") + ": nothing was run there")
+            either = f" and none in {out}" if Path(name) != Path(out) else ""
+            raise AblationError(f"no folder {name}{either}: nothing was run there")
         found.append(options[0])
     return found
 
@@ -159,8 +160,9 @@ def _running(folder: Path, said: dict) -> dict[str, Any]:
         if now != said and now.get("state") != "running":          # it ended just now
             return _facts(folder, now)
         away = said.get("host") != os.uname().nodename
-        return {"state": "host gone" if away else "killed", "cause": "said to be running, but "
-                + (f"{said.get('host')} has not been heard of" if away else "its process is gone")} | _progress(folder, said.get("started")) | {"eta": None}
+        cause = f"{said.get('host')} has not been heard of" if away else "its process is gone"
+        gone = {"state": "host gone" if away else "killed", "cause": f"said to be running, but {cause}"}
+        return gone | _progress(folder, said.get("started")) | {"eta": None}
     return {"state": "running", "seconds": _since(said.get("started"))} | _progress(folder, said.get("started"))
 
 
@@ -175,8 +177,8 @@ def _facts(folder: Path, said: dict) -> dict[str, Any]:
     if state == "done":
         found = runs.record(folder)
         return facts | ({"metric": _headline(found)} if found else {"state": "no record", "cause": "its record.json cannot be read"})
-    where = f"cell {said['cell']}: " if "cell" in said else ""
-    return facts | {"cause": where + next(iter(said.get("error", "").splitlines()), "")} | _progress(folder, said.get("started")) | {"eta": None}
+    where, error = f"cell {said['cell']}: " if "cell" in said else "", next(iter(said.get("error", "").splitlines()), "")
+    return facts | {"cause": where + error} | _progress(folder, said.get("started")) | {"eta": None}
 
 # %% ../../nbs/lab/07_watch.ipynb #31c23ad3
 def row(folder: str | Path,       # a run's
@@ -191,7 +193,7 @@ def row(folder: str | Path,       # a run's
              "slurm": said.get("slurm", "")} | _facts(folder, said)
     return Row("." if home == "." else home, folder.name, folder=str(folder), **facts)
 
-# %% ../../nbs/lab/07_watch.ipynb #bea0965c
+# %% ../../nbs/lab/07_watch.ipynb #ea774bbb
 def pretend_runs(top: str | Path) -> Path:
     "Files as runs of every state would have left them, to try a table on."
     import psutil
@@ -200,7 +202,8 @@ def pretend_runs(top: str | Path) -> Path:
     step = {"step": 300, "steps": 1500, "seconds": 30.0, "at": time.time()}
     for name, said, more in (
             ("cpu/v-s0", {"state": "done", "seconds": 168.6}, {"record": {"status": "done", "metrics": {"KID[invented]": 0.4984}}}),
-            ("cpu/v-s1", {"state": "running", **here}, {"progress": step}), ("cpu/x-s0", {"state": "running", **here, "pid": 1 << 22}, {"progress": step}),
+            ("cpu/v-s1", {"state": "running", **here}, {"progress": step}),
+            ("cpu/x-s0", {"state": "running", **here, "pid": 1 << 22}, {"progress": step}),
             ("cpu/x-s1", {"state": "queued"}, {}), ("cpu/eps-s0", {"state": "non-finite loss", "seconds": 12.2, "cell": 9,
              "error": "NonFiniteLoss: loss is nan at step 41", "history": [{"state": "killed"}]}, {}),
             ("smoke@optimizer.lr=0.002/v-s0", {"state": "disk full", "seconds": 3.0, "error": "OSError: no space left on device"}, {})):
@@ -269,11 +272,12 @@ def rest(rows: Iterable[Row]) -> float | None:
     now = max(r.eta or 0 for r in at_work)
     return now + (waiting * sum(took) / len(took) / len(at_work) if waiting else 0)
 
-# %% ../../nbs/lab/07_watch.ipynb #33b5d1df
+# %% ../../nbs/lab/07_watch.ipynb #286ab540
 def _line(row: Row) -> tuple[str, str, str, str, str]:
     "A row's cells: run, state, step, time, what there is to say."
     step = f"{row.step}/{row.steps}" if row.step is not None else ""
-    time = f"{in_words(row.eta)} left" if row.eta else "measuring" if row.eta == 0 else in_words(row.seconds) if row.seconds is not None else ""
+    took = in_words(row.seconds) if row.seconds is not None else ""
+    time = f"{in_words(row.eta)} left" if row.eta else "measuring" if row.eta == 0 else took
     again = f"attempt {row.attempt}" if row.attempt > 1 else ""
     cause = "" if row.cause == NO_DRIVER else row.cause            # the home's line says it
     return row.run, row.state, step, time, "; ".join(filter(None, (row.metric, row.where, again, cause)))
@@ -366,7 +370,7 @@ def show(folders: list[Path],             # from `places`
 def _going_on(rows: list[Row]) -> bool:
     return any(r.state == "running" or (r.state == "queued" and r.cause != NO_DRIVER) for r in rows)
 
-# %% ../../nbs/lab/07_watch.ipynb #b608def0
+# %% ../../nbs/lab/07_watch.ipynb #5e63c168
 def chosen(rows: Iterable[Row],
            only: Iterable[str] = (),     # states; none: all that failed
            ) -> list[Row]:
@@ -374,8 +378,8 @@ def chosen(rows: Iterable[Row],
     only, allowed = list(only), [s for s in runs.STATES if s != "running"]
     for state in only:
         if state not in allowed:
-            near = difflib.get_close_matches(state, allowed, 1, 0.4)
-            raise AblationError(f"no state '{state}' to repeat; there are {', '.join(allowed)}" + (f"; did you mean '{near[0]}'?" if near else ""))
+            near = [f"; did you mean '{name}'?" for name in difflib.get_close_matches(state, allowed, 1, 0.4)]
+            raise AblationError(f"no state '{state}' to repeat; there are {', '.join(allowed)}{''.join(near)}")
     return [r for r in rows if (r.state in only if only else r.group == "failed")]
 
 
