@@ -53,9 +53,11 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.log
-NodeName={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=2000 State=UNKNOWN
+GresTypes=seat
+NodeName={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=2000 Gres=seat:2 State=UNKNOWN
 PartitionName=low Nodes={host} Default=YES PriorityTier=1 PreemptMode=REQUEUE MaxTime=120 DefaultTime=30
 PartitionName=graceful Nodes={host} PriorityTier=1 PreemptMode=REQUEUE GraceTime=120 MaxTime=120
+PartitionName=steady Nodes={host} PriorityTier=1 PreemptMode=OFF MaxTime=120
 PartitionName=high Nodes={host} PriorityTier=10 PreemptMode=OFF MaxTime=120
 """
 
@@ -123,6 +125,7 @@ def _write(folder: Path, host: str, scheduler: str) -> None:
     (folder / "munge.key").chmod(0o400)
     conf = CONF.format(host=host, ports=_free_ports(2), folder=folder, cpus=CPUS, scheduler="".join(f",{word}" for word in scheduler.split()))
     (folder / "slurm.conf").write_text(conf)
+    (folder / "gres.conf").write_text("Name=seat Count=2\n")                # something to be preempted for
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")         # read even where nothing uses it
 
 

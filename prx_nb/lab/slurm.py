@@ -197,7 +197,7 @@ class Task:
         say = lambda line: print(f"{datetime.now():%H:%M:%S} {line}", flush=True)
         say(f"{self.job.name} as task {_own_id()} on {os.uname().nodename}")
         self.said = runs.attend(self.job, self.threads, stop=self.stop, say=say)
-        say(runs.end_in_words(self.job, self.said))
+        say(f"{self.job.name} {runs.end_in_words(self.job, self.said)}")
 
     def checkpoint(self):
         "submitit's question before the time limit: stop the run; what shall run next, none when there is no use."
