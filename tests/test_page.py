@@ -47,7 +47,7 @@ def page(tmp_path):
     made = Page(tmp_path, HOSTILE)
     made.text(HOSTILE)
     for kind in ("h2", "h3", "li", "li", "code", "small", "warn"):
-        made.text(HOSTILE, kind)
+        made.text(HOSTILE + ("\n```\n<script>" if kind == "code" else ""), kind)
     made.frame(pd.DataFrame({HOSTILE: [HOSTILE, "a\nb"], "verdict": ["better", HOSTILE], "n": [1, None]}, dtype=object), HOSTILE, cards=True)
     fig = plt.figure(figsize=(2, 1))
     made.figures((fig, "figure", HOSTILE))

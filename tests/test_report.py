@@ -7,6 +7,8 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from scipy import stats
 from test_page import Reader
 
@@ -35,7 +37,7 @@ def test_pages_hold_all_and_need_nothing_else(home):
     assert len(read.images) == 10 and all(len(i["alt"]) > 20 for i in read.images) and 'name="viewport"' in text
     words = (made / "report.md").read_text()
     for word in ("FID 18.20 -> 16.80", "prx-nb ablate prediction_target --preset smoke --variants v,x --seeds 3", "retrieval@1[invented]", "](samples.png)",
-                 "not measured here", "No metric here is of the kind of CMMD and DINO-MMD", "metrics were not calibrated here"):
+                 "not measured here", "No metric here is of the kind of CMMD and DINO-MMD", "not calibrated"):
         assert word in words, word
     titles = re.findall(r"^## (.+)$", words, re.M)
     assert titles == ["Verdict", "Samples", "Results", "Curves", "Cost", "Runs", "How to make it again"]
@@ -150,10 +152,40 @@ def test_summary_over_a_sweep(home, tmp_path):
         report.summary([tmp_path / "nowhere"], tmp_path)
 
 
+def test_a_sweep_is_corrected_as_a_whole(tmp_path):
+    homes, rng, p = [], np.random.default_rng(5), []
+    for i in range(12):                                   # one home with a true difference that alone would just be called
+        home = results.pretend_runs(tmp_path, 3, "null_check", f"seed.of={i}")
+        for s in range(3):
+            for variant in "ab":
+                change(home / f"{variant}-s{s}" / "record.json", metrics={"KID[a]": rng.normal() + s / 10})
+        if i == 0:
+            for s in range(3):
+                change(home / f"a-s{s}" / "record.json", metrics={"KID[a]": 1.0 + s})
+                change(home / f"b-s{s}" / "record.json", metrics={"KID[a]": 2.0 + s + (0, 0.3, 0.5)[s]})
+        runs = results.collect(home)
+        a, b = results.by_seed(runs, "a", "KID[a]"), results.by_seed(runs, "b", "KID[a]")
+        p.append(stats.ttest_rel([b[s] for s in range(3)], [a[s] for s in range(3)]).pvalue)
+        homes.append(home)
+    assert 0.005 < p[0] < 0.05 < min(stats.false_discovery_control(p)), "the case is what it should be"
+    assert results.table(results.collect(homes[0]), ablations.get("null_check")).verdict[1] == "worse", "in its own report"
+    report.summary(homes, tmp_path / "sum")
+    rows = pd.read_csv(tmp_path / "sum" / "summary.csv")
+    assert set(rows.verdict) == {"not distinguishable"} and list(rows["p, corrected"].astype(float)) == pytest.approx(list(stats.false_discovery_control(p)), rel=0.1)
+
+
+def with_notice(path, notice):
+    with safe_open(path, "numpy") as f:
+        tensors, words = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+    save_file(tensors, path, words | {"notice": notice})
+
+
 def test_publishing_copies_what_is_small_and_keeps_the_notice(home, tmp_path):
     with pytest.raises(report.ReportError, match="no report in"):
         report.publish(home)
+    with_notice(home / "v-s0" / "samples.safetensors", "Patterns by <nobody>, CC0")
     report.write_report(home)
+    assert "Patterns by &lt;nobody>, CC0" in (home / "report" / "report.md").read_text()
     notice = tmp_path / "published" / "NOTICE"
     notice.parent.mkdir()
     notice.write_text("Drawings by somebody.\n")
@@ -162,7 +194,8 @@ def test_publishing_copies_what_is_small_and_keeps_the_notice(home, tmp_path):
     names = {p.relative_to(to).as_posix() for p in to.rglob("*") if p.is_file()}
     assert {"table.csv", "cost.csv", "report.md", "samples.png", "curves.png", "metrics.png", "records/v-s0.json"} <= names
     assert not any("parquet" in n or "safetensors" in n or "html" in n for n in names)
-    assert notice.read_text().startswith("Drawings by somebody.")
+    report.publish(home)
+    assert notice.read_text() == "Drawings by somebody.\n\nPatterns by <nobody>, CC0\n", "kept, and added once"
     for picture in re.findall(r"\]\(([^)]+\.png)\)", (to / "report.md").read_text()):
         assert (to / picture).exists(), picture
     cpu = home.rename(home.with_name("cpu"))
@@ -188,3 +221,15 @@ def test_the_report_notebook_runs_and_says_why_it_fails(home, monkeypatch):
 
 def test_numbers_that_are_missing_are_not_invented():
     assert results.in_words(math.nan) == "" and results.in_words(1.0) == "1" and results.in_words(-1234.5, -2000, 10.0, "+") == "-1234 [-2000, +10]"
+
+
+def test_calibration_stands_beside_its_metric(home, tmp_path):
+    place = tmp_path / "published" / "calibration"
+    place.mkdir(parents=True)
+    lines = ["metric,damage,verdict", "KID[invented],blur,notices", "KID[invented],inverted colours,does not notice", "FD[invented],blur,notices"]
+    (place / "calibration.csv").write_text("\n".join(lines) + "\n")
+    report.write_report(home)
+    words = (home / "report" / "report.md").read_text()
+    assert "| x | KID[invented]<br>lower is better; does not notice inverted colours |" in words and "not calibrated here" not in words
+    means = {line.split("<br>")[0][2:]: line.split(" | ")[-1][:-2] for line in words.splitlines() if line.startswith("| ") and "calibrat" in line or "all damage" in line}
+    assert means["FD[invented]"] == "notices all damage" and means["retrieval@1[invented]"] == "not calibrated"

@@ -118,6 +118,8 @@ def test_only_whole_finished_records_count(tmp_path):
     (tmp_path / "v-s1" / "record.json").write_text('{"status": "running"}')
     (write_run(tmp_path, "v", 2, {"val": 1.0}) / "record.json").write_text('{"status": "done", "abl')
     shutil.copytree(tmp_path / "v-s0", tmp_path / ".replaced" / "v-s0")
+    shutil.copytree(tmp_path / "v-s1", tmp_path / ".aside")
+    write_run(tmp_path, "v", 4, {"val": 1.0}).rename(tmp_path / ".other")
     assert list(results.collect(tmp_path).seed) == [0]
     assert results.unfinished(tmp_path).values.tolist() == [["v-s1", "timeout", 1, "longer than the 5 s it may", ""]]
 

@@ -165,9 +165,9 @@ _MARKED = ("better", "worse", "disagrees")
 
 
 def _inline(words: str) -> str:
-    "Escaped, with `code` and **strong**."
+    "Escaped, with `code` and **strong**; an arrow is one sign, so that no line ends within it."
     words = re.sub(r"`([^`\n]+)`", r"<code>\1</code>", html.escape(words))
-    return re.sub(r"\*\*([^*\n]+)\*\*", r"<strong>\1</strong>", words)
+    return re.sub(r"\*\*([^*\n]+)\*\*", r"<strong>\1</strong>", words).replace(" -&gt; ", " → ")
 
 
 def _cell(words: str, name: str, first: bool) -> str:
