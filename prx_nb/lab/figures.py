@@ -58,7 +58,8 @@ def band(values: pd.DataFrame,     # rows x seeds
 def _by(lines: pd.DataFrame, variant: str, name: str, clock: str, smooth: int) -> pd.DataFrame:
     "A curve of a variant on a grid of steps or seconds: rows x seeds."
     mine = lines[(lines.variant == variant) & (lines.name == name) & lines[clock].notna()].sort_values("step")
-    of = {seed: c.set_index(clock).value.rolling(max(1, min(smooth, len(c) // 8)), min_periods=1).mean() for seed, c in mine.groupby("seed")}
+    width = lambda c: max(1, min(smooth, len(c) // 8))
+    of = {seed: c.set_index(clock).value.rolling(width(c), min_periods=1).mean() for seed, c in mine.groupby("seed")}
     if not of or clock == "step":
         values = pd.DataFrame(of)
         return values.iloc[::max(1, len(values) // 300)]
@@ -170,7 +171,8 @@ def pareto_figure(runs: pd.DataFrame, ablation: Ablation, metric: str, cost: str
     fig, ax = _panel(f"{metric}, {'up' if better_up(metric) else 'down'} is better", "training seconds a run")
     for on, (variant, (c, q)) in zip(front, points.items()):
         colour, mark = look(ablation)[variant]
-        ax.plot(c.mean, q.mean, mark, color=colour, mfc=colour if on else "white", ms=8, zorder=3, label=variant + (", on the front" if on else ""))
+        label, fill = (f"{variant}, on the front", colour) if on else (variant, "white")
+        ax.plot(c.mean, q.mean, mark, color=colour, mfc=fill, ms=8, zorder=3, label=label)
     best = sorted((c.mean, q.mean) for on, (c, q) in zip(front, points.values()) if on)
     ax.plot(*zip(*best), color="0.6", lw=1, ls="--", zorder=1)
     for variant, (c, q) in points.items():
@@ -208,7 +210,8 @@ def forest_figure(names: list[str], differences: list[Interval], verdicts: list[
         ax.plot([d.low, d.high], [y, y], color=colour, lw=1.2)
         ax.plot(d.mean, y, "o", color=colour, mfc=colour if word in ("better", "worse") else "white", ms=5)
     ax.axvline(0, color="0.5", lw=1, ls=":")
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6), xlim=_span([0, *(d.mean for d in differences)], differences, 0.05),
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -0.6),
+           xlim=_span([0, *(d.mean for d in differences)], differences, 0.05),
            xlabel=f"{metric} minus baseline, {'up' if better_up(metric) else 'down'} is better")
     ax.tick_params("y", labelsize=8)
     _tidy(ax, "x")

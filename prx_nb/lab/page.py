@@ -115,8 +115,8 @@ def _markdown_part(kind: str, *what) -> list[str]:
         return ["", " ".join(f"![{_escaped(alt)}]({quote(name)}.png)" for name, alt in what[0]), ""]
     if kind == "code":
         return ["", "```", what[0].replace("```", "` ` `"), "```", ""]
-    frame = {"open": ("<details><summary>", "</summary>"), "close": ("</details>", ""), "warn": ("**Note.** ", ""), "h2": ("## ", ""), "h3": ("### ", "")}
-    before, after = frame.get(kind, ("", ""))
+    around = {"open": ("<details><summary>", "</summary>"), "close": ("</details>", ""), "warn": ("**Note.** ", "")}
+    before, after = (around | {"h2": ("## ", ""), "h3": ("### ", "")}).get(kind, ("", ""))
     words = before + (_escaped(what[0]) if what else "") + after
     return [f"- {words}"] if kind == "li" else ["", words, ""]
 
@@ -128,36 +128,55 @@ def markdown(page: Page) -> str:
 
 # %% ../../nbs/lab/12_page.ipynb #938b4657
 _STYLE = """
-:root{color-scheme:light dark;--ink:#1b1f24;--soft:#57606a;--line:#d0d7de;--bg:#fff;--box:#f4f6f8;--good:#00604a;--bad:#a33000;--link:#0550ae}
-@media(prefers-color-scheme:dark){:root{--ink:#e6e9ed;--soft:#a3adb8;--line:#3d444d;--bg:#14181d;--box:#20262d;--good:#5ad1ac;--bad:#ff9d6e;--link:#7cb7ff}}
+:root{color-scheme:light dark;--ink:#1b1f24;--soft:#57606a;--line:#d0d7de;
+--bg:#fff;--box:#f4f6f8;--good:#00604a;--bad:#a33000;--link:#0550ae}
+@media(prefers-color-scheme:dark){:root{--ink:#e6e9ed;--soft:#a3adb8;--line:#3d444d;
+--bg:#14181d;--box:#20262d;--good:#5ad1ac;--bad:#ff9d6e;--link:#7cb7ff}}
 *{box-sizing:border-box}
-body{font:16px/1.55 system-ui,sans-serif;max-width:72rem;margin:auto;padding:0 1rem 3rem;color:var(--ink);background:var(--bg);overflow-wrap:break-word}
-h1{font-size:1.7rem;line-height:1.25;margin-bottom:.3rem}h2{font-size:1.3rem;margin:2.4rem 0 .6rem;padding-top:.4rem;border-top:1px solid var(--line)}
-h3{font-size:1.05rem;margin:1.4rem 0 .3rem}p,ul{max-width:46rem}a{color:var(--link)}nav{font-size:.9rem}nav a{margin-right:.9rem;white-space:nowrap}
+body{font:16px/1.55 system-ui,sans-serif;
+max-width:72rem;margin:auto;padding:0 1rem 3rem;color:var(--ink);background:var(--bg);overflow-wrap:break-word}
+h1{font-size:1.7rem;line-height:1.25;margin-bottom:.3rem}
+h2{font-size:1.3rem;margin:2.4rem 0 .6rem;padding-top:.4rem;border-top:1px solid var(--line)}
+h3{font-size:1.05rem;margin:1.4rem 0 .3rem}p,ul{max-width:46rem}a{color:var(--link)}nav{font-size:.9rem}
+nav a{margin-right:.9rem;white-space:nowrap}
 .box{overflow-x:auto;margin:.8rem 0}table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);padding-bottom:.3rem}th,td{padding:.35rem .8rem .35rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
-thead th{border-bottom:2px solid var(--line);vertical-align:bottom}tbody th{font-weight:400}td{white-space:nowrap}td.words{white-space:normal;min-width:9rem}
-tr.next>*{border-top:2px solid var(--line)}small,.small{font-size:.8rem;color:var(--soft)}td small,th small{display:block;white-space:normal;max-width:20rem;line-height:1.35}
-.box>table:not(.cards) tbody th{position:sticky;left:0;background:var(--bg)}.small{white-space:pre-line}.better{color:var(--good);font-weight:600}.worse,.disagrees{color:var(--bad);font-weight:600}
+caption{text-align:left;color:var(--soft);padding-bottom:.3rem}
+th,td{padding:.35rem .8rem .35rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
+thead th{border-bottom:2px solid var(--line);vertical-align:bottom}tbody th{font-weight:400}td{white-space:nowrap}
+td.words{white-space:normal;min-width:9rem}
+tr.next>*{border-top:2px solid var(--line)}small,.small{font-size:.8rem;color:var(--soft)}
+td small,th small{display:block;white-space:normal;max-width:20rem;line-height:1.35}
+.box>table:not(.cards) tbody th{position:sticky;left:0;background:var(--bg)}.small{white-space:pre-line}
+.better{color:var(--good);font-weight:600}.worse,.disagrees{color:var(--bad);font-weight:600}
 .warn{border-left:4px solid var(--bad);background:var(--box);padding:.5rem .8rem;max-width:46rem}
 pre{background:var(--box);padding:.7rem;white-space:pre-wrap;font-size:.85rem}code{font-size:.9em;background:var(--box)}
-img{display:block;width:100%;height:auto;background:#fff;border-radius:4px}summary{cursor:pointer;padding:.4rem 0;color:var(--link)}
-.row{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));margin:1rem 0}.row img{max-width:34rem}
+img{display:block;width:100%;height:auto;background:#fff;border-radius:4px}
+summary{cursor:pointer;padding:.4rem 0;color:var(--link)}
+.row{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));margin:1rem 0}
+.row img{max-width:34rem}
 .wide{overflow-x:auto;margin:1rem 0}.wide img{min-width:40rem;max-width:72rem}
 """
 _NARROW = """
-@media(max-width:46rem){.cards,.cards tbody,.cards tr,.cards th,.cards td,.cards caption{display:block}.cards thead{display:none}
-.cards tr,.cards tr.next{border:1px solid var(--line);border-radius:6px;padding:.5rem .7rem;margin:.6rem 0}.cards tr>*,.cards tr.next>*{border:0;padding:.12rem 0}
-.cards th,.cards td:nth-child(2){display:inline;font-weight:600;font-size:1rem}.cards td:nth-child(2)::before{content:"\\a0\\b7\\a0"}
-.cards small{font-weight:400}.cards th small{display:inline;margin-left:.5em}.cards td:nth-child(n+3){display:flex;gap:.6rem;white-space:normal;min-width:0}
-.cards td:nth-child(n+3)::before{content:attr(data-name);color:var(--soft);flex:0 0 7.2rem;font-weight:400}.cards td:empty{display:none!important}}
+@media(max-width:46rem){.cards,.cards tbody,.cards tr,.cards th,.cards td,.cards caption{display:block}
+.cards thead{display:none}
+.cards tr,.cards tr.next{border:1px solid var(--line);border-radius:6px;padding:.5rem .7rem;margin:.6rem 0}
+.cards tr>*,.cards tr.next>*{border:0;padding:.12rem 0}
+.cards th,.cards td:nth-child(2){display:inline;font-weight:600;font-size:1rem}
+.cards td:nth-child(2)::before{content:"\\a0\\b7\\a0"}
+.cards small{font-weight:400}.cards th small{display:inline;margin-left:.5em}
+.cards td:nth-child(n+3){display:flex;gap:.6rem;white-space:normal;min-width:0}
+.cards td:nth-child(n+3)::before{content:attr(data-name);color:var(--soft);flex:0 0 7.2rem;font-weight:400}
+.cards td:empty{display:none!important}}
 """
 _PRINT = """
 @page{size:A4;margin:14mm}
 @media print{:root{color-scheme:light;--ink:#000;--soft:#444;--line:#bbb;--bg:#fff;--box:#f4f6f8;--good:#00604a;--bad:#a33000;--link:#000}
-body{max-width:none;padding:0;font-size:10pt}nav{display:none}h2,h3,caption{break-after:avoid}img,tr,pre{break-inside:avoid}thead{display:table-header-group}
-table{font-size:7.6pt}small,td small,th small,.small{font-size:7pt}td,td.words{white-space:normal;min-width:0}.box,.wide{overflow:visible}.wide img{min-width:0}
-.row{grid-template-columns:1fr 1fr}details::details-content{content-visibility:visible;display:block}summary{list-style:none;color:#000}}
+body{max-width:none;padding:0;font-size:10pt}nav{display:none}h2,h3,caption{break-after:avoid}
+img,tr,pre{break-inside:avoid}thead{display:table-header-group}
+table{font-size:7.6pt}small,td small,th small,.small{font-size:7pt}td,td.words{white-space:normal;min-width:0}
+.box,.wide{overflow:visible}.wide img{min-width:0}
+.row{grid-template-columns:1fr 1fr}details::details-content{content-visibility:visible;display:block}
+summary{list-style:none;color:#000}}
 """
 
 # %% ../../nbs/lab/12_page.ipynb #e95f7f84
@@ -185,17 +204,20 @@ def _table(rows: pd.DataFrame, about: str, cards: bool) -> str:
     names, body, before = list(map(str, rows.columns)), [], None
     for row in map(_cells, rows.itertuples(index=False, name=None)):
         new = cards and before not in (None, row[0])                                # another variant begins
-        body.append(f'<tr role="row"{" class=next" if new else ""}>' + "".join(_cell(c, n, i == 0) for i, (c, n) in enumerate(zip(row, names))) + "</tr>")
+        cells = "".join(_cell(c, n, i == 0) for i, (c, n) in enumerate(zip(row, names)))
+        body.append(f'<tr role="row"{" class=next" if new else ""}>{cells}</tr>')
         before = row[0]
     head = "".join(f'<th scope="col" role="columnheader">{_inline(n)}</th>' for n in names)
-    return (f'<div class="box" role="region" tabindex="0" aria-label="{html.escape(about)}"><table role="table"{" class=cards" if cards else ""}>'
+    return (f'<div class="box" role="region" tabindex="0" aria-label="{html.escape(about)}">'
+            f'<table role="table"{" class=cards" if cards else ""}>'
             f'<caption>{_inline(about)}</caption><thead><tr role="row">{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>')
 
 # %% ../../nbs/lab/12_page.ipynb #3221aa60
 def _figures(folder: Path, names: list[tuple[str, str]], wide: bool) -> str:
     data = [(base64.b64encode((folder / f"{name}.png").read_bytes()).decode(), alt) for name, alt in names]
     images = "".join(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{text}">' for text, alt in data)
-    return f'<div class="wide" role="group" tabindex="0" aria-label="wide figure">{images}</div>' if wide else f'<div class="row">{images}</div>'
+    kind = 'wide" role="group" tabindex="0" aria-label="wide figure' if wide else "row"
+    return f'<div class="{kind}">{images}</div>'
 
 
 def _slug(title: str) -> str:
@@ -224,7 +246,8 @@ def as_html(page: Page) -> str:
     body = "\n".join(_html_part(page.folder, *part) for part in page.parts)
     body = re.sub(r"((?:<li>.*?</li>\n?)+)", r"<ul>\1</ul>", body)
     before, cut, after = body.partition("<h2 ")
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>{title}</title><style>{_STYLE}{_NARROW}{_PRINT}</style></head><body><main><h1>{title}</h1>\n{before}"
             f'{f"<nav aria-label=Sections>{nav}</nav>" if nav else ""}{cut}{after}</main></body></html>\n')
 

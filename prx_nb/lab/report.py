@@ -68,7 +68,8 @@ def _opening(page: Page, f: Findings) -> None:
     page.text(f.ablation.question)
     where = f" at {p}" if (p := results.point(f.home)) else ""
     n, hardware = len(f.seeds), in_list(sorted(set(f.runs.hardware)))
-    page.text(f"Preset {f.runs.preset[0]}{where}: {len(f.runs)} runs of {in_list(f.variants)}, {n} {'seeds' if n > 1 else 'seed'}, on {hardware}.", "small")
+    page.text(f"Preset {f.runs.preset[0]}{where}: {len(f.runs)} runs of {in_list(f.variants)}, "
+              f"{n} {'seeds' if n > 1 else 'seed'}, on {hardware}.", "small")
     failed = len(f.failed)
     if failed or results.odd_runs(f.runs):
         said = [f"{failed} {'runs' if failed > 1 else 'run'} did not finish"] if failed else []
@@ -76,8 +77,9 @@ def _opening(page: Page, f: Findings) -> None:
         page.text(f"{in_list(said).capitalize()}; see Runs below.", "warn")
 
 
-_HOW = ("Differences are paired by seed; the interval is that of the comparison alone (Student's t). p is corrected over this table (Benjamini-Hochberg), and decides the verdict: "
-        "a difference where it is below 0.05. Seeds needed: to see a difference as large as this one looks in 8 of 10 tries.")
+_HOW = ("Differences are paired by seed; the interval is that of the comparison alone (Student's t). p is corrected over "
+        "this table (Benjamini-Hochberg), and decides the verdict: a difference where it is below 0.05. "
+        "Seeds needed: to see a difference as large as this one looks in 8 of 10 tries.")
 
 
 def _verdict(page: Page, f: Findings) -> None:
@@ -103,7 +105,8 @@ def _published(page: Page, f: Findings) -> None:
         page.text(line, "li")
     beside = results.published_table(f.table, f.ablation)
     for p in beside[beside.agreement == "disagrees"].itertuples():
-        page.text(f"**Disagrees**: {p.variant} was {p.direction} in {p.published.split(' ')[0]} there, and is not in {p.metric} here. Why that may be: {f.ablation.caveat}", "warn")
+        page.text(f"**Disagrees**: {p.variant} was {p.direction} in {p.published.split(' ')[0]} there, and is not in {p.metric} here. "
+                  f"Why that may be: {f.ablation.caveat}", "warn")
     lone = sorted(set(beside[beside.metric.isna() & beside.variant.isin(f.variants)].published.str.split(" ").str[0]))
     if lone:
         page.text(f"No metric here is of the kind of {in_list(lone)}.", "small")
@@ -126,7 +129,8 @@ def _samples(page: Page, f: Findings, more: int = 3) -> None:
 
 def _means(page: Page, f: Findings) -> None:
     page.text("Results", "h2")
-    page.frame(results.means(f.table, bounds(f.runs), f.flags), "Means with 95% intervals over seeds; real: held-out drawings in place of samples")
+    page.frame(results.means(f.table, bounds(f.runs), f.flags),
+               "Means with 95% intervals over seeds; real: held-out drawings in place of samples")
     page.figures((figures.metrics_figure(f.runs, f.table, f.ablation), "metrics",
                   f"Every metric of {in_list(f.variants)}: a mark a seed, a bar for the mean, a whisker for its interval"), wide=True)
 
@@ -135,9 +139,12 @@ def _curves(page: Page, f: Findings) -> None:
     "By step, by second, by time; and the error at equal time beside that at equal steps."
     moment, rows = results.equal_time(f.lines, f.ablation)
     who = f"of {in_list(f.variants)}, thin lines for seeds, a band for the 95% interval of the mean"
-    drawn = [(figures.curve_figure(f.lines, f.ablation), "curves", f"Validation error over steps {who}"),
-             (figures.curve_figure(f.lines, f.ablation, clock="seconds", moment=moment, title="validation error by the clock"), "curves-seconds", f"Validation error over training seconds {who}"),
-             (figures.curve_figure(f.lines, f.ablation, "loss flow", smooth=50, title="training loss, smoothed"), "curves-loss", f"Training loss over steps {who}"),
+    curve = lambda *name, **more: figures.curve_figure(f.lines, f.ablation, *name, **more)
+    by_clock = curve(clock="seconds", moment=moment, title="validation error by the clock")
+    loss = curve("loss flow", smooth=50, title="training loss, smoothed")
+    drawn = [(curve(), "curves", f"Validation error over steps {who}"),
+             (by_clock, "curves-seconds", f"Validation error over training seconds {who}"),
+             (loss, "curves-loss", f"Training loss over steps {who}"),
              (figures.time_figure(f.runs, f.ablation), "curves-time", f"Final validation error over diffusion time {who.split(',')[0]}")]
     if all(fig is None for fig, *_ in drawn):
         return
@@ -145,7 +152,8 @@ def _curves(page: Page, f: Findings) -> None:
     page.figures(*drawn)
     if len(rows):
         page.text("Equal steps, equal time", "h3")
-        page.text(f"After {moment:.3g} training seconds the first run was through (dotted line). What the others had reached by then is read off between two validations. "
+        page.text(f"After {moment:.3g} training seconds the first run was through (dotted line). "
+                  "What the others had reached by then is read off between two validations. "
                   "Verdicts are corrected over the comparisons of this table only, which are fewer than those above.")
         page.frame(rows, "Validation error when all steps are done, and when the first run was through")
 
@@ -155,8 +163,9 @@ def _cost(page: Page, f: Findings) -> None:
     page.frame(results.cost_words(results.costs(f.runs, f.ablation)), "Means over runs")
     metrics = results.main_metrics(f.table)
     chosen = list(dict.fromkeys([*metrics[:1], *[m for m in metrics if m == "val"]]))
-    drawn = [(figures.pareto_figure(f.runs, f.ablation, m), "pareto" if i == 0 else f"pareto-{m}",
-              f"{m} against training seconds, one point a variant with intervals; variants on the Pareto front are filled and joined") for i, m in enumerate(chosen)]
+    alt = "against training seconds, one point a variant with intervals; variants on the Pareto front are filled and joined"
+    drawn = [(figures.pareto_figure(f.runs, f.ablation, m), "pareto" if i == 0 else f"pareto-{m}", f"{m} {alt}")
+             for i, m in enumerate(chosen)]
     page.figures(*drawn)
     if any(fig is not None for fig, *_ in drawn):
         page.text("Filled: on the Pareto front, no other variant is better in one and as good in the other.", "small")
@@ -171,9 +180,11 @@ def _chance(page: Page, f: Findings) -> None:
     if not len(rates):
         page.text("Fewer than three seeds of each: too few to draw tests from.")
         return
-    page.text("Nothing differs between these runs but their seeds. So whatever is called a difference is chance, and 5% of all tests should call one.")
+    page.text("Nothing differs between these runs but their seeds. So whatever is called a difference is chance, "
+              "and 5% of all tests should call one.")
     words = [(r.metric, f"{r.rate:.1%} [{r.low:.1%}, {r.high:.1%}]", r.seeds) for r in rates.itertuples()]
-    page.frame(pd.DataFrame(words, columns=["metric", "called a difference [95%]", "seeds of each"]), "Share of tests of three runs against three, each at 5%, not corrected")
+    page.frame(pd.DataFrame(words, columns=["metric", "called a difference [95%]", "seeds of each"]),
+               "Share of tests of three runs against three, each at 5%, not corrected")
     page.figures((figures.chance_figure(rates), "chance", "Share of tests that called a difference, by metric, beside the 5% expected"))
 
 # %% ../../nbs/lab/13_report.ipynb #9c47572a
@@ -198,11 +209,14 @@ def _again(page: Page, f: Findings) -> None:
         page.text(f"The rows of {variant}:")
         page.text(line, "code")
     if results.point(f.home):
-        page.text("These runs are a point of a sweep. The commands make the same runs in a folder of their own, so that they do not take the place of others.", "small")
+        page.text("These runs are a point of a sweep. The commands make the same runs in a folder of their own, "
+                  "so that they do not take the place of others.", "small")
     usual = f.runs.iloc[0]
-    page.text(f"Commit {usual.git_commit}; {', '.join(f'{k} {v}' for k, v in (usual.versions or {}).items()) or 'versions unknown'}.", "small")
+    versions = ", ".join(f"{k} {v}" for k, v in (usual.versions or {}).items()) or "versions unknown"
+    page.text(f"Commit {usual.git_commit}; {versions}.", "small")
     with page.folded("Every run"):
-        keys = f.runs[["variant", "seed", "recipe_key", "git_commit"]].assign(seconds=f.runs.seconds.map(lambda s: "" if s is None or math.isnan(s) else f"{s:.0f}"))
+        seconds = f.runs.seconds.map(lambda s: "" if s is None or math.isnan(s) else f"{s:.0f}")
+        keys = f.runs[["variant", "seed", "recipe_key", "git_commit"]].assign(seconds=seconds)
         page.frame(keys.rename(columns={"recipe_key": "recipe", "git_commit": "commit"}), "Recipe, commit and seconds of every run")
     if notice := next((s["notice"] for folder in f.runs.folder if (s := read_samples(folder)) and s["notice"]), ""):
         page.text("Attribution", "h2")
@@ -251,7 +265,8 @@ def make_report(folder: str | Path,                         # of runs, e.g. outp
     made = home.absolute() / "report"
     made.mkdir(exist_ok=True)
     with open(made / "log.txt", "w") as log:
-        code = subprocess.run([sys.executable, "-m", "prx_nb.lab.report", str(made)], stdout=log, stderr=log, stdin=subprocess.DEVNULL).returncode
+        code = subprocess.run([sys.executable, "-m", "prx_nb.lab.report", str(made)],
+                              stdout=log, stderr=log, stdin=subprocess.DEVNULL).returncode
     if code:
         words = [line for line in (made / "log.txt").read_text().splitlines() if line.strip()]
         raise ReportError(f"the report notebook failed: {words[-1] if words else f'exit code {code}'}; see {made / 'log.txt'}")
@@ -289,7 +304,7 @@ def _headlines(found: list[Findings], metric: str | None) -> dict[tuple[int, str
 def _summary_row(f: Findings, variant: str, name: str, c: results.Comparison | None, out: Path) -> tuple:
     alone = "baseline only" if len(f.variants) == 1 else "no pair"
     words = (results.in_words(c.difference.mean, c.difference.low, c.difference.high, "+"), results.p_words(c.p_corrected),
-             "one seed, no verdict" if c.difference.n < 2 else c.verdict) if c else ("", "", alone)
+             results.verdict_words(c)) if c else ("", "", alone)
     made = f.home / "report" / "report.html"
     return (f"{f.ablation.name}, {f.runs.preset[0]}", results.point(f.home), variant, name and results.direction(name), *words,
             c.difference.n if c else len(f.seeds), len(f.failed), Link("report", os.path.relpath(made, out)) if made.exists() else "")
@@ -335,10 +350,12 @@ def summary(homes: Iterable[str | Path],     # folders of runs
     out.mkdir(parents=True, exist_ok=True)
     page, (rows, drawn) = Page(out, "Summary"), _summary_rows(found, metric, out.absolute())
     compared = int((rows["p, corrected"] != "").sum())
-    page.text(f"{len(found)} folders of runs, {sum(len(f.runs) for f in found)} finished runs, {sum(len(f.failed) for f in found)} not finished. "
-              f"Differences are from the baseline of the same folder, paired by seed; p is corrected over the {compared} comparisons of this page (Benjamini-Hochberg).")
+    done, failed = sum(len(f.runs) for f in found), sum(len(f.failed) for f in found)
+    page.text(f"{len(found)} folders of runs, {done} finished runs, {failed} not finished. "
+              "Differences are from the baseline of the same folder, paired by seed; "
+              f"p is corrected over the {compared} comparisons of this page (Benjamini-Hochberg).")
     where = [f"{r.ablation}\n{r.point}" if r.point else r.ablation for r in rows.itertuples()]
-    page.frame(rows.drop(columns=["ablation", "point"]).assign(runs=where)[["runs", "variant", *rows.columns[3:]]], "One row a folder and variant", cards=True)
+    page.frame(rows.assign(runs=where)[["runs", "variant", *_SUMMARY[3:]]], "One row a folder and variant", cards=True)
     if len({name for *_, name in drawn}) == 1:
         names, differences, words, (name, *_) = zip(*drawn)
         page.figures((figures.forest_figure(names, differences, words, name), "summary",

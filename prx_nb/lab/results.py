@@ -6,7 +6,8 @@
 __all__ = ['COLUMNS', 'pretend_runs', 'ReportError', 'collect', 'point', 'unfinished', 'retried', 'odd_runs', 'in_list',
            'better_up', 'by_seed', 'variant_order', 'main_metrics', 'table', 'kin', 'agreement', 'published_table',
            'published_lines', 'in_words', 'direction', 'bounds', 'flags', 'p_words', 'verdicts', 'means', 'readable',
-           'sentences', 'curves', 'at_moment', 'equal_time', 'costs', 'cost_words', 'pareto', 'chance', 'command']
+           'sentences', 'curves', 'at_moment', 'verdict_words', 'equal_time', 'costs', 'cost_words', 'pareto', 'chance',
+           'command']
 
 # %% ../../nbs/lab/10_results.ipynb #70ec2628
 import json
@@ -54,11 +55,15 @@ def _pretend(run: Path, ablation: str, variant: str, seed: int, shift: float, lu
     overrides = {k: json.loads(v) for k, v in (pair.split("=") for pair in label.split(",") if pair) if "." in k}
     rng = np.random.default_rng([*variant.encode(), seed, round(shift * 1000)])
     base, pace = 1 + shift + 0.2 * luck.normal() + 0.02 * rng.normal(), 0.1 * (1 + 0.5 * abs(shift - 0.2)) * (1 + 0.02 * rng.normal())
-    metrics = {"KID[invented]": base * 0.01, "FD[invented]": base * 100 + 3 * rng.normal(), "retrieval@1[invented]": 0.5 - 0.1 * shift + 0.05 * luck.normal() + 0.05 * rng.normal(),
-               "val": _pretend_curves(run, base, pace, rng)} | {f"val t {a / 5:.1f}-{(a + 1) / 5:.1f}": base * (1 - a / 6) for a in range(5)}
-    cost = {"train_seconds": 200 * pace, "total_seconds": 200 * pace + 5, "step_seconds": pace, "images_seen": 6400, "peak_memory_mb": 500 + 100 * shift,
-            "parameters": 400_000, "flops_step": 3e9 * (1 - shift / 4), "energy_joules": None, "energy_source": None}
-    made = {"status": "done", "ablation": ablation, "variant": variant, "preset": preset, "seed": seed, "recipe_key": "invented", "metrics": metrics,
+    metrics = {"KID[invented]": base * 0.01, "FD[invented]": base * 100 + 3 * rng.normal(),
+               "retrieval@1[invented]": 0.5 - 0.1 * shift + 0.05 * luck.normal() + 0.05 * rng.normal(),
+               "val": _pretend_curves(run, base, pace, rng)}
+    metrics |= {f"val t {a / 5:.1f}-{(a + 1) / 5:.1f}": base * (1 - a / 6) for a in range(5)}
+    cost = {"train_seconds": 200 * pace, "total_seconds": 200 * pace + 5, "step_seconds": pace, "images_seen": 6400,
+            "peak_memory_mb": 500 + 100 * shift, "parameters": 400_000, "flops_step": 3e9 * (1 - shift / 4),
+            "energy_joules": None, "energy_source": None}
+    made = {"status": "done", "ablation": ablation, "variant": variant, "preset": preset, "seed": seed,
+            "recipe_key": "invented", "metrics": metrics,
               "hardware": "no machine, numbers are invented", "git_commit": None, "versions": {"python": "3.11"}, "cost": cost,
               "bounds": {"real": {"KID[invented]": 0.001}, "guessing": {"retrieval@1[invented]": 0.02}}}
     for name, value in {"record": made, "status": {"state": "done", "key": "invented", "attempt": 1, "history": []},
@@ -115,7 +120,8 @@ def collect(folder: str | Path,       # a folder of runs, <out>/<ablation>/<pres
             continue                                               # set aside, or not at its end yet
         cost, said = found.get("cost", {}), status(run)
         rows.append({k: found.get(k) for k in _FROM_RECORD}
-                    | {"seconds": cost.get("total_seconds") or cost.get("train_seconds"), "folder": str(run), "cost": cost, "steps": _steps(run),
+                    | {"seconds": cost.get("total_seconds") or cost.get("train_seconds"), "folder": str(run),
+                       "cost": cost, "steps": _steps(run),
                        "hardware": found.get("hardware") or "unknown", "git_commit": found.get("git_commit") or "unknown",
                        "overrides": _job(run).get("overrides") or {}, "history": said.get("history") or []})
     if not rows:
@@ -219,8 +225,14 @@ def _comparisons(runs: pd.DataFrame, ablation: Ablation, metrics: list[str]) -> 
     return compare(pairs)
 
 # %% ../../nbs/lab/10_results.ipynb #c74254ef
-COLUMNS = ("ablation", "variant", "preset", "point", "seeds", "metric", "mean", "low", "high", "difference", "difference_low", "difference_high",
-           "p", "p_corrected", "verdict", "seeds_needed", "seconds", "hardware")
+COLUMNS = ("ablation", "variant", "preset", "point", "seeds", "metric", "mean", "low", "high",
+           "difference", "difference_low", "difference_high", "p", "p_corrected", "verdict", "seeds_needed", "seconds", "hardware")
+
+
+def _compared(c: Comparison | None, otherwise: str) -> tuple:
+    if c is None:
+        return *[math.nan] * 5, otherwise, None
+    return c.difference.mean, c.difference.low, c.difference.high, c.p, c.p_corrected, c.verdict, c.seeds_needed
 
 
 def table(runs: pd.DataFrame,          # from `collect`
@@ -236,14 +248,14 @@ def table(runs: pd.DataFrame,          # from `collect`
         for variant in variant_order(runs, ablation):
             if mine := by_seed(runs, variant, metric):
                 c, m, same = found.get((metric, variant)), mean_interval(list(mine.values()), confidence), of[variant]
-                rows.append((ablation.name, variant, same.preset.iloc[0], point(Path(same.folder.iloc[0]).parent), m.n, metric, m.mean, m.low, m.high,
-                             *((c.difference.mean, c.difference.low, c.difference.high, c.p, c.p_corrected, c.verdict, c.seeds_needed) if c else
-                               (*[math.nan] * 5, "baseline" if variant == ablation.baseline else "no pair", None)),
+                where = point(Path(same.folder.iloc[0]).parent)
+                rows.append((ablation.name, variant, same.preset.iloc[0], where, m.n, metric, m.mean, m.low, m.high,
+                             *_compared(c, "baseline" if variant == ablation.baseline else "no pair"),
                              same.seconds.mean(), "; ".join(sorted(set(same.hardware)))))
     return pd.DataFrame(rows, columns=COLUMNS).astype({"seeds_needed": "Int64"})
 
 # %% ../../nbs/lab/10_results.ipynb #c24f4113
-_KIN = {"FID": ("FID", "FD"), "FD": ("FD", "FID"), "CMMD": ("CMMD", "MMD"), "DINO-MMD": ("DINO-MMD", "MMD"), "MMD": ("MMD",), "KID": ("KID",)}
+_KIN = {"FID": ("FID", "FD"), "FD": ("FD", "FID"), "CMMD": ("CMMD", "MMD"), "DINO-MMD": ("DINO-MMD", "MMD")}
 
 
 def kin(published: str,            # a metric by the name its authors used
@@ -330,7 +342,8 @@ def verdicts(results: pd.DataFrame, ablation: Ablation, said: dict[str, str] | N
     order = mine.metric.map(main.index) + len(main) * mine.variant.map(list(dict.fromkeys(mine.variant)).index)
     for r in mine.loc[order.sort_values().index].itertuples():
         beside = others[(others.metric == r.metric) & (others.variant == r.variant)]
-        needed = "" if pd.isna(r.seeds_needed) or r.verdict != "not distinguishable" else str(r.seeds_needed) if r.seeds_needed > r.seeds else f">{r.seeds}"
+        open_ = r.verdict == "not distinguishable" and not pd.isna(r.seeds_needed)
+        needed = "" if not open_ else str(r.seeds_needed) if r.seeds_needed > r.seeds else f">{r.seeds}"
         rows.append((r.variant, "; ".join(filter(None, (direction(r.metric), (said or {}).get(r.metric)))),
                      in_words(r.difference, r.difference_low, r.difference_high, "+"), p_words(r.p_corrected), _word(r), needed,
                      "; ".join(f"{p.published}, {p.direction}" for p in beside.itertuples()), "; ".join(dict.fromkeys(beside.agreement))))
@@ -345,8 +358,10 @@ def means(results: pd.DataFrame, limits: dict | None = None, said: dict[str, str
         some = results[results.metric == metric]
         row = {"metric": direction(metric)} | {r.variant: in_words(r.mean, r.low, r.high) for r in some.itertuples()}
         row |= {kind: in_words(values.get(metric, math.nan)) for kind, values in (limits or {}).items()}
-        of_pictures = not metric.startswith("val")
-        rows.append(row | ({"calibration": (said[metric] or "notices all damage") if metric in said else "not calibrated" if of_pictures else ""} if said else {}))
+        if said:
+            unknown = "" if metric.startswith("val") else "not calibrated"
+            row["calibration"] = (said[metric] or "notices all damage") if metric in said else unknown
+        rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
 
@@ -366,16 +381,19 @@ def readable(results: pd.DataFrame, limits: dict | None = None) -> pd.DataFrame:
 def sentences(results: pd.DataFrame, ablation: Ablation) -> list[str]:
     "What our runs say, one sentence a variant."
     order, said = main_metrics(results), []
-    main = results[results.metric.isin(order) & (results.variant != ablation.baseline)].sort_values("metric", key=lambda m: m.map(order.index), kind="stable")
+    main = results[results.metric.isin(order) & (results.variant != ablation.baseline)]
+    main = main.sort_values("metric", key=lambda m: m.map(order.index), kind="stable")
     for variant, rows in main.groupby("variant", sort=False):
         words = pd.Series([_word(r) for r in rows.itertuples()], rows.index)
         parts = [f"{word} on {in_list(list(ms))}" for word, ms in rows.groupby(words, sort=False).metric]
         seeds = int(rows.seeds.min())
         said.append(f"{variant} against {ablation.baseline} ({seeds} {'seeds' if seeds > 1 else 'seed'}): {'; '.join(parts)}.")
     if said and "p_corrected" in results:
-        said.append(f"The {len(main)} comparisons are corrected for their number (Benjamini-Hochberg): of the differences called, about 5% may be chance.")
+        said.append(f"The {len(main)} comparisons are corrected for their number (Benjamini-Hochberg): "
+                    "of the differences called, about 5% may be chance.")
     elif said:
-        said.append(f"{len(main)} comparisons were made, each at 95%: about {len(main) * 0.05:.1g} would look like a difference by chance alone.")
+        said.append(f"{len(main)} comparisons were made, each at 95%: "
+                    f"about {len(main) * 0.05:.1g} would look like a difference by chance alone.")
     return said
 
 # %% ../../nbs/lab/10_results.ipynb #da70bea7
@@ -412,19 +430,24 @@ def at_moment(lines: pd.DataFrame,      # from `curves`
     return float(moment), pd.DataFrame(rows, columns=["variant", "seed", "step", "value", "last"])
 
 
+def verdict_words(c: Comparison) -> str:
+    "A verdict; one seed has none."
+    return "one seed, no verdict" if c.difference.n < 2 else c.verdict
+
+
 def equal_time(lines: pd.DataFrame, ablation: Ablation, name: str = "val") -> tuple[float, pd.DataFrame]:
     "The moment, and a table in words: variant, steps by then, error at equal steps and at equal time, difference and verdict of each."
     moment, found = at_moment(lines, name)
     values = {(kind, v): dict(zip(c.seed, c[kind])) for v, c in found.groupby("variant") for kind in ("last", "value")}
     base = ablation.baseline
-    pairs = {k: (v, values[k[0], base], False) for k, v in values.items() if k[1] != base and (k[0], base) in values and set(v) & set(values[k[0], base])}
+    pairs = {k: (v, values[k[0], base], False) for k, v in values.items() if k[1] != base and set(v) & set(values.get((k[0], base), {}))}
     verdict, rows = compare(pairs), []
     for variant in [v for v in (base, *(v for v in ablation.variants if v != base)) if ("last", v) in values]:
         row = {"variant": variant, "steps by then": f"{found[found.variant == variant].step.mean():.0f}"}
         for kind, word in (("last", "equal steps"), ("value", "equal time")):
             m, c = mean_interval(list(values[kind, variant].values())), verdict.get((kind, variant))
-            row |= {f"error, {word}": in_words(m.mean, m.low, m.high),
-                    f"verdict, {word}": "baseline" if variant == base else "no pair" if c is None else "one seed, no verdict" if c.difference.n < 2 else c.verdict}
+            alone = "baseline" if variant == base else "no pair"
+            row |= {f"error, {word}": in_words(m.mean, m.low, m.high), f"verdict, {word}": verdict_words(c) if c else alone}
         rows.append(row)
     return moment, pd.DataFrame(rows)
 
@@ -438,7 +461,8 @@ def costs(runs: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
     for variant in variant_order(runs, ablation):
         mine = runs[runs.variant == variant]
         known = {name: [c[name] for c in mine.cost if c.get(name) is not None] for name in _COSTS}
-        row = {"variant": variant, "runs": len(mine), "steps": mine.steps.mean()} | {k: np.mean(v) if v else math.nan for k, v in known.items()}
+        row = {"variant": variant, "runs": len(mine), "steps": mine.steps.mean()}
+        row |= {k: np.mean(v) if v else math.nan for k, v in known.items()}
         both = [c["flops_step"] * s for c, s in zip(mine.cost, mine.steps) if c.get("flops_step") and not math.isnan(s)]
         sources = sorted({str(c["energy_source"]) for c in mine.cost if c.get("energy_source")})
         rows.append(row | {"flops": np.mean(both) if both else math.nan, "energy_source": "; ".join(sources)})
@@ -497,10 +521,11 @@ def _as_setting(value) -> str:
 
 
 def command(runs: pd.DataFrame, ablation: Ablation, variant: str) -> str:
-    "The line that makes a variant's runs, and the baseline's with the same seeds, again. Those of a point of a grid get a folder of their own."
+    "The line that makes a variant's runs, and the baseline's with the same seeds, again; those of a grid's point elsewhere."
     mine = runs[runs.variant == variant]
     seeds, names = sorted(set(mine.seed)), list(dict.fromkeys([ablation.baseline, variant]))
     some = str(len(seeds)) if seeds == list(range(len(seeds))) else ",".join(map(str, seeds)) + "," * (len(seeds) == 1)
     settings = [f"--set {shlex.quote(f'{k}={_as_setting(v)}')}" for k, v in mine.overrides.iloc[0].items()]
     out = ["--out again"] if point(Path(mine.folder.iloc[0]).parent) else []
-    return " ".join(["prx-nb ablate", ablation.name, "--preset", mine.preset.iloc[0], "--variants", ",".join(names), "--seeds", some, *settings, *out])
+    return " ".join(["prx-nb ablate", ablation.name, "--preset", mine.preset.iloc[0],
+                     "--variants", ",".join(names), "--seeds", some, *settings, *out])
