@@ -269,6 +269,7 @@ def evaluate(samples: torch.Tensor,              # (N, 3, H, W) floating point i
              items: list[Item],                  # (N,) what each was drawn for
              reference: Reference,
              batch: int | None = None,           # none: 16 on a CPU, 256 on a GPU
+             seen: dict | None = None,           # features of images met before, by their bytes; new ones are added
              ) -> dict[str, float]:
     "Measure generated images. Raises `MetricError` for bytes, numbers that are not finite, other shapes."
     if not samples.is_floating_point() or samples.ndim != 4 or samples.shape[1] != 3:
@@ -278,12 +279,15 @@ def evaluate(samples: torch.Tensor,              # (N, 3, H, W) floating point i
     if not samples.isfinite().all():
         bad = (~samples.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
         raise MetricError(f"{len(bad)} of {len(samples)} samples hold numbers that are not finite, the first is sample {bad[0]}")
-    samples = from_uint8(to_uint8(samples.detach().float().cpu()))      # as saved in a file: bytes, once
-    size = batch or (256 if reference.encoder.on_gpu else 16)
-    with torch.no_grad():
-        parts = [reference.encoder.means(s, reference.taps) for s in samples.split(size)]
-    features = {t: torch.cat([p[t].float().cpu() for p in parts]) for t in reference.taps}
-    return score(features, samples, items, reference)
+    pixels = to_uint8(samples.detach().float().cpu())                   # as saved in a file: bytes, once
+    names, seen = [p.numpy().tobytes() for p in pixels], {} if seen is None else seen
+    new = list({name: i for i, name in enumerate(names) if name not in seen}.values())
+    for rows in torch.tensor(new).split(batch or (256 if reference.encoder.on_gpu else 16)) if new else ():
+        with torch.no_grad():
+            found = reference.encoder.means(from_uint8(pixels[rows]), reference.taps)
+        seen |= {names[i]: {t: found[t][k].float().cpu() for t in reference.taps} for k, i in enumerate(rows.tolist())}
+    features = {t: torch.stack([seen[name][t] for name in names]) for t in reference.taps}
+    return score(features, from_uint8(pixels), items, reference)
 
 
 _last: list[Reference] = []
