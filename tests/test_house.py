@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from prx_nb.lab import ablations, batch
+from prx_nb.lab import ablations, plan
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -94,7 +94,7 @@ def test_every_declared_ablation_has_its_notebook_and_the_other_way_round():
 
 @pytest.mark.parametrize("notebook", ABLATIONS, ids=short)
 def test_ablation_notebook_has_one_parameters_cell(notebook):
-    batch.check_parameters(notebook, ["variant", "seed", "preset", "overrides", "out"])
+    plan.check_parameters(notebook, ["variant", "seed", "preset", "overrides", "out"])
     assert "default_exp" not in notebook.read_text(), "an ablation is not exported"
 
 

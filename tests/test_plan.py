@@ -81,13 +81,12 @@ def test_bad_notebooks_are_refused(tmp_path):
     with pytest.raises(AblationError, match="no ablation 'predict'"):
         plan("predict", out=tmp_path)
     a = toy(tmp_path, "ok")
-    nb = json.loads((tmp_path / "toy.ipynb").read_text())
-    tags = nb["cells"][0]["metadata"]
-    for message, change in {"0 cells tagged": lambda: tags.update(tags=[]), "2 cells tagged": lambda: nb["cells"].insert(0, nb["cells"][0]),
-                            "does not know 'out'": lambda: nb["cells"][0].update(source=["variant, seed = 1, 2\n", "preset = 3\noverrides = 4\nvariant = 5\nseed = 6"])}.items():
+    other = "variant, seed = 1, 2\npreset = 3\noverrides = 4\nvariant = 5\nseed = 6"
+    for message, change in {"0 cells tagged": lambda cells: cells[0]["metadata"].update(tags=[]),
+                            "2 cells tagged": lambda cells: cells.insert(0, cells[0]),
+                            "does not know 'out'": lambda cells: cells[0].update(source=other)}.items():
         nb = json.loads((tmp_path / "toy.ipynb").read_text())
-        tags = nb["cells"][0]["metadata"]
-        change()
+        change(nb["cells"])
         (tmp_path / "bad.ipynb").write_text(json.dumps(nb))
         with pytest.raises(AblationError, match=message):
             planning.check_parameters(tmp_path / "bad.ipynb", ["variant", "seed", "preset", "overrides", "out"])

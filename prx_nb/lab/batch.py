@@ -132,17 +132,22 @@ def prepare_caches(recipes: Iterable[Recipe],
             metrics.prepare(recipe, ready).gallery(judge.exam(ready, recipe).items)
             say(f"images, captions and reference ready in {time.monotonic() - begin:.0f} s: {len(ready.images)} images of {recipe.data.size} px")
 
-# %% ../../nbs/lab/04_batch.ipynb #8d3cf419
+# %% ../../nbs/lab/04_batch.ipynb #c79685c6
+def _locked(lock) -> bool:
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def _alone(homes: Iterable[Path]) -> Iterator[None]:
     "Hold the folders' locks, so that two drivers do not share one. Raises `AblationError`, `OSError`."
     with contextlib.ExitStack() as stack:
         for home in sorted(set(homes)):
             lock = stack.enter_context(open(require_writable(home) / ".lock", "a"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise AblationError(f"another prx-nb is at work in {home}") from None
+            if not any(_locked(lock) or time.sleep(0.1) for _ in range(5)):       # `prx-nb status` holds it for an instant
+                raise AblationError(f"another prx-nb is at work in {home}")
         yield
 
 
@@ -251,11 +256,6 @@ def _where(jobs: list[Job]) -> str:
 def _sum_up(jobs: list[Job], seconds: float, say: Callable[[str], None]) -> list[dict]:
     said = [runs.status(job.out) for job in jobs]
     failed = [f"{_label(job, jobs)} {s.get('state', 'not run')}" for job, s in zip(jobs, said) if s.get("state") != "done"]
-    say(f"{len(jobs)} runs: {len(jobs) - len(failed)} done" + (f", {len(failed)} failed ({', '.join(failed[:10])}{' ...' if failed[10:] else ''})" if failed else "")
-        + f"; {seconds:.0f} s in all")
+    some = ", ".join(failed[:10]) + (" ..." if failed[10:] else "")
+    say(f"{len(jobs)} runs: {len(jobs) - len(failed)} done" + (f", {len(failed)} failed ({some})" if failed else "") + f"; {seconds:.0f} s in all")
     return said
-
-# %% ../../nbs/lab/04_batch.ipynb #517033cb
-from prx_nb.lab.plan import check_parameters, find_notebook, plan  # noqa: E402, F401  (until all callers have moved)
-from prx_nb.lab.run import execute, finished, headline, record, status  # noqa: E402, F401
-_scratch, _kill_children = runs.scratch_folder, runs.kill_tree

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,9 @@ def pretend_ablation(folder: str | Path,      # toy.ipynb is written there
     nbformat.write(new.new_notebook(cells=cells, metadata={"kernelspec": kernel}), str(path))
     return Ablation(name, str(path), "Does it run?", variants[0], {v: {"flow.clamp": 0.05 + i / 100} for i, v in enumerate(variants)})
 
-# %% ../../nbs/lab/02_plan.ipynb #f1a248b9
-_NOT_IN_RUNS = ("_modidx.py", *(f"lab/{name}.py" for name in ("batch", "slurm", "sweep", "watch", "calibration", "results", "figures", "page", "report", "docs", "cli", "cli_data")))
+# %% ../../nbs/lab/02_plan.ipynb #f2ee6e7e
+_NOT_IN_RUNS = {"_modidx.py", *(f"lab/{name}.py" for name in (
+    "batch", "slurm", "sweep", "watch", "calibration", "results", "figures", "page", "report", "docs", "cli", "cli_data"))}
 
 # %% ../../nbs/lab/02_plan.ipynb #1a832350
 def source_hash(folder: Path | None = None,   # none: the installed prx_nb
@@ -113,6 +115,7 @@ def source_hash(folder: Path | None = None,   # none: the installed prx_nb
     return text.hexdigest()
 
 
+@cache
 def libraries() -> dict[str, str]:
     "Versions of the libraries whose numbers a result is made of."
     names = ("torch", "numpy", "accelerate", "torchmetrics", "transformers", "diffusers", "papermill")

@@ -132,7 +132,8 @@ def memory_kills(groups: Path = Path("/sys/fs/cgroup")) -> int:
     "How many processes the system has killed for want of memory in this control group; 0 where it does not say."
     try:
         own = [line.split(":", 2)[2].strip("/\n") for line in open("/proc/self/cgroup") if line.startswith("0::")]
-        path = next(p for p in (groups / (own or [""])[0] / "memory.events", groups / "memory.events", groups / "memory/memory.oom_control") if p.exists())
+        places = (groups / (own or [""])[0] / "memory.events", groups / "memory.events", groups / "memory/memory.oom_control")
+        path = next(p for p in places if p.exists())
         return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("oom_kill "))
     except (OSError, StopIteration, ValueError, IndexError):
         return 0
