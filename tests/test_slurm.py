@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -164,31 +165,48 @@ def test_bad_input_is_refused_before_anything_is_handed_in(slurm, tmp_path, monk
         "at once = 0": dict(at_once=0),
         "'time' is one that is set already": dict(extra={"time": 3}),
         "sbatch refuses: .*unrecognized option.*colour": dict(extra={"colour": "red"}),
-        "sbatch refuses: .*node configuration is not available|More processors requested": dict(cpus=99),
-        "sbatch refuses: .*(gres|node configuration)": dict(gpus=1),
-        "sbatch refuses: .*[Mm]emory|node configuration": dict(memory_gb=999),
+        "sbatch refuses: .*generic resource": dict(extra={"gres": "moon:1"}),
+        "no machine of partition 'low' holds a task of 99 cpus, 0 GB, 0 gpus; there are machines with 8 cpus, 2 GB, 0 gpus": dict(cpus=99),
+        "holds a task of 1 cpus, 0 GB, 1 gpus": dict(gpus=1),
+        "holds a task of 1 cpus, 3 GB, 0 gpus": dict(memory_gb=3),
         "leave one of the two out": dict(array=False, at_once=2),
     }.items():
         with pytest.raises(executor.SlurmError, match=message):
             hand_in(jobs, **settings)
     with pytest.raises(AblationError, match="plan is empty"):
         hand_in([])
-    many = plan(toy(tmp_path, "ok"), seeds=1100, out=out)
+    many = [replace(jobs[0], seed=i, out=f"{jobs[0].home}/ok-s{i}") for i in range(1100)]
     with pytest.raises(executor.SlurmError, match="1100 runs, but an array may have 1001"):
         hand_in(many)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="cannot write"):
         hand_in(plan(toy(tmp_path, "ok"), out=tmp_path / "file"))
     assert slurm.call("squeue", "-h", "-o", "%i") == queue and not list(out.rglob("status.json"))
-    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none.conf"))
-    with pytest.raises(executor.SlurmError):
+    (tmp_path / "empty.conf").touch()
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "empty.conf"))
+    with pytest.raises(executor.SlurmError, match="says: .*ClusterName"):
         hand_in(jobs)
+
+
+def test_what_cannot_be_let_go_is_taken_back(slurm, tmp_path, monkeypatch):  # noqa: F811
+    jobs, really = plan(toy(tmp_path, "ok", "slow"), out=tmp_path), executor.ask
+    def ask(*command):
+        if command[:2] == ("scontrol", "release"):
+            assert {t.state for t in executor.in_queue().values() if t.reason == "JobHeldUser"} == {"PENDING"}, "held until all is written down"
+            assert set(states(jobs).values()) == {"queued"}
+            raise KeyboardInterrupt
+        return really(*command)
+    monkeypatch.setattr(executor, "ask", ask)
+    with pytest.raises(KeyboardInterrupt):
+        hand_in(jobs)
+    wait_for(lambda: not executor.queue_states().keys() & {job.out for job in jobs})
+    assert set(states(jobs).values()) == {"interrupted"} and not list(tmp_path.rglob("log.txt")), "none was started"
 
 
 def test_the_time_limit_ends_a_run_that_gets_nowhere_only(slurm, limited):  # noqa: F811
     said = executor.wait(limited, 0.5, quiet)
     assert [s["state"] for s in said] == ["timeout", "done"]
-    assert "no new checkpoint within the 1 minutes" in said[0]["error"] and said[0]["attempt"] == 1
+    assert "no new checkpoint within the task's 1 min" in said[0]["error"] and said[0]["attempt"] == 1
     assert [h["state"] for h in said[1]["history"]] == ["interrupted", "interrupted"]
 
 
@@ -211,7 +229,8 @@ def test_nothing_is_left_of_a_private_slurm():
         pytest.skip(why)
     before = {p.pid for p in psutil.process_iter()}
     script = LEAVES.format(tests=str(Path(__file__).parent))
-    folder, state, env = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True).stdout.split()
+    folder, state, env = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True,
+                                        env={k: v for k, v in os.environ.items() if k != "SLURM_CONF"}).stdout.split()
     assert state == "RUNNING" and env == "False" and not os.path.exists(folder)
     new = [p for p in psutil.process_iter(["pid", "name", "cmdline", "status"]) if p.pid not in before and p.info["status"] != "zombie"]
     assert not [p.info for p in new if p.info["name"] in ("munged", "slurmctld", "slurmd", "slurmstepd") or "321" in (p.info["cmdline"] or [])]
