@@ -87,9 +87,8 @@ class Curves:
     def __init__(self, folder: Path, until: int = 0):    # rows of steps after `until` are forgotten: they will come again
         self.path, self.rows = folder / "curves.parquet", []
         if until and self.path.exists():
-            from pyarrow import parquet
-            columns = parquet.read_table(self.path).to_pydict()
-            self.rows = [r for r in zip(*(columns[k] for k in ("step", "name", "value"))) if r[0] <= until]
+            import pandas as pd
+            self.rows = [r for r in pd.read_parquet(self.path).itertuples(index=False, name=None) if r[0] <= until]
 
     def add(self, step: int, **values: float) -> None:
         self.rows += [(step, name, float(value)) for name, value in values.items()]
@@ -99,13 +98,9 @@ class Curves:
         return {name: value for _, name, value in self.rows if name.startswith(start)}
 
     def save(self) -> None:
-        import pyarrow
-        from pyarrow import parquet
-        steps, names, values = zip(*self.rows) if self.rows else ((), (), ())
-        table = pyarrow.table({"step": pyarrow.array(steps, "int64"), "name": pyarrow.array(names, "string"),
-                               "value": pyarrow.array(values, "float64")})
+        import pandas as pd
         with atomic(self.path) as part:
-            parquet.write_table(table, part)
+            pd.DataFrame(self.rows, columns=["step", "name", "value"]).to_parquet(part)
 
 # %% ../../nbs/core/15_record.ipynb #973297a3
 class Progress:

@@ -7,8 +7,9 @@ __all__ = ['BINS', 'Prepared', 'prepare', 'Batch', 'read_batch', 'add_noise', 'a
            'validation_set', 'validate', 'Run', 'progress_bar', 'learning_rate', 'optimise', 'NonFiniteLoss', 'train',
            'Clock', 'main']
 
-# %% ../../nbs/core/15_train.ipynb #24be1732
+# %% ../../nbs/core/15_train.ipynb #00e30ed8
 import contextlib
+import importlib
 import json
 import sys
 import time
@@ -453,6 +454,4 @@ def main(recipe: str,                      # a file
 
 # %% ../../nbs/core/15_train.ipynb #fd3689b1
 if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "prx_nb.core.train":   # python -m
-    from prx_nb.core import train as this                          # its classes, not a second set of them
-
-    this.main(*sys.argv[1:])
+    importlib.import_module("prx_nb.core.train").main(*sys.argv[1:])      # its classes, not a second set of them
