@@ -160,6 +160,13 @@ def test_the_error_of_one_process_is_the_error_of_the_run(faulty, tmp_path, capf
     assert "a word before" in said.out and "Traceback" not in said.out + said.err, "what they print comes through; no page of traces"
 
 
+def test_nobody_reads_what_is_still_being_written(faulty, tmp_path):
+    "The first process is slow to write the only checkpoint; the other must wait before it opens the run."
+    faulty("save = t.save_checkpoint; t.save_checkpoint = lambda *a: (time.sleep(2), save(*a))", rank=0)
+    run = train(several(recipe=ONE.replace("train.checkpoint_every", 100)), tmp_path / "run", progress=False, device="cpu")
+    assert run.record["status"] == "done" and len(list((tmp_path / "run/checkpoint").glob("*"))) == 1
+
+
 def test_errors_that_can_be_known_at_once_start_nothing(tmp_path, monkeypatch, one):
     monkeypatch.setattr(processes, "launch", lambda *a, **k: pytest.fail("started"))
     with pytest.raises(CheckpointError, match="another recipe"):

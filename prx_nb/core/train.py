@@ -297,7 +297,7 @@ def train(recipe: Recipe,
     if found:
         restore(state, found[0])
     _train(recipe, out, state, model, prepared, place, found[1] if found else {}, progress and place.main, trackers)
-    return Run.load(out, place.device)
+    return place.after_main(lambda: Run.load(out, place.device))   # when all is written
 
 # %% ../../nbs/core/15_train.ipynb #ebf1fc13
 def _find(out: Path, recipe: Recipe, place: Place) -> tuple[dict[str, Tensor], dict[str, str]] | None:
