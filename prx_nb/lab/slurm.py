@@ -45,8 +45,13 @@ def ask(*command: str,       # sbatch, squeue, scontrol, scancel ... and its arg
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]} did not answer within 120 s") from None
     if done.returncode:
-        raise SlurmError(f"{command[0]} says: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        raise SlurmError(f"{command[0]} says: {_one_line(done.stderr) or f'exit code {done.returncode}'}")
     return done.stdout
+
+
+def _one_line(text: str) -> str:
+    "Slurm's complaints, without the name of the command before each."
+    return "; ".join(dict.fromkeys(re.sub(r"^\w+: ((error|fatal): )?", "", line.strip()) for line in text.splitlines() if line.strip()))
 
 # %% ../../nbs/lab/05_slurm.ipynb #6b65c3ae
 def pairs(line: str) -> dict[str, str]:
@@ -302,7 +307,7 @@ def _most_tasks() -> int:
     found = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"))
     return int(found[1]) if found else 1001
 
-# %% ../../nbs/lab/05_slurm.ipynb #72691c51
+# %% ../../nbs/lab/05_slurm.ipynb #5dbed000
 def _hand_in(todo: list[Job], wanted: Mapping[str, Any], logs: Path, array: bool) -> list[str]:
     "Give the tasks to sbatch, on hold; their numbers. Raises `SlurmError` when it refuses, with nothing handed in."
     import io
@@ -317,7 +322,7 @@ def _hand_in(todo: list[Job], wanted: Mapping[str, Any], logs: Path, array: bool
     except submitit.core.utils.FailedJobError as error:
         if handed and not array:
             ask("scancel", *(job.job_id for job in handed))
-        raise SlurmError(f"sbatch refuses: {str(error).strip().removeprefix('sbatch: error: ')}") from None
+        raise SlurmError(f"sbatch refuses: {_one_line(str(error))}") from None
     return [job.job_id for job in handed]
 
 
