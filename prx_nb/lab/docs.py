@@ -94,31 +94,40 @@ def as_markdown(path: Path) -> str:
     note = f"<!-- Made from {path.parent.name}/{path.name} by `make docs`; edit the notebook. -->\n\n"
     return note + re.sub(r"\n{3,}", "\n\n", moved_links(text, path.parent.name)).strip() + "\n"
 
-# %% ../../nbs/lab/14_docs.ipynb #3deef7ba
-def result_table(folder: Path) -> str:
-    "The first table of a published report.md: every comparison."
+# %% ../../nbs/lab/14_docs.ipynb #951a69f2
+def result_table(folder: Path, heading: str = "Verdict") -> str:
+    "The first table below a heading of a published report.md."
     lines = (folder / "report.md").read_text().splitlines()
-    first = next((i for i, line in enumerate(lines) if line.startswith("|")), len(lines))
+    start = next((i for i, line in enumerate(lines) if line.lstrip("# ") == heading and line.startswith("#")), len(lines))
+    first = next((i for i, line in enumerate(lines) if i > start and line.startswith("|")), len(lines))
     return "\n".join(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
 
 
 def published(name: str,                     # an ablation
               folder: Path | None = None,    # none: outputs/published of the checkout
+              preset: str = "cpu",
+              heading: str = "Verdict",      # whose table is shown
+              picture: str = "samples",      # which picture
               ):                             # an IPython Markdown object
     "An ablation's published result, with links relative to nbs/."
     from IPython.display import Markdown
-    ablation, folder = ablations.get(name), (folder or root() / "outputs" / "published") / name
+    ablation, below = ablations.get(name), f"{name}/{preset}" if preset != "cpu" else name
+    folder, link = (folder or root() / "outputs" / "published") / below, f"../outputs/published/{below}"
     if not (folder / "table.csv").exists():
-        return Markdown(f"No result is published yet. Make it: `prx-nb ablate {name} --preset cpu --seeds 2`, then `prx-nb report {name} --publish`.")
+        return Markdown(f"No result is published yet. Make it: `prx-nb ablate {name} --preset {preset}`, then `prx-nb report {name} --preset {preset} --publish`.")
     rows = pd.read_csv(folder / "table.csv")
-    link, first = f"../outputs/published/{name}", rows.iloc[0]
+    first, others = rows.iloc[0], "; ".join(map(str, ablation.published))
     parts = [f"**{ablation.question}** Preset {first.preset}, {int(rows.seeds.max())} seeds, {first.hardware}; "
              f"{rows.groupby('variant').seconds.first().mean():.0f} s a run.",
-             "\n".join(f"- {line}" for line in results.sentences(rows, ablation)),
-             f"![Samples side by side: one row a variant, one column a prompt]({link}/samples.png)", result_table(folder),
-             f"Published by others: {'; '.join(map(str, ablation.published))}. {ablation.caveat}",
+             "\n".join(f"- {line}" for line in results.sentences(rows, ablation)) if heading == "Verdict" else "",
+             f"![{_PICTURES[picture]}]({link}/{picture}.png)", result_table(folder, heading),
+             f"Published by others: {others}. {ablation.caveat}" if others else ablation.caveat,
              f"More: [report]({link}/report.md), [table]({link}/table.csv), [attributions](../outputs/published/NOTICE)."]
-    return Markdown("\n\n".join(parts))
+    return Markdown("\n\n".join(part for part in parts if part))
+
+
+_PICTURES = {"samples": "Samples side by side: one row a variant, one column a prompt",
+             "chance": "Share of tests that called a difference where there is none, by metric, beside the 5% expected"}
 
 # %% ../../nbs/lab/14_docs.ipynb #87bbec78
 def mathml(text: str) -> str:
