@@ -120,7 +120,7 @@ def why(name: str,        # of the exception's class
         ) -> str:         # one of `STATES`
     "The state that an exception in a cell, or in papermill, stands for."
     by_name = {"NonFiniteLoss": "non-finite loss", "MemoryError": "out of memory", "OutOfMemoryError": "out of memory",
-               "CellTimeoutError": "cell timeout", "DeadKernelError": "dead kernel"}
+               "CellTimeoutError": "cell timeout", "DeadKernelError": "dead kernel", "ProcessDied": "killed"}
     if name in by_name:
         return by_name[name]
     if name == "RuntimeError" and words.startswith(("Kernel died", "Kernel didn't respond")):
