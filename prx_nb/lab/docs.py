@@ -114,7 +114,8 @@ def published(name: str,                     # an ablation
     ablation, below = ablations.get(name), f"{name}/{preset}" if preset != "cpu" else name
     folder, link = (folder or root() / "outputs" / "published") / below, f"../outputs/published/{below}"
     if not (folder / "table.csv").exists():
-        return Markdown(f"No result is published yet. Make it: `prx-nb ablate {name} --preset {preset}`, then `prx-nb report {name} --preset {preset} --publish`.")
+        how = f"`prx-nb ablate {name} --preset {preset}`, then `prx-nb report {name} --preset {preset} --publish`"
+        return Markdown(f"No result is published yet. Make it: {how}.")
     rows = pd.read_csv(folder / "table.csv")
     first, others = rows.iloc[0], "; ".join(map(str, ablation.published))
     parts = [f"**{ablation.question}** Preset {first.preset}, {int(rows.seeds.max())} seeds, {first.hardware}; "
