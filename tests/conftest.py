@@ -2,6 +2,7 @@
 import os
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = max(1, CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))       # this process's share
 for name, value in {
     "OMP_NUM_THREADS": str(CORES),
     "TOKENIZERS_PARALLELISM": "false",
