@@ -183,8 +183,9 @@ def seed_spread(folder: str | Path,            # of a published ablation: record
     records = [read_json(p) for p in sorted(Path(folder).glob("records/*-s*.json"))]
     frame = pd.DataFrame([(r["variant"], m, v) for r in records for m, v in r.get("metrics", {}).items()], columns=["variant", "metric", "value"])
     groups = frame.groupby(["metric", "variant"], sort=False).value.agg(["var", "count"]).query("count > 1").reset_index()
-    weighted = groups.assign(total=groups["var"] * (groups["count"] - 1), free=groups["count"] - 1).groupby("metric", sort=False)[["total", "free"]].sum()
-    return ((weighted.total / weighted.free) ** 0.5).to_dict()
+    free = groups["count"] - 1
+    sums = groups.assign(total=groups["var"] * free, free=free).groupby("metric", sort=False)[["total", "free"]].sum()
+    return ((sums.total / sums.free) ** 0.5).to_dict()
 
 # %% ../../nbs/lab/09_calibration.ipynb #1013e477
 class CalibrationError(ValueError):
