@@ -3,7 +3,6 @@ import contextlib
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -133,19 +132,22 @@ def _stop(slurm: Slurm) -> None:
     "Cancel all jobs, then end the daemons and every process that they left, jobs first."
     with contextlib.suppress(Exception):
         slurm.call("scancel", "--full", "--signal=KILL", *slurm.call("squeue", "-h", "-o", "%A").split(), check=False)
-    trees = [p for process in slurm.processes.values() for p in _tree(process.pid)] + _strays(slurm)
+    _kill([p for process in slurm.processes.values() for p in _tree(process.pid)] + _strays(slurm))
     for name in ("slurmd", "slurmctld", "munged"):
         if process := slurm.processes.get(name):
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
+                process.wait(5)
             process.kill()
             process.wait(10)
-    trees += _strays(slurm)
-    for process in trees:
+    _kill(_strays(slurm))
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGKILL)
-    psutil.wait_procs(trees, timeout=10)
+            process.kill()
+    psutil.wait_procs(processes, timeout=5)
 
 
 def _tree(pid: int) -> list[psutil.Process]:
@@ -155,11 +157,12 @@ def _tree(pid: int) -> list[psutil.Process]:
 
 
 def _strays(slurm: Slurm) -> list[psutil.Process]:
-    "Processes of this Slurm by its configuration in their environment: stepds and jobs, wherever they hang in the tree."
+    "What else belongs to this Slurm: jobs by their environment, slurmstepds (which write their title over theirs) by the logs they hold open."
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.process_iter(["name"]):
         with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get("SLURM_CONF") == slurm.environment["SLURM_CONF"] and process.pid != os.getpid():
+            ours = process.environ().get("SLURM_CONF") == slurm.environment["SLURM_CONF"] and process.pid != os.getpid()
+            if ours or process.info["name"].startswith("slurm") and any(f.path.startswith(f"{slurm.folder}/") for f in process.open_files()):
                 found.append(process)
     return found
 

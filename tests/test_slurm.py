@@ -142,6 +142,7 @@ def test_preempted_training_goes_on_and_ends_the_same(slurm, limited, tmp_path):
     alone.join()
     assert [s["state"] for s in said] == ["done", "done"] and runs.finished(undisturbed)
     assert [[h["state"] for h in s["history"]] for s in said] == [["interrupted"], ["interrupted", "interrupted"]]
+    assert all(h["error"] == "stopped by a signal" for s in said for h in s["history"]), "in order, not by a signal that Slurm sends to all"
     assert [int(slurm.job(i)["Restarts"]) for i in ids] == [1, 2], "requeued under the same number"
     first, second = (Path(job.out) / "log.txt").read_text().split("--- once more")
     assert "step  30/300" in first and "step  30/300" not in second and "step 300/300" in second, "it went on in the middle"
@@ -210,13 +211,30 @@ def test_the_time_limit_ends_a_run_that_gets_nowhere_only(slurm, limited):  # no
     assert [h["state"] for h in said[1]["history"]] == ["interrupted", "interrupted"]
 
 
+def test_a_lost_machine_is_named_and_a_requeued_run_survives_it(slurm, limited, tmp_path):  # noqa: F811
+    executor.wait(limited, 0.5, quiet)                                  # the machine goes down for all
+    jobs = plan(toy(tmp_path, "hangs", "slices", body=SLICES), out=tmp_path)
+    ids = hand_in(jobs)
+    pids = [started(job) for job in jobs]
+    slurm.call("scontrol", "update", f"JobId={ids[0]}", "Requeue=0")
+    node = slurm.job(ids[0])["NodeList"]
+    slurm.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+    wait_for(lambda: all(gone(pid) for pid in pids) and slurm.job(ids[0])["JobState"] == "NODE_FAIL")
+    wait_for(lambda: executor.reconcile(jobs)[0]["state"] == "host gone")          # whether or not it could still write a last word
+    assert "Slurm says NODE_FAIL" in runs.status(jobs[0].out)["error"] and set(executor.queue_states()) == {jobs[1].out}
+    slurm.call("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)  # it may be back by itself
+    started(jobs[1], 2)
+    executor.cancel(jobs)
+    assert [s["state"] for s in executor.wait(jobs, 0.5, quiet)] == ["host gone", "interrupted"]
+
+
 LEAVES = """
 import os, sys
 sys.path.insert(0, {tests!r})
 import slurm
 try:
     with slurm.private_slurm() as s:
-        s.call("sbatch", "--output=/dev/null", "--wrap=sleep 321")
+        s.call("sbatch", "--output=/dev/null", "--wrap=srun sh -c 'trap : TERM; while :; do sleep 321; done'")
         import time; time.sleep(3)
         print(s.folder, s.job("1")["JobState"])
         raise KeyboardInterrupt
