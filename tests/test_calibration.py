@@ -118,7 +118,7 @@ def test_grade_measures_all_and_compares_the_same_drawings(ruler):
 def test_grades_of_one_repeat_are_nested(ruler):
     "What is spoiled at a quarter is spoiled the same way at a half."
     images, items = world(20, 8, 10)
-    calibration.grade([], images, items, repeats=1, damages={"inverted": calibration.inverted, "wrong": calibration.wrong_captions})
+    calibration.grade([i.key for i in items], images, items, repeats=1, damages={"inverted": calibration.inverted, "wrong": calibration.wrong_captions})
     for part, kind in ((ruler[:5], 0), (ruler[5:], 1)):
         start, *later = [call[kind] for call in part]
         changed = [{k for k in range(20) if not (torch.equal(a[k], b[k]) if kind == 0 else a[k] == b[k])} for a, b in ((start, v) for v in later)]
