@@ -38,8 +38,8 @@ def ask(*command: str,       # sbatch, squeue, scontrol, scancel ... and its arg
         ) -> str:            # what it prints
     "Run one of Slurm's commands. Raises `SlurmError`."
     if not shutil.which(command[0]):
-        raise SlurmError(f"{command[0]} is not on this machine: go to a login node of the cluster, or choose the local executor. "
-                         "(A Slurm of your own: apt-get install slurm-wlm munge, and a slurm.conf)")
+        raise SlurmError(f"{command[0]} is not on this machine: go to a login node of the cluster, or choose the local "
+                         "executor. (A Slurm of your own: apt-get install slurm-wlm munge, and a slurm.conf)")
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
@@ -51,7 +51,8 @@ def ask(*command: str,       # sbatch, squeue, scontrol, scancel ... and its arg
 
 def _one_line(text: str) -> str:
     "Slurm's complaints, without the name of the command before each."
-    return "; ".join(dict.fromkeys(re.sub(r"^\w+: ((error|fatal): )?", "", line.strip()) for line in text.splitlines() if line.strip()))
+    lines = [re.sub(r"^\w+: ((error|fatal): )?", "", line.strip()) for line in text.splitlines()]
+    return "; ".join(dict.fromkeys(line for line in lines if line))
 
 # %% ../../nbs/lab/05_slurm.ipynb #6b65c3ae
 def pairs(line: str) -> dict[str, str]:
@@ -89,8 +90,8 @@ def read_partitions(text: str,     # of `scontrol --oneliner show partition`
                     ) -> dict[str, Partition]:
     "The partitions that Slurm lists."
     found = [pairs(line) for line in text.splitlines() if "PartitionName=" in line]
-    return {p["PartitionName"]: Partition(p["PartitionName"], p.get("Default") == "YES", minutes(p.get("DefaultTime", "")),
-                                          minutes(p.get("MaxTime", ""))) for p in found}
+    return {p["PartitionName"]: Partition(p["PartitionName"], p.get("Default") == "YES",
+                                          minutes(p.get("DefaultTime", "")), minutes(p.get("MaxTime", ""))) for p in found}
 
 
 def choose_partition(found: Mapping[str, Partition],
@@ -123,7 +124,8 @@ def read_machines(text: str,       # of `sinfo --Node --format=%c|%m|%G`
     "The kinds of machines that Slurm lists."
     rows = [line.split("|", 2) for line in text.split("\n") if line.count("|") >= 2]
     gpus = lambda gres: sum(int(n) for n in re.findall(r"(?:^|,)gpu(?::[^:,(]+)?:(\d+)", gres))
-    return {Machine(int(cpus.rstrip("+")), round(int(memory.rstrip("+")) / 1024, 1), gpus(gres)) for cpus, memory, gres in rows}
+    gb = lambda mb: round(int(mb.rstrip("+")) / 1024, 1)
+    return {Machine(int(cpus.rstrip("+")), gb(memory), gpus(gres)) for cpus, memory, gres in rows}
 
 
 def check_machines(there: Iterable[Machine], partition: str, cpus: int, memory_gb: float | None, gpus: int) -> None:
@@ -131,7 +133,8 @@ def check_machines(there: Iterable[Machine], partition: str, cpus: int, memory_g
     there = sorted(there, key=str)
     if there and not any(m.cpus >= cpus and m.memory_gb >= (memory_gb or 0) and m.gpus >= gpus for m in there):
         wanted = Machine(cpus, memory_gb or 0, gpus)
-        raise SlurmError(f"no machine of partition '{partition}' holds a task of {wanted}; there are machines with {' or '.join(map(str, there[:5]))}")
+        raise SlurmError(f"no machine of partition '{partition}' holds a task of {wanted}; "
+                         f"there are machines with {' or '.join(map(str, there[:5]))}")
 
 # %% ../../nbs/lab/05_slurm.ipynb #78773584
 def time_limit(partition: Partition,
@@ -148,7 +151,7 @@ def time_limit(partition: Partition,
     limit = wanted or by_jobs or partition.usual or partition.most or 24 * 60
     return min(limit, partition.most or limit)
 
-# %% ../../nbs/lab/05_slurm.ipynb #c30241e1
+# %% ../../nbs/lab/05_slurm.ipynb #5a87ef1e
 def settings(name: str,                          # of the job, as squeue shows it
              partition: str,
              minutes: int,                       # time limit of one task
@@ -159,23 +162,27 @@ def settings(name: str,                          # of the job, as squeue shows i
              extra: Mapping[str, Any] = {},      # further sbatch settings: {"account": "vision", "exclusive": True}
              ) -> dict[str, Any]:
     "Settings for `submitit.AutoExecutor.update_parameters`. Raises `SlurmError`."
-    for what, value, least in (("gpus", gpus, 0), ("cpus", cpus, 1), ("at once", at_once, 1), ("memory_gb", memory_gb, 0.001)):
+    limits = {"gpus": (gpus, 0), "cpus": (cpus, 1), "at once": (at_once, 1), "memory_gb": (memory_gb, 0.001)}
+    for what, (value, least) in limits.items():
         if value is not None and value < least:
             raise SlurmError(f"{what} = {value}: at least {least} is needed")
     if taken := sorted({k.replace("_", "-") for k in extra} & _OURS):
-        raise SlurmError(f"extra setting '{taken[0]}' is one that is set already, by an argument of its own or because the runs need it")
+        raise SlurmError(f"extra setting '{taken[0]}' is one that is set already, "
+                         "by an argument of its own or because the runs need it")
+    more = {"hold": True, "requeue": True} | {k.replace("_", "-"): v for k, v in extra.items()}
     return {"name": name, "slurm_partition": partition, "timeout_min": minutes, "cpus_per_task": cpus, "mem_gb": memory_gb,
-            "gpus_per_node": gpus or None, "slurm_array_parallelism": at_once or 10**6, "slurm_signal_delay_s": _warning(minutes),
-            "slurm_srun_args": [f"--cpus-per-task={cpus}"],
-            "slurm_additional_parameters": {"hold": True, "requeue": True} | {k.replace("_", "-"): v for k, v in extra.items()}}
+            "gpus_per_node": gpus or None, "slurm_array_parallelism": at_once or 10**6,
+            "slurm_signal_delay_s": _warning(minutes), "slurm_srun_args": [f"--cpus-per-task={cpus}"],
+            "slurm_additional_parameters": more}
 
-# %% ../../nbs/lab/05_slurm.ipynb #0fa70c22
+# %% ../../nbs/lab/05_slurm.ipynb #38e0d664
 def _warning(minutes: int) -> int:
     "Seconds before the time limit at which Slurm shall signal."
     return min(90, 15 * minutes)
 
 
-_OURS = {"partition", "time", "gpus-per-node", "cpus-per-task", "mem", "array", "signal", "hold", "requeue", "output", "error", "job-name", "ntasks"}
+_OURS = {"partition", "time", "gpus-per-node", "cpus-per-task", "mem", "array", "signal", "hold", "requeue", "no-requeue",
+         "output", "error", "job-name", "ntasks"}
 
 # %% ../../nbs/lab/05_slurm.ipynb #2e38195a
 def _last_checkpoint(folder: str | Path) -> str:
@@ -194,7 +201,7 @@ def _preempted(known: Mapping[str, str],    # what scontrol says of a job
     "Whether a job is in the grace time before its preemption."
     return known.get("JobState") == "RUNNING" and known.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
 
-# %% ../../nbs/lab/05_slurm.ipynb #873613d1
+# %% ../../nbs/lab/05_slurm.ipynb #564d5648
 class Task:
     "What one array task does: one run, stopped in order when Slurm wants its machine back."
 
@@ -206,7 +213,7 @@ class Task:
         self.job, self.threads, self.minutes, self.worker = job, threads, minutes, None
 
     def __call__(self) -> dict:
-        "Bring the run to its end; its final status. Leaves with exit code 1 when the run did not succeed, so that Slurm says FAILED too."
+        "Bring the run to its end; its final status. Exit code 1 when it did not succeed, so that Slurm says FAILED too."
         if runs.finished(self.job):
             return runs.status(self.job.out)                                 # requeued when all was done
         self.begin, self.before = time.monotonic(), _last_checkpoint(self.job.out)
@@ -243,14 +250,15 @@ class Task:
 
     def _got_nowhere(self) -> bool:
         "Whether the time is up without a new checkpoint; then that is what the status says."
-        late = time.monotonic() - self.begin > 60 * self.minutes - _warning(self.minutes) - 90       # Slurm may signal a minute early
+        early = _warning(self.minutes) + 90                                   # Slurm may signal a minute earlier still
+        late = time.monotonic() - self.begin > 60 * self.minutes - early
         if self.said["state"] == "done" or not late or _last_checkpoint(self.job.out) != self.before:
             return False
         error = f"no new checkpoint within the task's {self.minutes} min; ask for more, or lower train.checkpoint_every"
         write_json(Path(self.job.out) / "status.json", self.said | {"state": "timeout", "error": error})
         return True
 
-# %% ../../nbs/lab/05_slurm.ipynb #da39e8f4
+# %% ../../nbs/lab/05_slurm.ipynb #9547179b
 @dataclass(frozen=True)
 class Queued:
     "A task that Slurm has not done with."
@@ -276,14 +284,16 @@ def read_queue(text: str,          # of `squeue --array --format=%i|%F|%T|%r|%o`
 
 def in_queue() -> dict[str, Queued]:
     "The runs of this user that are in Slurm's queue, by folder; none where there is no Slurm. Raises `SlurmError`."
-    return read_queue(ask("squeue", "--me", "--noheader", "--array", "--format=%i|%F|%T|%r|%o")) if shutil.which("squeue") else {}
+    if not shutil.which("squeue"):
+        return {}
+    return read_queue(ask("squeue", "--me", "--noheader", "--array", "--format=%i|%F|%T|%r|%o"))
 
 
 def queue_states() -> dict[str, str]:
     "Slurm's word on every run in the queue, by folder."
     return {folder: task.state for folder, task in in_queue().items()}
 
-# %% ../../nbs/lab/05_slurm.ipynb #69a38274
+# %% ../../nbs/lab/05_slurm.ipynb #7ddcdb29
 def _left_to_do(jobs: list[Job], again: bool, say: Callable[[str], None]) -> list[Job]:
     "The runs to hand in. Raises `SlurmError` when one is in the queue with other settings."
     waiting, todo = in_queue(), []
@@ -296,7 +306,8 @@ def _left_to_do(jobs: list[Job], again: bool, say: Callable[[str], None]) -> lis
         if task:
             say(f"{job.name} is in the queue already as {task.id}, {task.state}")
         elif hopeless(job) and not again:
-            say(f"{job.name} failed before and nothing has changed: {runs.end_in_words(job, runs.status(job.out))}; prx-nb retry runs it again")
+            end = runs.end_in_words(job, runs.status(job.out))
+            say(f"{job.name} failed before and nothing has changed: {end}; prx-nb retry runs it again")
         else:
             todo.append(job)
     return todo
@@ -306,6 +317,20 @@ def _most_tasks() -> int:
     "How many tasks an array may have here."
     found = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"))
     return int(found[1]) if found else 1001
+
+# %% ../../nbs/lab/05_slurm.ipynb #6fa7533a
+def _wanted(jobs, partition, time_minutes, gpus, cpus, memory_gb, at_once, extra) -> dict[str, Any]:
+    "The settings, checked against the cluster. Raises `SlurmError`."
+    ask("sbatch", "--version")
+    where = choose_partition(read_partitions(ask("scontrol", "--oneliner", "show", "partition")), partition)
+    name = "prx-" + "-".join(dict.fromkeys(job.ablation for job in jobs))
+    wanted = settings(name, where.name, time_limit(where, time_minutes, jobs), gpus, cpus, memory_gb, at_once, extra)
+    there = ask("sinfo", "--Node", "--noheader", f"--partition={where.name}", "--format=%c|%m|%G")
+    check_machines(read_machines(there), where.name, cpus, memory_gb, gpus)
+    most = max(job.recipe.get("train", {}).get("processes", 1) for job in jobs)
+    if gpus and most > gpus:
+        raise SlurmError(f"train.processes = {most}, but a task has {gpus} gpus; ask for as many")
+    return wanted
 
 # %% ../../nbs/lab/05_slurm.ipynb #5dbed000
 def _hand_in(todo: list[Job], wanted: Mapping[str, Any], logs: Path, array: bool) -> list[str]:
@@ -329,7 +354,8 @@ def _hand_in(todo: list[Job], wanted: Mapping[str, Any], logs: Path, array: bool
 def _write_down(todo: list[Job], ids: list[str], logs: Path) -> None:
     "Which task is which run: in every run's status, and in a list beside the script."
     for array in dict.fromkeys(id.split("_")[0] for id in ids):
-        write_json(logs / f"{array}.json", {"tasks": {id: job.out for id, job in zip(ids, todo) if id.split("_")[0] == array}})
+        tasks = {id: job.out for id, job in zip(ids, todo) if id.split("_")[0] == array}
+        write_json(logs / f"{array}.json", {"tasks": tasks})
     queue(todo)
     for job, id in zip(todo, ids):
         write_json(Path(job.out) / "status.json", runs.status(job.out) | {"slurm": id})
@@ -342,9 +368,10 @@ def _take_back(todo: list[Job], ids: list[str], error: BaseException) -> None:
     for job in todo:
         with contextlib.suppress(OSError):
             if (said := runs.status(job.out)).get("state") == "queued":
-                write_json(Path(job.out) / "status.json", said | {"state": "interrupted", "error": f"was not let go: {error!r}"})
+                said |= {"state": "interrupted", "error": f"was not let go: {error!r}"}
+                write_json(Path(job.out) / "status.json", said)
 
-# %% ../../nbs/lab/05_slurm.ipynb #cd967157
+# %% ../../nbs/lab/05_slurm.ipynb #7a305d89
 def submit(jobs: list[Job],                      # from `plan`, of one home or several
            *,
            partition: str | None = None,         # none: the cluster's default one
@@ -362,13 +389,9 @@ def submit(jobs: list[Job],                      # from `plan`, of one home or s
     "Hand runs in to Slurm and return. Raises `SlurmError`, `AblationError`, `OSError` before anything is handed in."
     if not jobs:
         raise AblationError("nothing to run: the plan is empty")
-    ask("sbatch", "--version")
-    where = choose_partition(read_partitions(ask("scontrol", "--oneliner", "show", "partition")), partition)
-    name = "prx-" + "-".join(dict.fromkeys(job.ablation for job in jobs))
-    wanted = settings(name, where.name, time_limit(where, time_minutes, jobs), gpus, cpus, memory_gb, at_once, extra)
     if not array and at_once:
-        raise SlurmError("without an array Slurm cannot hold the number of tasks side by side; leave one of the two out")
-    check_machines(read_machines(ask("sinfo", "--Node", "--noheader", f"--partition={where.name}", "--format=%c|%m|%G")), where.name, cpus, memory_gb, gpus)
+        raise SlurmError("without an array Slurm cannot limit the tasks side by side; leave one of the two out")
+    wanted = _wanted(jobs, partition, time_minutes, gpus, cpus, memory_gb, at_once, extra)
     logs = require_writable(Path(os.path.commonpath([job.home for job in jobs])) / ".slurm")
     with _alone(job.home for job in jobs):
         if not (todo := _left_to_do(jobs, again, say)):
@@ -385,12 +408,14 @@ def submit(jobs: list[Job],                      # from `plan`, of one home or s
         except BaseException as error:
             _take_back(todo, ids, error)
             raise
-    say(f"{len(ids)} runs handed in to partition '{where.name}' as {ids[0]} to {ids[-1]}, {wanted['timeout_min']} minutes each; logs in {logs}")
+    say(f"{len(ids)} runs handed in to partition '{wanted['slurm_partition']}' as {ids[0]} to {ids[-1]}, "
+        f"{wanted['timeout_min']} minutes each; logs in {logs}")
     return ids
 
-# %% ../../nbs/lab/05_slurm.ipynb #ba967952
-ENDS = {"OUT_OF_MEMORY": "out of memory", "NODE_FAIL": "host gone", "BOOT_FAIL": "host gone", "TIMEOUT": "timeout", "DEADLINE": "timeout",
-        "CANCELLED": "interrupted", "PREEMPTED": "interrupted", "REVOKED": "interrupted", "FAILED": "killed", "COMPLETED": "killed"}
+# %% ../../nbs/lab/05_slurm.ipynb #cd6b2d8b
+ENDS = {"OUT_OF_MEMORY": "out of memory", "NODE_FAIL": "host gone", "BOOT_FAIL": "host gone",
+        "TIMEOUT": "timeout", "DEADLINE": "timeout", "CANCELLED": "interrupted",
+        "PREEMPTED": "interrupted", "REVOKED": "interrupted", "FAILED": "killed", "COMPLETED": "killed"}
 
 
 def state_by_slurm(state: str,                  # as in status.json
@@ -412,7 +437,7 @@ def _just_ended(known: Mapping[str, str], seconds: float = 30) -> bool:
     except (KeyError, ValueError):
         return False
 
-# %% ../../nbs/lab/05_slurm.ipynb #41556426
+# %% ../../nbs/lab/05_slurm.ipynb #6baddf99
 def _known(id: str) -> dict[str, str]:
     "What Slurm remembers of a task: by scontrol some minutes long, by its accounts (where it keeps any) longer."
     try:
@@ -433,12 +458,14 @@ def _settle(job: Job, said: dict) -> dict:
         return said
     known = _known(said["slurm"])
     if state := state_by_slurm(said["state"], known):
-        cause = f"Slurm says {known.get('JobState', 'nothing of it any more')} of task {said['slurm']}; see {known.get('StdErr', 'the logs in .slurm')}"
-        said = said | {"state": state, "error": cause, "finished": datetime.now().astimezone().isoformat(timespec="seconds")}
+        cause = (f"Slurm says {known.get('JobState', 'nothing any more')} of task {said['slurm']}; "
+                 f"see {known.get('StdErr', 'the logs in .slurm')}")
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        said = said | {"state": state, "error": cause, "finished": now}
         write_json(Path(job.out) / "status.json", said)
     return said
 
-# %% ../../nbs/lab/05_slurm.ipynb #b3ea91c0
+# %% ../../nbs/lab/05_slurm.ipynb #ef033c96
 def reconcile(jobs: Iterable[Job]) -> list[dict]:
     "The status of every run, with Slurm's word where a run could not give its own. Raises `SlurmError`."
     return _look(list(jobs))[1]
@@ -446,8 +473,9 @@ def reconcile(jobs: Iterable[Job]) -> list[dict]:
 
 def _look(jobs: list[Job]) -> tuple[set[str], list[dict]]:
     "The folders of the runs that are not through, and all statuses."
-    waiting = in_queue()                                                     # asked first: what ends in between is seen next time
-    said = [runs.status(job.out) if job.out in waiting else _settle(job, runs.status(job.out)) for job in jobs]
+    waiting = in_queue()                               # asked first: what ends in between is seen next time
+    said = [runs.status(job.out) for job in jobs]
+    said = [s if job.out in waiting else _settle(job, s) for job, s in zip(jobs, said)]
     late = {job.out for job, s in zip(jobs, said) if s.get("state") in runs.OPEN and "slurm" in s}
     return {job.out for job in jobs if job.out in waiting} | late, said
 
@@ -461,7 +489,7 @@ def cancel(jobs: Iterable[Job]) -> list[str]:      # the tasks' numbers
         reconcile(jobs)
     return ids
 
-# %% ../../nbs/lab/05_slurm.ipynb #4d197be2
+# %% ../../nbs/lab/05_slurm.ipynb #bcd94a24
 def wait(jobs: list[Job],
          poll_seconds: float = 10,
          say: Callable[[str], None] = print,     # a line whenever a run's state changes
@@ -471,7 +499,8 @@ def wait(jobs: list[Job],
     while True:
         left, said = _look(jobs)
         for job, s in zip(jobs, said):
-            words = s.get("state", "not handed in") if job.out in left or "state" not in s else runs.end_in_words(job, s)
+            ended = "state" in s and job.out not in left
+            words = runs.end_in_words(job, s) if ended else s.get("state", "not handed in")
             if told.get(job.out, "queued") != words:
                 say(f"{job.name} {words}")
             told[job.out] = words
