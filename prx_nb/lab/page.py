@@ -173,7 +173,8 @@ _PRINT = """
 @media print{:root{color-scheme:light;--ink:#000;--soft:#444;--line:#bbb;--bg:#fff;--box:#f4f6f8;--good:#00604a;--bad:#a33000;--link:#000}
 body{max-width:none;padding:0;font-size:10pt}nav{display:none}h2,h3,caption{break-after:avoid}
 img,tr,pre{break-inside:avoid}thead{display:table-header-group}
-table{font-size:7.6pt}small,td small,th small,.small{font-size:7pt}td,td.words{white-space:normal;min-width:0}.box>table:not(.cards) tbody th{position:static}
+table{font-size:7.6pt}small,td small,th small,.small{font-size:7pt}
+td,td.words{white-space:normal;min-width:0}.box>table:not(.cards) tbody th{position:static}
 .box,.wide{overflow:visible}.wide img{min-width:0}
 .row{grid-template-columns:1fr 1fr}details::details-content{content-visibility:visible;display:block}
 summary{list-style:none;color:#000}}
