@@ -1,5 +1,6 @@
 "Settings for all tests, made before torch or a tokenizer is imported."
 import os
+import signal
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 CORES = max(1, CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))       # this process's share
@@ -13,3 +14,7 @@ for name, value in {
     "DIFFUSERS_VERBOSITY": "error",
 }.items():
     os.environ.setdefault(name, value)
+
+# Started in the background, a shell has this process ignore Ctrl-C, and its children inherit that. Tests send it for real.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

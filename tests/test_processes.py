@@ -199,9 +199,12 @@ def test_nobody_is_left_when_the_notebook_is_gone(sig, tmp_path):
     while not list((tmp_path / "run").glob("checkpoint/step-*")) and time.time() < until and child.poll() is None:
         time.sleep(0.1)
     family = psutil.Process(child.pid).children(recursive=True)
-    assert len([p for p in family if "prx_nb.core.train" in p.cmdline()]) >= 2
-    os.kill(child.pid, sig)
-    said = child.communicate(timeout=30)[1]
+    try:
+        assert len([p for p in family if "prx_nb.core.train" in p.cmdline()]) >= 2
+        os.kill(child.pid, sig)
+        said = child.communicate(timeout=30)[1]
+    finally:
+        child.kill()                                               # nothing, if all went well
     assert ("KeyboardInterrupt" in said) == (sig == signal.SIGINT)
     gone, left = psutil.wait_procs(family, timeout=25)
     assert not left
