@@ -118,13 +118,19 @@ def published(name: str,                     # an ablation
         return Markdown(f"No result is published yet. Make it: {how}.")
     rows = pd.read_csv(folder / "table.csv")
     first, others = rows.iloc[0], "; ".join(map(str, ablation.published))
-    parts = [f"**{ablation.question}** Preset {first.preset}, {int(rows.seeds.max())} seeds, {first.hardware}; "
+    parts = [f"**{ablation.question}** Preset {first.preset}, {_images_seen(folder)}{int(rows.seeds.max())} seeds, {first.hardware}; "
              f"{rows.groupby('variant').seconds.first().mean():.0f} s a run.",
              "\n".join(f"- {line}" for line in results.sentences(rows, ablation)) if heading == "Verdict" else "",
              f"![{_PICTURES[picture]}]({link}/{picture}.png)", result_table(folder, heading),
              f"Published by others: {others}. {ablation.caveat}" if others else ablation.caveat,
              f"More: [report]({link}/report.md), [table]({link}/table.csv), [attributions](../outputs/published/NOTICE)."]
     return Markdown("\n\n".join(part for part in parts if part))
+
+
+def _images_seen(folder: Path) -> str:
+    "Of a run of a published result: it may have been made longer or shorter than its preset."
+    seen = {json.loads(p.read_text())["cost"].get("images_seen") for p in (folder / "records").glob("*.json")} - {None}
+    return f"{min(seen):,} images seen, " if seen else ""
 
 
 _PICTURES = {"samples": "Samples side by side: one row a variant, one column a prompt",
