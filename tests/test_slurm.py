@@ -43,7 +43,7 @@ def hand_in(jobs, **settings):
 def started(job, times=1):
     "Wait until a toy's notebook has been started so often."
     tries = Path(job.out) / "tries"
-    wait_for(lambda: tries.exists() and tries.read_text() == str(times), 90)
+    wait_for(lambda: tries.exists() and tries.read_text() == str(times), 240)
     return kernel(job.out)
 
 
