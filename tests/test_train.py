@@ -18,7 +18,7 @@ from prx_nb.core.flow import FlowMatching
 from prx_nb.core.recipe import preset
 from prx_nb.core.text import TextError
 from prx_nb.core.train import (
-    NonFiniteLoss, Run, Technique, add_noise, objective, optimise, prepare, read_batch, train, validate, validation_set,
+    Needs, NonFiniteLoss, Run, Technique, add_noise, objective, optimise, prepare, read_batch, train, validate, validation_set,
 )
 
 SMOKE = preset("smoke").replace({"train.steps": 10, "train.checkpoint_every": 3, "train.validate_every": 5, "captions.kind": "mixed"})
@@ -58,9 +58,9 @@ torch.set_num_threads({threads})
 from prx_nb.core import train as t
 from prx_nb.core.recipe import load
 real = t.optimise
-def optimise(state, losses, recipe, step):
+def optimise(state, losses, recipe, step, *more):
     if step == {at} and {when!r} == "before": os.kill(os.getpid(), {sig})
-    norm = real(state, losses, recipe, step)
+    norm = real(state, losses, recipe, step, *more)
     if step == {at} and {when!r} == "after": os.kill(os.getpid(), {sig})
     return norm
 t.optimise = optimise
@@ -341,7 +341,7 @@ class Shrink(Technique):
 
     def needs(self, batch, step):
         keep = torch.arange(8).expand(len(batch.t), -1)
-        return (1,), Route(keep, 1, 1)
+        return Needs((1,), Route(keep, 1, 1))
 
     def loss(self, step):
         assert step.output.taps[1].shape[1] == step.output.kept.shape[1] == 8

@@ -188,7 +188,7 @@ class PRX(nn.Module):
     def __init__(self, in_channels: int = 16, patch_size: int = 2, context_in_dim: int = 2304, hidden_size: int = 1792,
                  mlp_ratio: float = 3.5, num_heads: int = 28, depth: int = 16, axes_dim: tuple[int, int] | None = None,
                  theta: int = 10_000, time_factor: float = 1000.0, time_max_period: int = 10_000,
-                 bottleneck_size: int | None = None, resolution_embeds: bool = False):
+                 bottleneck_size: int | None = None, resolution_embeds: bool = False, fusion: tuple[int, int] | None = None):
         super().__init__()
         head = hidden_size // num_heads
         axes_dim = tuple(axes_dim or (head // 2, head // 2))

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'EncoderError', 'ConvNorm', 'Bottleneck', 'EffNetLite0', 'VisionEncoder', 'load_vision_encoder',
-           'pooled_features']
+           'pooled_features', 'FeatureMaps', 'feature_maps']
 
 # %% ../../nbs/core/13_encoders.ipynb #0e405c85
 import functools
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import seeds
-from .files import Member, atomic, cache_dir, fetch, sha256, write_json
+from .files import Member, Shards, atomic, cache_dir, fetch, keep_rows, sha256, write_json
 from .text import _quiet, locate
 
 # %% ../../nbs/core/13_encoders.ipynb #533c5c5b
@@ -338,3 +339,49 @@ def pooled_features(encoder: VisionEncoder,
         with atomic(path) as part:
             save_file(found, part)
     return found["pooled"] if taps == ("pooled",) else found
+
+# %% ../../nbs/core/13_encoders.ipynb #20612428
+@dataclass(frozen=True)
+class FeatureMaps:
+    "A tap of a frozen encoder for every image of a set, on a grid."
+    shards: Shards
+    channels: int
+    grid: tuple[int, int]                            # rows, columns
+
+    def batch(self, index: torch.Tensor,             # (B,) which images
+              ) -> torch.Tensor:                     # (B, channels, rows, columns) float32, on the CPU
+        "The maps of some images."
+        return torch.from_numpy(self.shards.rows(index.tolist())).float()
+
+
+def feature_maps(name: str,                          # one of `PACKAGED`, a folder or a hub id
+                 images: Any,                        # `images.Images`
+                 tap: str,
+                 grid: tuple[int, int],              # the denoiser's rows and columns of tokens
+                 device: str | torch.device | None = None,
+                 progress: bool = False,
+                 ) -> FeatureMaps:
+    "Maps of all images, from disk where they were before. A vision transformer works at the size with this grid. Raises `EncoderError`."
+    encoder = load_vision_encoder(name, None, device)
+    if patch := getattr(getattr(encoder.model, "config", None), "patch_size", None):
+        encoder = load_vision_encoder(name, patch * max(grid), device)
+    if tap not in encoder.taps:
+        raise EncoderError(f"{name} has no tap {tap!r}; it has {', '.join(encoder.taps)}")
+    folder = cache_dir("maps", f"{encoder.key}-{images.key}-{tap}-{grid[0]}x{grid[1]}")
+    tell = lambda done: print(f"{name} {tap}: maps of {done} of {len(images)} images", flush=True) if progress else None
+    shards = keep_rows(folder, len(images), lambda which: _maps_of(encoder, images, which, tap, grid), say=tell)
+    return FeatureMaps(shards, encoder.taps[tap], grid)
+
+# %% ../../nbs/core/13_encoders.ipynb #f3280ca6
+@torch.no_grad()
+def _maps_of(encoder: VisionEncoder, images: Any, which: range, tap: str, grid: tuple[int, int]) -> np.ndarray:
+    "Maps of a range of images in half precision. Raises `EncoderError` where that does not hold them."
+    parts = []
+    for rows in torch.arange(which.start, which.stop).split(256 if encoder.on_gpu else 16):
+        maps = encoder.features(images.batch(rows), (tap,))[tap].float()
+        maps = maps if maps.shape[-2:] == tuple(grid) else F.interpolate(maps, grid, mode="bilinear", antialias=True)
+        parts.append(maps.half().cpu().numpy())
+    found = np.concatenate(parts)
+    if not np.isfinite(found).all():
+        raise EncoderError(f"{encoder.name} {tap}: features that half precision does not hold")
+    return found

@@ -60,6 +60,13 @@ class Place:
         torch.distributed.all_reduce(every)
         return dict(zip(values, (every / self.count).tolist()))
 
+    def average_gradients(self, module: nn.Module) -> None:
+        "Average the gradients of a module that every process holds whole; one without a gradient somewhere counts as zero there."
+        for p in module.parameters() if self.count > 1 else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= self.count
+
     def after_main(self, call: Callable) -> Any:
         "What `call` gives, called by process 0 first and by the others then."
         given = call() if self.main else None

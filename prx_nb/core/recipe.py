@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'RecipeError', 'Node', 'fields', 'explain', 'Data', 'Captions', 'Text', 'Latents', 'Flow', 'Denoiser',
-           'Optimizer', 'Ema', 'Train', 'Sample', 'Evaluate', 'Recipe', 'parse', 'flatten', 'replace', 'diff', 'save',
-           'load', 'preset']
+           'Acts', 'Repa', 'Contrastive', 'Tread', 'Sprint', 'Perceptual', 'RepaE', 'Techniques', 'Muon', 'Optimizer',
+           'Ema', 'Train', 'Sample', 'Evaluate', 'Recipe', 'parse', 'flatten', 'replace', 'diff', 'save', 'load',
+           'preset']
 
 # %% ../../nbs/core/00_recipe.ipynb #6181f4d4
 import difflib
@@ -138,6 +139,7 @@ class Denoiser(Node):
     time_max_period: int = Field(10_000, gt=0)
     bottleneck_size: int | None = Field(None, ge=1)
     resolution_embeds: bool = False
+    fusion: tuple[int, int] | None = None         # SPRINT: first and last block of the stream that is fused with the early one
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -147,12 +149,117 @@ class Denoiser(Node):
         axes = self.axes_dim or (head // 2, head // 2)
         if sum(axes) != head or any(a % 2 or a <= 0 for a in axes):
             raise ValueError(f"denoiser.axes_dim = {axes}: rotary axes must be even and add up to the head width {head}")
+        if self.fusion and not 0 < self.fusion[0] <= self.fusion[1] < self.depth:
+            raise ValueError(f"denoiser.fusion = {self.fusion}: first and last block of the fused stream, from 1 to {self.depth - 1}, in order")
         return self
 
+# %% ../../nbs/core/00_recipe.ipynb #880f9633
+class Acts(Node):
+    "What is common to techniques that act for a while."
+    start: int = Field(0, ge=0)                   # first step
+    stop: int | None = Field(None, ge=1)          # first step at which it no longer acts; none: it acts to the end
+
+    @model_validator(mode="after")
+    def _in_order(self):
+        if self.stop is not None and self.stop <= self.start:
+            raise ValueError(f"techniques: stop = {self.stop} does not come after start = {self.start}")
+        return self
+
+
+class Repa(Acts):
+    "Alignment with a frozen encoder (REPA, arXiv 2410.06940; iREPA, arXiv 2512.10794). `weight` 0: off."
+    weight: float = Field(0.0, ge=0)
+    teacher: str = "effnet-lite0"                 # effnet-lite0, vit-s14, random-vit-s14, a folder or a hub id
+    tap: str = "tap4"                             # which of its maps: tap1 .. tap5, block1 .. block12
+    layer: int | None = Field(None, ge=0)         # block whose tokens are aligned; none: the middle
+    projector: Literal["mlp", "conv"] = "mlp"     # of the tokens into the teacher's space
+    hidden: int = Field(256, ge=8)                # width of the mlp projector
+    spatial_norm: Literal["none", "scalar", "token"] = "none"   # of the teacher: iREPA's, and the public repository's
+    gamma: float = Field(1.0, ge=0)               # share of the mean over places that scalar subtracts
+
+# %% ../../nbs/core/00_recipe.ipynb #4d966b58
+class Contrastive(Acts):
+    "Contrastive flow matching (arXiv 2506.05350). `weight` 0: off."
+    weight: float = Field(0.0, ge=0, lt=1)
+    negatives: Literal["other_caption", "roll"] = "other_caption"
+
+
+class Tread(Acts):
+    "Token routing in training (TREAD, arXiv 2501.04765): a share `rate` of the tokens skips blocks `first` to `last`. 0: off."
+    rate: float = Field(0.0, ge=0, lt=1)
+    first: int = Field(1, ge=0)
+    last: int | None = Field(None, ge=0)          # inclusive; none: the last but one
+
+
+class Sprint(Acts):
+    "Sparse deep blocks (SPRINT, arXiv 2510.21986): a share `rate` of the tokens skips the blocks of `denoiser.fusion`. 0: off."
+    rate: float = Field(0.0, ge=0, lt=1)
+
+
+class Perceptual(Acts):
+    "Distance of features between the estimate of the clean image and the image (arXiv 2602.02493). `weight` 0: off."
+    weight: float = Field(0.0, ge=0)
+    encoder: str = "effnet-lite0"                 # effnet-lite0, vit-s14, a folder or a hub id
+    taps: tuple[str, ...] = ("tap1", "tap2", "tap3")
+    distance: Literal["lpips", "cosine"] = "lpips"
+    t_max: float = Field(1.0, gt=0, le=1)         # acts on samples with t below it
+
+
+class RepaE(Acts):
+    "Alignment that also trains the autoencoder (REPA-E, arXiv 2504.10483). `weight` 0: off."
+    weight: float = Field(0.0, ge=0)
+    lr: float = Field(1e-3, gt=0)                 # of the autoencoder, at the height of the schedule
+
+
+class Techniques(Node):
+    "What is added to plain training."
+    repa: Repa = Repa()
+    contrastive: Contrastive = Contrastive()
+    tread: Tread = Tread()
+    sprint: Sprint = Sprint()
+    perceptual: Perceptual = Perceptual()
+    repa_e: RepaE = RepaE()
+
+# %% ../../nbs/core/00_recipe.ipynb #c88380e9
+def _refuse_pairs(r: "Recipe") -> None:
+    "Raise `ValueError` for techniques that cannot go together, or not with the rest of the recipe."
+    t, d, fsdp = r.techniques, r.denoiser, r.train.parallel == "fsdp2" and r.train.processes > 1
+    trained = [name for name, on in {"repa": t.repa.weight, "repa_e": t.repa_e.weight}.items() if on]
+    faults = {
+        "tread and sprint both route tokens; only one can": t.tread.rate and t.sprint.rate,
+        "tread needs a denoiser whose tokens may skip blocks unchanged, but denoiser.fusion fuses them": t.tread.rate and d.fusion,
+        "sprint needs denoiser.fusion: the first and last block of the sparse stream": t.sprint.rate and not d.fusion,
+        "sample.guide = 'route' needs a network that was trained with routes: techniques.tread or denoiser.fusion":
+            r.sample.guide == "route" and not t.tread.rate and not d.fusion,
+        "perceptual compares images; it needs latents.autoencoder = 'pixels'": t.perceptual.weight and r.latents.autoencoder != "pixels",
+        "repa_e trains an autoencoder; latents.autoencoder = 'pixels' has none": t.repa_e.weight and r.latents.autoencoder == "pixels",
+        "repa_e aligns the tokens that repa's teacher and projector define; it needs techniques.repa.weight above 0":
+            t.repa_e.weight and not t.repa.weight,
+        "repa_e trains the autoencoder in one process; set train.processes = 1": t.repa_e.weight and r.train.processes > 1,
+        f"{' and '.join(trained)} have weights of their own, which fsdp2 does not share out; use train.parallel = 'ddp'": trained and fsdp,
+        "optimizer.name = 'muon' needs whole matrices, which fsdp2 cuts; use train.parallel = 'ddp'": r.optimizer.name == "muon" and fsdp,
+    }
+    if said := [why for why, wrong in faults.items() if wrong]:
+        raise ValueError(said[0])
+    last = t.tread.last if t.tread.last is not None else t.tread.first
+    if t.tread.rate and not t.tread.first <= last < d.depth:
+        raise ValueError(f"techniques.tread: first = {t.tread.first}, last = {t.tread.last}: blocks are numbered 0 to {d.depth - 1}, in order")
+    if t.repa.weight and t.repa.layer is not None and t.repa.layer >= d.depth:
+        raise ValueError(f"techniques.repa.layer = {t.repa.layer}: blocks are numbered 0 to {d.depth - 1}")
+
 # %% ../../nbs/core/00_recipe.ipynb #a669c111
+class Muon(Node):
+    "Settings of Muon, for the matrices of the blocks; all else goes on with AdamW."
+    lr: float = Field(5e-3, gt=0)                 # of the matrices; scaled to match AdamW's root mean square
+    momentum: float = Field(0.95, ge=0, lt=1)
+    steps: int = Field(5, ge=1, le=20)            # of the Newton-Schulz iteration
+    modulation: bool = True                       # also the blocks' modulation matrices
+    split_qkv: bool = False                       # query, key and value as matrices of their own
+
+
 class Optimizer(Node):
-    "AdamW with a linear warm-up, a constant rate, a linear fall at the end, and clipping by global norm."
-    name: Literal["adamw"] = "adamw"
+    "AdamW or Muon with a linear warm-up, a constant rate, a linear fall at the end, and clipping by global norm."
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(5e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
@@ -160,6 +267,7 @@ class Optimizer(Node):
     warmup: int = Field(30, ge=0)                 # steps until the rate is reached
     cooldown: float = Field(0.4, ge=0, le=1)      # share of all steps, at the end, in which it falls to zero
     clip: float = Field(1.0, gt=0)                # largest global gradient norm
+    muon: Muon = Muon()
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -179,7 +287,8 @@ class Train(Node):
     "Length, batch, precision, how often to look and to save, and in how many processes."
     steps: int = Field(1500, ge=1)
     batch: int = Field(32, ge=1)                  # images a step, of all processes together
-    precision: Literal["fp32", "bf16"] = "fp32"   # of the computation; weights and optimizer state stay fp32
+    precision: Literal["fp32", "bf16"] = "fp32"   # of the computation
+    weights: Literal["fp32", "bf16"] = "fp32"     # in which the denoiser's weights and their optimizer state are kept
     compile: bool = False                         # torch.compile the denoiser
     validate_every: int = Field(300, ge=1)
     validate_samples: int = Field(128, ge=1)
@@ -201,6 +310,8 @@ class Sample(Node):
     guidance: float = Field(3.0, ge=1)            # 1 is no guidance
     shift: float = Field(1.0, gt=0)               # of the sampling grid
     grid: Literal["linear", "diffusers"] = "linear"
+    guide: Literal["caption", "route"] = "caption"   # what guidance leads away from: the empty caption, or a routed pass
+
 
 
 class Evaluate(Node):
@@ -220,6 +331,7 @@ class Recipe(Node):
     latents: Latents = Latents()
     flow: Flow = Flow()
     denoiser: Denoiser = Denoiser()
+    techniques: Techniques = Techniques()
     optimizer: Optimizer = Optimizer()
     ema: Ema = Ema()
     train: Train = Train()
@@ -235,7 +347,8 @@ class Recipe(Node):
         if self.data.size % side:
             raise ValueError(f"data.size = {self.data.size} does not divide into latents.factor {self.latents.factor} x "
                              f"denoiser.patch_size {self.denoiser.patch_size} = {side} pixels")
-        if self.captions.dropout == 0 and self.sample.guidance > 1:
+        _refuse_pairs(self)
+        if self.captions.dropout == 0 and self.sample.guidance > 1 and self.sample.guide == "caption":
             raise ValueError(f"sample.guidance = {self.sample.guidance} with captions.dropout = 0: guidance needs a model "
                              "that has also seen the empty caption; set sample.guidance to 1 or a dropout above 0")
         return self
