@@ -101,7 +101,7 @@ def pretend_ablation(folder: str | Path,      # toy.ipynb is written there
 
 # %% ../../nbs/lab/02_plan.ipynb #f2ee6e7e
 _NOT_IN_RUNS = {"_modidx.py", *(f"lab/{name}.py" for name in (
-    "batch", "slurm", "sweep", "watch", "calibration", "results", "figures", "page", "report", "docs", "cli", "cli_data"))}
+    "batch", "slurm", "sweep", "watch", "calibration", "results", "figures", "page", "report", "overview", "docs", "cli", "cli_data"))}
 
 # %% ../../nbs/lab/02_plan.ipynb #1a832350
 def source_hash(folder: Path | None = None,   # none: the installed prx_nb
