@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from . import ablations, results
-from .ablations import Ablation, Published
+from .ablations import Published
 
 # %% ../../nbs/lab/13a_overview.ipynb #19b71c44
 FAMILIES = ("FD", "MMD")           # the distances to real images that have published kin: FID, and CMMD or DINO-MMD
