@@ -23,6 +23,7 @@ from pathlib import Path
 from ..core.files import require_writable, write_json
 from ..core.recipe import Recipe, parse
 from . import run as runs
+from . import warm
 from .ablations import AblationError
 from .plan import Job
 
@@ -180,7 +181,7 @@ def _rest(took: list[float], left: int, at_once: int) -> str:
     return f"  (about {seconds / 60:.0f} min left)" if seconds > 90 else ""
 
 # %% ../../nbs/lab/05_batch.ipynb #20887b88
-def _drive(waiting: list[Job], jobs: list[Job], places: Places, say: Callable[[str], None]) -> None:
+def _drive(waiting: list[Job], jobs: list[Job], places: Places, say: Callable[[str], None], nursery: warm.Nursery | None = None) -> None:
     "Keep the workers busy until all runs are through. On an interrupt every run is stopped and the interrupt goes on."
     stop, numbers, took = threading.Event(), iter(range(len(jobs) - len(waiting) + 1, len(jobs) + 1)), []
 
@@ -191,7 +192,7 @@ def _drive(waiting: list[Job], jobs: list[Job], places: Places, say: Callable[[s
             label, begin = f"[{next(numbers)}/{len(jobs)}] {_label(job, jobs)}", time.monotonic()
             say(f"{label} started {datetime.now():%H:%M:%S}" + (f" on GPU {device}" if device else ""))
             tell = lambda line: say(f"{label} {line.removeprefix(job.name).strip()}")
-            said = runs.attend(job, places.threads, device, stop, tell)
+            said = runs.attend(job, places.threads, device, stop, tell, nursery=nursery)
             took.append(time.monotonic() - begin)
             say(f"{label} {runs.end_in_words(job, said)}{_rest(took, len(waiting) - len(took), places.at_once)}")
 
@@ -235,12 +236,14 @@ def run(jobs: list[Job],                        # from `plan`, of one home or se
         say(f"{_names(jobs)}: {len(jobs)} runs, {done} of them done already, {places.at_once} at a time with {places.threads} threads"
             + (f" on {len(places.gpus)} GPUs" if places.gpus else "") + f"; in {_where(jobs)}")
         todo = _sort_out(jobs, again, say)
+        fresh = [job for job in todo if not at_work(job)]
         try:
-            if fresh := [job for job in todo if not at_work(job)]:
-                if prepare:
-                    prepare([parse(job.recipe) for job in fresh], say=say)
-                queue(fresh)
-            _drive(todo, jobs, places, say)
+            with warm.Nursery([job.notebook for job in fresh], places.threads) if fresh else contextlib.nullcontext() as nursery:
+                if fresh:
+                    if prepare:
+                        prepare([parse(job.recipe) for job in fresh], say=say)
+                    queue(fresh)
+                _drive(todo, jobs, places, say, nursery)
         except KeyboardInterrupt:
             say(f"Interrupted; the runs were stopped, {sum(map(runs.finished, jobs))} of {len(jobs)} are done. "
                 "The same command again does the rest.")

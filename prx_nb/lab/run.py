@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import read_json, write_json
+from . import warm
 from .plan import Job, read_job
 
 # %% ../../nbs/lab/04_run.ipynb #69060f93
@@ -215,6 +216,7 @@ def execute(notebook: str | Path,             # is copied, then run in the copy
             parameters: Mapping[str, Any],
             scratch: str,                     # short private folder for sockets
             cell_timeout: float | None = None,
+            kernel: warm.Waiting | None = None,   # that was forked for it; none: a fresh one is started
             ) -> None:
     "Run a notebook by papermill over IPC sockets; what its cells print goes to log.txt beside it."
     import papermill
@@ -224,7 +226,8 @@ def execute(notebook: str | Path,             # is copied, then run in the copy
     with open(Path(copy).parent / "log.txt", "a") as log:
         papermill.execute_notebook(str(copy), str(copy), parameters=dict(parameters), kernel_name="python3", cwd=str(Path(copy).parent),
                                    progress_bar=False, stdout_file=log, stderr_file=log, start_timeout=120, execution_timeout=cell_timeout,
-                                   config=Config({"KernelManager": {"transport": "ipc", "ip": f"{scratch}/k"}}))
+                                   config=Config({"KernelManager": {"transport": "ipc", "ip": f"{scratch}/k"}}),
+                                   **({"kernel_manager_class": warm.manager(kernel)} if kernel else {}))
 
 # %% ../../nbs/lab/04_run.ipynb #7766bae4
 def _outcome(job: Job, call: Callable[[], None]) -> tuple[str, dict]:
@@ -250,10 +253,12 @@ def run_job(path: str | Path,      # the job's JSON file
     with open(Path(job.out) / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)                           # never two at once in a folder
         reporter = _Reporter(job, scratch)
+        warm.load([job.notebook])
+        kernel = warm.Waiting([lock.fileno()]) if hasattr(os, "fork") else None      # before there are threads
         threading.Thread(target=_watch, args=(job, reporter, scratch, told), daemon=True).start()
         try:
             copy = Path(job.out) / "notebook.ipynb"
-            state, more = _outcome(job, lambda: execute(job.notebook, copy, job.parameters, scratch, job.cell_timeout))
+            state, more = _outcome(job, lambda: execute(job.notebook, copy, job.parameters, scratch, job.cell_timeout, kernel))
             kill_tree()
             reporter.finish(state, **more)
         finally:
@@ -264,7 +269,7 @@ def run_job(path: str | Path,      # the job's JSON file
 @dataclass
 class _Child:
     "A run's process: one we have started, one we have found, or (neither) one on another machine."
-    started: subprocess.Popen | None = None
+    started: subprocess.Popen | warm.Born | None = None
     found: Any = None                                              # psutil.Process
     begin: float = field(default_factory=time.monotonic)
 
@@ -279,7 +284,7 @@ class _Child:
 
     def end(self) -> str:
         code = self.started.returncode if self.started else None
-        if code is None:
+        if code in (None, warm.UNKNOWN):
             return "the run's process is gone"
         return f"the run's process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
 
@@ -287,8 +292,8 @@ class _Child:
 _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONUNBUFFERED": "1"}
 
 
-def _start(job: Job, threads: int, device: str | None) -> _Child:
-    "Start a job's process, in a session of its own; its output goes to log.txt."
+def _start(job: Job, threads: int, device: str | None, nursery: warm.Nursery | None = None) -> _Child:
+    "Start a job's process, in a session of its own, forked from a nursery if there is one; its output goes to log.txt."
     folder, before = Path(job.out), status(job.out)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "job.json", asdict(job))
@@ -300,6 +305,8 @@ def _start(job: Job, threads: int, device: str | None) -> _Child:
         if log.tell():
             log.write(f"\n--- once more, {_now()}\n")
             log.flush()
+        if nursery and (born := nursery.born(folder / "job.json", env, folder / "log.txt")):
+            return _Child(born)
         return _Child(subprocess.Popen([sys.executable, "-m", "prx_nb.lab.run", str(folder / "job.json")], env=env,
                                        stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True))
 
@@ -379,6 +386,7 @@ def attend(job: Job,
            stop: threading.Event | None = None,     # set: stop the run
            say: Callable[[str], None] = lambda line: None,
            retries: int = 1,                        # how often a cause that may pass is given another chance
+           nursery: warm.Nursery | None = None,     # that forks its process; none: a fresh one
            ) -> dict:                               # the final status
     "Bring one run to its end, adopting it if it is at work already."
     stop = stop or threading.Event()
@@ -386,7 +394,7 @@ def attend(job: Job,
         child = _adopt(job)
         if child:
             say(f"{job.name} is at work already, adopted")
-        said = _follow(job, child or _start(job, threads, device), stop)
+        said = _follow(job, child or _start(job, threads, device, nursery), stop)
         if said["state"] not in MAY_PASS or retries == 0 or stop.is_set():
             return said
         retries -= 1
