@@ -247,7 +247,7 @@ class Waiting:
 
     def wake(self, connection: str, environment: Mapping[str, str], folder: str | None) -> "Waiting":
         "Let it be a kernel."
-        told = {"connection": connection, "environment": dict(environment), "folder": folder}
+        told = {"connection": connection, "environment": dict(environment), "folder": folder or os.getcwd()}
         with os.fdopen(self._write, "w") as pipe:
             pipe.write(json.dumps(told))
         self._write = None
@@ -292,7 +292,7 @@ def _kernel(read: int, close: Sequence[int], parent: int) -> None:
         settle(told["environment"])
         if sys.path[0] in ("", os.getcwd()):                       # of `python -m`; a kernel's is its own folder
             del sys.path[0]
-        os.chdir(told["folder"] or ".")
+        os.chdir(told["folder"])
         from ipykernel.kernelapp import IPKernelApp
         app = IPKernelApp.instance(parent_handle=parent)
         app.initialize(["-f", told["connection"]])
