@@ -55,17 +55,28 @@ def test_the_neighbour_is_that_of_the_public_code():
     assert rolled(CAPTION[:1]).tolist() == [-1]
 
 
+def in_loss_space(flow, said, x_t, alpha, sigma, dalpha, dsigma):
+    "By hand: one sample's answer in the space of the loss."
+    delta = alpha * dsigma - sigma * dalpha
+    if (flow.prediction, flow.loss) == ("x", "v"):
+        return (dsigma * x_t - delta * said) / sigma
+    if (flow.prediction, flow.loss) == ("eps", "v"):
+        return (dalpha * x_t + delta * said) / alpha
+    if (flow.prediction, flow.loss) == ("v", "x"):
+        return (dsigma * x_t - sigma * said) / delta
+    assert flow.prediction == flow.loss
+    return said
+
+
 def written_out(step, other, weight):
     "Sample by sample: both the answer and the negative's velocity in the space of the loss, at this sample's time."
     flow, b, total = step.flow.flow, step.batch, 0
     for i, j in enumerate(other.tolist()):
-        alpha, sigma, dalpha, dsigma = (c[0] for c in coefficients(b.t[i:i + 1], flow.path))
-        said, x_t = step.output.prediction[i], step.x_t[i]
-        kinds = {"x": b.x0[j], "eps": b.noise[j], "v": dalpha * b.x0[j] + dsigma * b.noise[j]}
-        delta = alpha * dsigma - sigma * dalpha
-        answer = {("x", "v"): lambda: (dsigma * x_t - delta * said) / sigma, ("eps", "v"): lambda: (dalpha * x_t + delta * said) / alpha,
-                  ("v", "x"): lambda: (dsigma * x_t - sigma * said) / delta}.get((flow.prediction, flow.loss), lambda: said)()
-        total = total - (weight * (answer - kinds[flow.loss]).pow(2).mean() if j >= 0 else 0)
+        if j >= 0:
+            path = [c[0] for c in coefficients(b.t[i:i + 1], flow.path)]
+            target = {"x": b.x0[j], "eps": b.noise[j], "v": path[2] * b.x0[j] + path[3] * b.noise[j]}[flow.loss]
+            answer = in_loss_space(flow, step.output.prediction[i], step.x_t[i], *path)
+            total = total - weight * (answer - target).pow(2).mean()
     return total / len(b.t)
 
 
