@@ -971,4 +971,11 @@ d = { 'settings': { 'branch': 'main',
                                                'prx_nb.techniques.contrastive.plain': ( 'techniques/contrastive.html#plain',
                                                                                         'prx_nb/techniques/contrastive.py'),
                                                'prx_nb.techniques.contrastive.rolled': ( 'techniques/contrastive.html#rolled',
-                                                                                         'prx_nb/techniques/contrastive.py')}}}
+                                                                                         'prx_nb/techniques/contrastive.py')},
+            'prx_nb.techniques.jit': { 'prx_nb.techniques.jit.dimension': ('techniques/jit.html#dimension', 'prx_nb/techniques/jit.py'),
+                                       'prx_nb.techniques.jit.floor': ('techniques/jit.html#floor', 'prx_nb/techniques/jit.py'),
+                                       'prx_nb.techniques.jit.loss_weight': ('techniques/jit.html#loss_weight', 'prx_nb/techniques/jit.py'),
+                                       'prx_nb.techniques.jit.patch_spectrum': ( 'techniques/jit.html#patch_spectrum',
+                                                                                 'prx_nb/techniques/jit.py'),
+                                       'prx_nb.techniques.jit.plot_spectrum': ( 'techniques/jit.html#plot_spectrum',
+                                                                                'prx_nb/techniques/jit.py')}}}

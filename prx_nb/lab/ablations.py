@@ -173,8 +173,8 @@ CONTRASTIVE = Ablation(
     references=("Stoica et al. 2025, Contrastive Flow Matching, arXiv 2506.05350",
                 "Photoroom 2026, Training Design for Text-to-Image Models: Lessons from Ablations (PRX Part 2)"),
     caveat="The published run is 'roll' in form: the neighbour in the batch is the negative, dropped captions included, at weight 0.05. Ours have "
-           "drawings, pixels, a far smaller network and far fewer steps. The validation error in v of all but the baseline is bound to rise, "
-           "since their optimum is not the velocity but a stretched and shifted one.",
+           "drawings, pixels, a far smaller network and far fewer steps. The validation error in v does not judge all but the baseline fairly: "
+           "their optimum is not the velocity but a stretched and shifted one.",
 )
 
 # %% ../../nbs/lab/01_ablations.ipynb #60a202eb

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEGATIVES', 'other_caption', 'rolled', 'Contrastive', 'plain', 'caption_distance']
 
-# %% ../../nbs/techniques/03_contrastive.ipynb #0327a3ec
+# %% ../../nbs/techniques/03_contrastive.ipynb #64a85989
 import torch
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from ..core.flow import FlowMatching
 from ..core.recipe import Recipe
 from ..core.train import Batch, Prepared, Step, Technique
 
-# %% ../../nbs/techniques/03_contrastive.ipynb #d31b9438
+# %% ../../nbs/techniques/03_contrastive.ipynb #1791f710
 def other_caption(caption: Tensor,   # (B,) a number for each different caption
                   dropped: Tensor,   # (B,) True where it is the empty one
                   draw: Tensor,      # (B,) in [0, 1): the choice
@@ -31,7 +31,7 @@ def rolled(caption: Tensor) -> Tensor:   # (B,) -> (B,) index of the sample befo
     n = len(caption)
     return torch.arange(n, device=caption.device).roll(1) if n > 1 else torch.full_like(caption, -1)
 
-# %% ../../nbs/techniques/03_contrastive.ipynb #415f490d
+# %% ../../nbs/techniques/03_contrastive.ipynb #42bd99a4
 NEGATIVES = ("other_caption", "roll")
 
 
@@ -66,7 +66,7 @@ class Contrastive(Technique):
         distance = (answer - target).square().flatten(1).mean(1)
         return -self.weight * torch.where(other >= 0, distance, 0.0).mean()
 
-# %% ../../nbs/techniques/03_contrastive.ipynb #361fbac9
+# %% ../../nbs/techniques/03_contrastive.ipynb #e2e1cd65
 def plain(velocity: Tensor,    # (..., C, H, W) that a network trained with `weight` predicts
           mean: Tensor,        # (C, H, W), or one a sample: mean velocity of the negatives; minus the mean image on the straight path
           weight: float,
@@ -74,7 +74,7 @@ def plain(velocity: Tensor,    # (..., C, H, W) that a network trained with `wei
     "Take back the stretch and the shift of the contrastive optimum."
     return (1 - weight) * velocity + weight * mean
 
-# %% ../../nbs/techniques/03_contrastive.ipynb #a3eedeb0
+# %% ../../nbs/techniques/03_contrastive.ipynb #5fac8a7c
 @torch.no_grad()
 def caption_distance(model: torch.nn.Module,
                      batch: Batch,
