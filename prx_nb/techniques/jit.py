@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['patch_spectrum', 'dimension', 'floor', 'plot_spectrum', 'loss_weight']
 
-# %% ../../nbs/techniques/06_jit.ipynb #237204e9
+# %% ../../nbs/techniques/06_jit.ipynb #cd914ffd
 import torch
 from torch import Tensor
 
 from ..core.denoiser import patchify
 from ..core.flow import conversion
 
-# %% ../../nbs/techniques/06_jit.ipynb #7edb3228
+# %% ../../nbs/techniques/06_jit.ipynb #10808017
 def patch_spectrum(images: Tensor,   # (N, C, H, W)
                    patch: int,       # side
                    ) -> Tensor:      # (C * patch * patch,) float64, largest first
@@ -38,7 +38,7 @@ def floor(spectrum: Tensor,          # (D,) variances, largest first
     "The least mean squared error of answers that a linear layer makes from `width` numbers (Eckart & Young 1936)."
     return (spectrum[width:].sum() / len(spectrum)).item()
 
-# %% ../../nbs/techniques/06_jit.ipynb #2157086f
+# %% ../../nbs/techniques/06_jit.ipynb #081d4a5b
 def plot_spectrum(spectrum: Tensor,        # (D,) of clean patches
                   width: int | None = None,   # of a network: what lies to the right of the line does not pass
                   ax=None):                # the matplotlib axes
@@ -53,7 +53,7 @@ def plot_spectrum(spectrum: Tensor,        # (D,) of clean patches
     ax.set(xscale="log", ylim=(0, 1.03), xlabel="components", title=f"{len(spectrum)} numbers a patch")
     return ax
 
-# %% ../../nbs/techniques/06_jit.ipynb #d88f679b
+# %% ../../nbs/techniques/06_jit.ipynb #d93084ec
 def loss_weight(t: Tensor,                  # (B,) times
                 prediction: str = "x",      # v, x or eps
                 loss: str = "v",
