@@ -191,11 +191,11 @@ JIT = Ablation(
                Published("x", "DINO-MMD", 0.39, 0.49, False, _PART2)),
     references=("Li & He 2025, Back to Basics: Let Denoising Generative Models Denoise (JiT), arXiv 2511.13720",
                 "Photoroom 2026, Training Design for Text-to-Image Models: Lessons from Ablations (PRX Part 2)"),
-    caveat="The published comparison was made in Flux latents, whose patches of 64 numbers are far narrower than the network (1792): it is not a test of "
-           "JiT's argument. In pixels the post gives x-prediction alone (1024 px, patches of 32, bottleneck 256, shift 3: FID 17.42, CMMD 0.71, "
-           "DINO-MMD 0.56), with nothing to compare it with. Ours has patches 3 times as wide as the network at preset cpu and 6 times at smoke; at gpu "
-           "they are half as wide, unless denoiser.hidden_size is lowered by --set. The validation error in v judges a predicted image mostly by times "
-           "below 0.2, where its error is divided by t squared; the errors by time say more.",
+    caveat="The published comparison was made in Flux latents, whose patches of 64 numbers are far narrower than the network (1792): it is not a "
+           "test of JiT's argument. In pixels the post gives x-prediction alone (1024 px, patches of 32, bottleneck 256, shift 3: FID 17.42, "
+           "CMMD 0.71, DINO-MMD 0.56), with nothing to compare it with. Ours has patches 3 times as wide as the network at preset cpu and 6 "
+           "times at smoke; at gpu they are half as wide, unless denoiser.hidden_size is lowered by --set. The validation error in v judges a "
+           "predicted image mostly by times below 0.2, where its error is divided by t squared; the errors by time say more.",
 )
 
 # %% ../../nbs/lab/01_ablations.ipynb #1c5b9014
