@@ -75,7 +75,7 @@ def test_five_steps_end_near_the_polar_factor():
 @pytest.mark.parametrize("shape", [(24, 24), (72, 24), (24, 84)])
 def test_a_step_is_the_formula_written_out(shape):
     "Momentum as an average, Nesterov, orthogonalised, scaled to 0.2 sqrt(max) and decayed."
-    recipe = SPLIT.replace({"optimizer.weight_decay": 0.02, "optimizer.muon.modulation": True, "optimizer.muon.split_qkv": False})
+    recipe = SPLIT.replace({"optimizer.weight_decay": 20.0, "optimizer.muon.modulation": True, "optimizer.muon.split_qkv": False})
     net = nn.ModuleDict({"blocks": nn.ModuleDict({"lin": nn.Linear(shape[1], shape[0])})})
     p = net.blocks.lin.weight
     optimizer, average = new_optimizer(recipe, net), torch.zeros(shape)
@@ -86,7 +86,7 @@ def test_a_step_is_the_formula_written_out(shape):
         change = 5e-3 * 0.2 * math.sqrt(max(shape)) * newton_schulz(looked)
         before = p.detach().clone()
         optimizer.step()
-        assert far(before * (1 - 5e-3 * 0.02) - p.detach(), change) < 0.05
+        assert far(before * (1 - 5e-3 * 20) - p.detach(), change) < 0.05
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])

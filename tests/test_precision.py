@@ -220,8 +220,10 @@ def test_the_norms_weights_may_be_bfloat16_and_are_computed_in_float32():
     from prx_nb.core.denoiser import norm
     rms = nn.RMSNorm(8, eps=1e-6)
     nn.init.uniform_(rms.weight)
-    rms.weight.data = rms.weight.data.bfloat16().float()
     x = draw(3, 8).bfloat16()
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * rms.weight.double()
+    torch.testing.assert_close(norm(x, rms).double(), exact, rtol=1e-6, atol=1e-6)
+    rms.weight.data = rms.weight.data.bfloat16().float()
     plain = norm(x, rms)
     assert plain.dtype == torch.float32 and norm(x, rms.bfloat16()).equal(plain)
 

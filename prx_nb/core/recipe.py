@@ -462,7 +462,7 @@ _PRESETS = {
         "train.checkpoint_every": 6, "optimizer.warmup": 4, "ema.decay": 0.8,
         "sample.steps": 4, "evaluate.samples": 16, "evaluate.batch": 16, "evaluate.pictures": 8,
     },
-    "cpu": {"optimizer.muon.lr": 0.01},
+    "cpu": {},
     "gpu": {
         "data.size": 64, "data.skin_tones": True, "text.tokens": 48,
         "denoiser.hidden_size": 384, "denoiser.num_heads": 6, "denoiser.depth": 6,
