@@ -250,7 +250,7 @@ def _refuse_pairs(r: "Recipe") -> None:
 # %% ../../nbs/core/00_recipe.ipynb #a669c111
 class Muon(Node):
     "Settings of Muon, for the matrices of the blocks; all else goes on with AdamW."
-    lr: float = Field(5e-3, gt=0)                 # of the matrices; scaled to match AdamW's root mean square
+    lr: float | None = Field(None, gt=0)          # of the matrices, scaled to match AdamW's root mean square; none: optimizer.lr
     momentum: float = Field(0.95, ge=0, lt=1)
     steps: int = Field(5, ge=1, le=20)            # of the Newton-Schulz iteration
     modulation: bool = True                       # also the blocks' modulation matrices
@@ -277,10 +277,25 @@ class Optimizer(Node):
 
 
 class Ema(Node):
-    "The running average of the weights that samples are drawn from. `decay` 0 switches it off."
-    decay: float = Field(0.99, ge=0, lt=1)
+    "The running average of the weights that samples are drawn from. `decay` 0 switches it off; see `core.average`."
+    decay: float | None = Field(0.99, ge=0, lt=1) # share of the average that an update keeps; none: what half_life makes it
+    half_life: float | None = Field(None, gt=0)   # steps after which a state of the weights counts half; none: what decay makes it
     every: int = Field(1, ge=1)                   # steps between updates
-    start: int = Field(0, ge=0)                   # first step that counts
+    start: int = Field(0, ge=0)                   # first step that counts; until then the average is the weights
+    also: tuple[float, ...] = ()                  # half-lives of more averages, kept and validated beside it
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if (self.decay is None) == (self.half_life is None):
+            raise ValueError(f"ema.decay = {self.decay} and ema.half_life = {self.half_life}: one says the other; give one, and null for the other")
+        if min(self.also, default=1) <= 0 or len(set(self.also)) != len(self.also):
+            raise ValueError(f"ema.also = {self.also}: half-lives in steps, above 0, each once")
+        return self
+
+    @property
+    def keeps(self) -> float:
+        "Share of the average that an update keeps; 0: there is no average."
+        return self.decay if self.half_life is None else 0.5 ** (self.every / self.half_life)
 
 # %% ../../nbs/core/00_recipe.ipynb #c2ce0ccc
 class Train(Node):
