@@ -11,7 +11,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from ..core.denoiser import PRX, Route, choose, patchify, unpatchify
+from ..core.denoiser import Route, choose, patchify, unpatchify
 from ..core.flow import FlowMatching
 from ..core.recipe import Recipe, routing
 from ..core.train import Batch, Needs, Prepared, Technique
