@@ -204,13 +204,16 @@ def test_two_processes_equal_one(tmp_path):
 
 # --- moments and stretches in the recipe
 
-def test_moments_may_be_shares_of_all_steps(prepared):
+def test_moments_may_be_shares_of_all_steps(prepared, monkeypatch):
     r = SMOKE.replace({"techniques.tread.start": 0.25, "techniques.tread.stop": 0.8})
     assert (routing(r).start, routing(r).stop) == (2, 6)
     assert in_steps(r).techniques.tread.stop == 6 and in_steps(r.replace("train.steps", 1000)).techniques.tread.start == 250
     assert in_steps(SMOKE) == SMOKE, "steps stay steps"
     tread, = techniques_of(r, prepared, CPU)
     assert isinstance(tread, TREAD) and [tread.acts(i) for i in range(8)] == [False] * 2 + [True] * 4 + [False] * 2
+    monkeypatch.setattr(TREAD, "of", classmethod(lambda cls, recipe, *more: recipe))
+    given, = techniques_of(r, prepared, CPU)
+    assert (given.techniques.tread.start, given.techniques.tread.stop) == (2, 6) and given.diff(r).keys() == {"techniques.tread.start", "techniques.tread.stop"}
     repa = Recipe().replace({"techniques.repa.weight": 0.5, "techniques.repa.stop": 0.5})
     assert in_steps(repa).techniques.repa.stop == 750 and repa.techniques.repa.stop == 0.5
     assert Recipe.model_validate_json(r.model_dump_json()) == r and r.replace("techniques.tread.stop", 6.0).techniques.tread.stop == 6
