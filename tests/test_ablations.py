@@ -42,18 +42,23 @@ def test_the_positive_control_is_examined_with_the_same_words():
 
 def test_published_numbers_are_those_of_the_post():
     post = {
-            "baseline": (18.20, 0.41, 0.39),
-            "prediction_target x": (16.80, 0.54, 0.49),
-            "caption_length short": (36.84, 0.98, 1.14),
-            "contrastive roll": (20.03, 0.40, 0.36),
-            "jit x": (16.80, 0.54, 0.49),
-            "muon muon": (15.55, 0.36, 0.35),
-            "bf16_weights bf16": (21.87, 0.61, 0.57),
+        "baseline": (18.20, 0.41, 0.39),
+        "prediction_target x": (16.80, 0.54, 0.49),
+        "caption_length short": (36.84, 0.98, 1.14),
+        "contrastive roll": (20.03, 0.40, 0.36),
+        "jit x": (16.80, 0.54, 0.49),
+        "muon muon": (15.55, 0.36, 0.35),
+        "bf16_weights bf16": (21.87, 0.61, 0.57),
+        "tread tread": (21.61, 0.55, 0.41),
+        "sprint sprint": (22.56, 0.72, 0.42),
+        "baseline, 1024 px": (17.42, 0.71, 0.56),
+        "tread tread, 1024 px": (14.10, 0.46, 0.37),
+        "sprint sprint, 1024 px": (16.90, 0.51, 0.41),
     }
     for ablation in ABLATIONS.values():
         for p in ablation.published:
-            place = ("FID", "CMMD", "DINO-MMD").index(p.metric)
-            assert (p.baseline_value, p.value) == (post["baseline"][place], post[f"{ablation.name} {p.variant}"][place])
+            place, size = ("FID", "CMMD", "DINO-MMD").index(p.metric), ", 1024 px" if "1024 px" in p.source else ""
+            assert (p.baseline_value, p.value) == (post["baseline" + size][place], post[f"{ablation.name} {p.variant}{size}"][place])
             assert not p.higher_is_better and "Photoroom" in p.source
 
 

@@ -13,20 +13,21 @@ from typing import Any
 
 import torch
 
-from .denoiser import PRX
-from .recipe import Recipe
+from .denoiser import PRX, Route, kept
+from .recipe import Recipe, routing
 
 # %% ../../nbs/core/14_cost.ipynb #e1216c5d
-def _counted(recipe: Recipe, text_tokens: int | None, backward: bool):
-    "The counter after one batch of the recipe went through a denoiser without numbers."
+def _counted(recipe: Recipe, text_tokens: int | None, backward: bool, routed: bool = False):
+    "The counter after one batch of the recipe went through a denoiser without numbers, on the recipe's route or with all tokens."
     from torch.utils.flop_counter import FlopCounterMode
     n, words, side = recipe.train.batch, text_tokens or recipe.text.tokens, recipe.data.size // recipe.latents.factor
     with torch.device("meta"):
-        model = PRX(**recipe.denoiser.model_dump())
+        model, r = PRX(**recipe.denoiser.model_dump()), routing(recipe)
         x, t = torch.empty(n, recipe.denoiser.in_channels, side, side), torch.empty(n)
         text, mask = torch.empty(n, words, recipe.denoiser.context_in_dim), torch.ones(n, words, dtype=torch.bool)
+        keep = torch.empty(n, kept((side // recipe.denoiser.patch_size) ** 2, r.rate) if routed else 0, dtype=torch.long)
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-            prediction = model(x, t, text, mask).prediction
+            prediction = model(x, t, text, mask, route=Route(keep, r.first, r.last) if routed else None).prediction
             if backward:
                 prediction.mean().backward()
     return counter
@@ -35,15 +36,20 @@ def _counted(recipe: Recipe, text_tokens: int | None, backward: bool):
 def flops_step(recipe: Recipe,
                text_tokens: int | None = None,   # tokens of a caption; none: the recipe's, which every batch is padded to
                ) -> float:                       # operations
-    "Floating point operations of one training step: forward and backward pass of the denoiser for one batch."
-    return float(_counted(recipe, text_tokens, True).get_total_flops())
+    "Floating point operations of one training step: forward and backward pass of the denoiser for one batch; the mean over steps with and without a route."
+    count, r, steps = lambda routed: float(_counted(recipe, text_tokens, True, routed).get_total_flops()), routing(recipe), recipe.train.steps
+    if r is None:
+        return count(False)
+    share = (min(steps, steps if r.stop is None else r.stop) - min(steps, r.start)) / steps
+    return (share * count(True) if share else 0.0) + ((1 - share) * count(False) if share < 1 else 0.0)
 
 
 def flops_parts(recipe: Recipe,
                 text_tokens: int | None = None,
+                routed: bool = False,            # on the recipe's route; false: with all tokens
                 ) -> dict[str, float]:           # operations by part of the network, e.g. "blocks.0.attention"; "" is the whole
     "Floating point operations of the forward pass for one batch, by part of the denoiser."
-    counts = _counted(recipe, text_tokens, False).get_flop_counts()
+    counts = _counted(recipe, text_tokens, False, routed).get_flop_counts()
     return {name.removeprefix("PRX").removeprefix("."): float(sum(ops.values())) for name, ops in counts.items() if name != "Global"}
 
 # %% ../../nbs/core/14_cost.ipynb #06857806

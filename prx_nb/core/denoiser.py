@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['patchify', 'unpatchify', 'rotary', 'rotate', 'waves', 'Embedder', 'Attention', 'norm', 'Modulation', 'modulate',
-           'Block', 'FinalLayer', 'Route', 'Output', 'PRX', 'forward', 'initialise']
+           'Block', 'FinalLayer', 'Route', 'Output', 'kept', 'choose', 'Fusion', 'PRX', 'forward', 'initialise']
 
 # %% ../../nbs/core/12_denoiser.ipynb #5ee120fb
 import math
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from .recipe import stretch
 
 # %% ../../nbs/core/12_denoiser.ipynb #2337390a
 def patchify(images: Tensor,   # (B, C, H, W)
@@ -159,9 +161,10 @@ class FinalLayer(nn.Module):
 @dataclass(frozen=True)
 class Route:
     "Only the tokens `keep` pass blocks `start` to `end`; the others skip them."
-    keep: Tensor                  # (B, K) indices of image tokens, no repeats in a row
+    keep: Tensor                  # (B, K) indices of image tokens, no repeats in a row; K = 0: the blocks are not run
     start: int                    # first routed block, from 0
     end: int                      # last routed block, inclusive
+    without: Tensor | None = None # (B,) True: a sample that goes on without what these blocks gave; for fused networks only
 
 
 @dataclass
@@ -181,6 +184,42 @@ def _put(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     "A copy of x (B, N, D) with rows (B, K, D) written at index (B, K)."
     return x.scatter(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]), rows.to(x.dtype))
 
+# %% ../../nbs/core/12_denoiser.ipynb #717fa232
+def kept(tokens: int, rate: float) -> int:
+    "How many tokens stay where a share `rate` is left out; at least one."
+    return max(1, tokens - round(rate * tokens))
+
+
+def choose(numbers: Tensor,       # (B, N) drawn at random
+           rate: float,           # share that is left out, from 0 to below 1
+           ) -> Tensor:           # (B, K) indices, rising
+    "The tokens with the smallest numbers."
+    return numbers.topk(kept(numbers.shape[1], rate), 1, largest=False, sorted=False).indices.sort(1).values
+
+# %% ../../nbs/core/12_denoiser.ipynb #186d1740
+class Fusion(nn.Module):
+    "One stream from an early and a deep one, with a mask token where there is no deep part (SPRINT, arXiv 2510.21986)."
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.mask, self.linear = nn.Parameter(torch.zeros(hidden)), nn.Linear(2 * hidden, hidden)
+
+    @torch.no_grad()
+    def start(self) -> None:
+        "Half of each stream; no mask."
+        half = torch.eye(self.linear.out_features) / 2
+        self.linear.weight.copy_(torch.cat((half, half), 1))
+        nn.init.zeros_(self.linear.bias), nn.init.zeros_(self.mask)
+
+    def forward(self, early: Tensor, deep: Tensor, route: Route | None = None) -> Tensor:   # (B, N, D), (B, K, D) -> (B, N, D)
+        mask = self.mask.to(deep.dtype)
+        if route is None:
+            deep = deep + 0 * mask           # a gradient (zero) in every step: processes that average gradients wait for it
+        else:
+            deep = _put(mask.expand_as(early), route.keep, deep)
+            deep = deep if route.without is None else torch.where(route.without.view(-1, 1, 1), mask, deep)
+        return self.linear(torch.cat((early, deep), -1))
+
 # %% ../../nbs/core/12_denoiser.ipynb #54bafde0
 class PRX(nn.Module):
     "The PRX denoiser. Arguments are those of diffusers' `PRXTransformer2DModel` config; see `core.recipe.Denoiser`."
@@ -188,7 +227,7 @@ class PRX(nn.Module):
     def __init__(self, in_channels: int = 16, patch_size: int = 2, context_in_dim: int = 2304, hidden_size: int = 1792,
                  mlp_ratio: float = 3.5, num_heads: int = 28, depth: int = 16, axes_dim: tuple[int, int] | None = None,
                  theta: int = 10_000, time_factor: float = 1000.0, time_max_period: int = 10_000,
-                 bottleneck_size: int | None = None, resolution_embeds: bool = False, fusion: tuple[int, int] | None = None):
+                 bottleneck_size: int | None = None, resolution_embeds: bool = False, fusion: tuple[int, int | None] | None = None):
         super().__init__()
         head = hidden_size // num_heads
         axes_dim = tuple(axes_dim or (head // 2, head // 2))
@@ -201,6 +240,9 @@ class PRX(nn.Module):
             self.resolution_embedder = nn.ModuleDict({"mlp": Embedder(256, hidden_size)})
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, width)
+        self.fusion = Fusion(hidden_size) if fusion else None    # last: the others draw the same fresh weights with and without it
+        self.config.pop("fusion")                                # not there, where there is none: diffusers does not know it
+        self.config |= {"fusion": stretch(*fusion, depth)} if fusion else {}
         self.checkpointing = False       # recompute blocks in the backward pass: less memory, a third more work
         self.initialise(torch.Generator().manual_seed(0))
 
@@ -227,6 +269,10 @@ def _check(self: PRX, x_t: Tensor, taps: tuple[int, ...], route: Route | None) -
     if route and (not 0 <= route.start <= route.end < depth or route.keep.shape[0] != b):
         raise ValueError(f"route from block {route.start} to {route.end} with keep {tuple(route.keep.shape)}: "
                          f"blocks are numbered 0 to {depth - 1}, and keep needs {b} rows")
+    fused = c.get("fusion")
+    if route and (fused and (route.start, route.end) != fused or route.without is not None and not fused):
+        raise ValueError(f"route from block {route.start} to {route.end}{' with samples without it' if route.without is not None else ''}: "
+                         + (f"this denoiser fuses the stream of blocks {fused[0]} to {fused[1]}" if fused else "this denoiser fuses no stream"))
 
 # %% ../../nbs/core/12_denoiser.ipynb #b474b7ba
 def forward(self: PRX,
@@ -245,19 +291,21 @@ def forward(self: PRX,
     x, vec = self.img_in(patchify(x_t, p)), _time_vector(self, t, h, w)
     mask = None if text_mask is None else F.pad(text_mask.bool(), (0, x.shape[1]), value=True)[:, None, None]
     full = rotary(h // p, w // p, self.config["axes_dim"], float(self.config["theta"]), str(x.device))
-    turn, modulator, seen = full, F.silu(vec), {}
+    first, last = (route.start, route.end) if route else self.config.get("fusion", (None, None))
+    turn, visible, modulator, seen = full, mask, F.silu(vec), {}
     for i, block in enumerate(self.blocks):
-        if route and i == route.start:
-            waiting, x = x, _take(x, route.keep)
-            turn = full[route.keep].unsqueeze(1)
-            kept_mask = None if mask is None else mask[..., :text.shape[1] + x.shape[1]]
-        routed = route and route.start <= i <= route.end
-        args = (x, text, kept_mask if routed else mask, modulator, turn)
-        x = checkpoint(block, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(*args)
+        if i == first:
+            early = x
+            if route:
+                x, turn = _take(x, route.keep), full[route.keep].unsqueeze(1)
+                visible = None if mask is None else mask[..., :text.shape[1] + x.shape[1]]
+        args = (x, text, visible, modulator, turn)
+        if x.shape[1]:
+            x = checkpoint(block, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(*args)
         if i in taps:
             seen[i] = x
-        if route and i == route.end:
-            x, turn = _put(waiting, route.keep, x), full
+        if i == last:
+            x, turn, visible = self.fusion(early, x, route) if self.fusion else _put(early, route.keep, x), full, mask
     prediction = unpatchify(self.final_layer(x, vec), p, h, w)
     return Output(prediction, seen, route.keep if route else None)
 
@@ -275,6 +323,8 @@ def initialise(self: PRX, generator: torch.Generator) -> PRX:
                 p.uniform_(-bound, bound, generator=generator)
     for layer in [b.modulation.lin for b in self.blocks] + [self.final_layer.linear, self.final_layer.adaLN_modulation[1]]:
         nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+    if self.fusion:
+        self.fusion.start()
     return self
 
 

@@ -34,10 +34,17 @@ class Parts:
     model: torch.nn.Module
     recipe: recipe.Recipe
 
+# %% ../../nbs/core/21_interop.ipynb #f1e62ebe
+def _refuse_fusion(d: recipe.Denoiser) -> None:
+    if d.fusion:
+        raise InteropError(f"denoiser.fusion = {d.fusion} cannot be exported: diffusers' PRXTransformer2DModel has no place "
+                           "for the weights that fuse two streams (SPRINT)")
+
 # %% ../../nbs/core/21_interop.ipynb #37c407e6
 def pipeline_for(r: recipe.Recipe) -> str:       # PRXPipeline or PRXPixelPipeline
     "The diffusers pipeline that samples from models of this recipe. Raises `InteropError` where there is none."
     pixels, f = r.latents.autoencoder == "pixels", r.flow
+    _refuse_fusion(r.denoiser)
     if f.path != "linear":
         raise InteropError(f"flow.path = '{f.path}' cannot be exported: diffusers' PRX pipelines follow the linear "
                            "path only")
@@ -57,12 +64,13 @@ def pipeline_for(r: recipe.Recipe) -> str:       # PRXPipeline or PRXPixelPipeli
 
 # %% ../../nbs/core/21_interop.ipynb #738cb637
 def denoiser_config(d: recipe.Denoiser | dict) -> dict[str, Any]:
-    "The config of diffusers' `PRXTransformer2DModel` for our settings."
+    "The config of diffusers' `PRXTransformer2DModel` for our settings. Raises `InteropError` for a fused denoiser."
     d = recipe.Denoiser(**d) if isinstance(d, dict) else d
+    _refuse_fusion(d)
     config = d.model_dump(mode="json")
     head = d.hidden_size // d.num_heads
     config["axes_dim"] = list(d.axes_dim or (head // 2, head // 2))
-    for name, silent in (("bottleneck_size", None), ("resolution_embeds", False)):
+    for name, silent in (("bottleneck_size", None), ("resolution_embeds", False), ("fusion", None)):
         if config[name] == silent:
             del config[name]
     return {"_class_name": "PRXTransformer2DModel", "_diffusers_version": _VERSION, **config}
@@ -277,7 +285,7 @@ def _write_denoiser(folder: Path, model: torch.nn.Module) -> None:
     from safetensors.torch import save_file
     state = {k: v.detach().float().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     with torch.device("meta"):
-        places = PRX(**model.config).state_dict()
+        places = PRX(**model.config | {"fusion": None}).state_dict()
     if extra := [k for k in state if k not in places]:
         raise InteropError(f"the denoiser has parameters that diffusers' model has no place for: {', '.join(extra[:3])}"
                            + (f" and {len(extra) - 3} more" if len(extra) > 3 else ""))

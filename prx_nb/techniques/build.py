@@ -8,7 +8,7 @@ __all__ = ['build']
 # %% ../../nbs/techniques/00_build.ipynb #f499cb51
 import torch
 
-from ..core.recipe import Recipe
+from ..core.recipe import Recipe, in_steps
 from ..core.train import Prepared, Technique
 
 # %% ../../nbs/techniques/00_build.ipynb #967c7fce
@@ -16,7 +16,7 @@ def build(recipe: Recipe, prepared: Prepared,
           device: str | torch.device = "cpu",
           ) -> list[Technique]:                # fresh, in a fixed order; empty for plain training
     "The techniques that a recipe asks for; a module is imported only then. Raises what its parts raise, e.g. `EncoderError`."
-    asked, given, found = recipe.techniques, (recipe, prepared, device), []
+    asked, given, found = recipe.techniques, (in_steps(recipe), prepared, device), []
     if asked.repa.weight:
         from prx_nb.techniques.repa import REPA
         found.append(REPA.of(*given))
