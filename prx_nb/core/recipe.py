@@ -200,9 +200,17 @@ class Perceptual(Acts):
     "Distance of features between the estimate of the clean image and the image (arXiv 2602.02493). `weight` 0: off."
     weight: float = Field(0.0, ge=0)
     encoder: str = "effnet-lite0"                 # effnet-lite0, vit-s14, a folder or a hub id
-    taps: tuple[str, ...] = ("tap1", "tap2", "tap3")
-    distance: Literal["lpips", "cosine"] = "lpips"
+    taps: tuple[str, ...] = ("tap1", "tap2", "tap3")   # its maps that are compared: tap1 .. tap5, block1 .. block12
+    distance: Literal["lpips_form", "cosine"] = "lpips_form"   # LPIPS's form without its learned weights, or 1 - cosine
     t_max: float = Field(1.0, gt=0, le=1)         # acts on samples with t below it
+    size: int | None = Field(None, ge=16)         # side the encoder works at, pixels; none: its own
+    one_in: int = Field(1, ge=1)                  # one image in so many of a batch is compared: cheaper, the same on average
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if not self.taps or len(set(self.taps)) != len(self.taps):
+            raise ValueError(f"techniques.perceptual.taps = {self.taps!r}: at least one tap, each once")
+        return self
 
 
 class RepaE(Acts):
