@@ -104,7 +104,7 @@ def test_lpips_form_is_that_of_torchmetrics_with_weights_of_one(taps):
     x, y = (torch.randn(b.x0.shape, generator=stream(2, "x")).requires_grad_() for _ in range(2))
     mine, theirs = ours.distances(x, b.x0), peer(y, b.x0).flatten()
     torch.testing.assert_close(mine, theirs)
-    for d, at in ((mine, x), (theirs, y)):
+    for d in (mine, theirs):
         (d * torch.arange(1, 7)).sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
 
@@ -203,11 +203,10 @@ def test_the_encoder_works_in_float32_under_autocast(effnet):
 
 
 def test_larger_images_are_made_smaller_with_antialias(effnet):
-    "A pattern finer than the encoder's pixels is grey to it, not black or white."
-    grid = (torch.arange(128)[:, None] + torch.arange(128)) % 2 * 2.0 - 1
-    d = Perceptual(effnet).distances
-    grey = torch.zeros(1, 3, 128, 128)
-    assert d(grid.expand(1, 3, -1, -1), grey) < 0.01 * d(torch.ones(1, 3, 128, 128), grey)
+    "Stripes finer than the encoder's pixels are grey to it; whoever only looks at the rows it needs sees white."
+    stripes = (torch.arange(128) % 4 % 3 != 0) * 2.0 - 1
+    d, grey = Perceptual(effnet).distances, torch.zeros(1, 3, 128, 128)
+    assert d(stripes.view(1, 1, 128, 1).expand(1, 3, -1, 128), grey) < 0.1 * d(torch.ones(1, 3, 128, 128), grey)
 
 
 def test_the_batch_is_not_written_to_and_the_encoder_is_no_part_of_the_technique(effnet):
