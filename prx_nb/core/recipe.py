@@ -224,9 +224,17 @@ class Perceptual(Acts):
     "Distance of features between the estimate of the clean image and the image (arXiv 2602.02493). `weight` 0: off."
     weight: float = Field(0.0, ge=0)
     encoder: str = "effnet-lite0"                 # effnet-lite0, vit-s14, a folder or a hub id
-    taps: tuple[str, ...] = ("tap1", "tap2", "tap3")
-    distance: Literal["lpips", "cosine"] = "lpips"
+    taps: tuple[str, ...] = ("tap1", "tap2", "tap3")   # its maps that are compared: tap1 .. tap5, block1 .. block12
+    distance: Literal["lpips_form", "cosine"] = "lpips_form"   # LPIPS's form without its learned weights, or 1 - cosine
     t_max: float = Field(1.0, gt=0, le=1)         # acts on samples with t below it
+    size: int | None = Field(None, ge=16)         # side the encoder works at, pixels; none: its own
+    one_in: int = Field(1, ge=1)                  # one image in so many of a batch is compared: cheaper, the same on average
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if not self.taps or len(set(self.taps)) != len(self.taps):
+            raise ValueError(f"techniques.perceptual.taps = {self.taps!r}: at least one tap, each once")
+        return self
 
 
 class RepaE(Acts):
@@ -260,20 +268,28 @@ def _refuse_moments(r: "Recipe") -> None:
 def _refuse_pairs(r: "Recipe") -> None:
     "Raise `ValueError` for techniques that cannot go together, or not with the rest of the recipe."
     t, d, fsdp = r.techniques, r.denoiser, r.train.parallel == "fsdp2" and r.train.processes > 1
-    trained = [name for name, on in {"repa": t.repa.weight, "repa_e": t.repa_e.weight}.items() if on]
+    off, latents, one = "or set the weight to 0", r.latents.autoencoder, f"train.parallel = 'fsdp2' in train.processes = {r.train.processes}"
+    trained = [f"techniques.{name}.weight = {node.weight}" for name, node in (("repa", t.repa), ("repa_e", t.repa_e)) if node.weight]
     faults = {
-        "tread and sprint both route tokens; only one can": t.tread.rate and t.sprint.rate,
-        "tread needs a denoiser whose tokens may skip blocks unchanged, but denoiser.fusion fuses them": t.tread.rate and d.fusion,
-        "sprint needs denoiser.fusion: the first and last block of the sparse stream": t.sprint.rate and not d.fusion,
+        f"techniques.tread.rate = {t.tread.rate} and techniques.sprint.rate = {t.sprint.rate}: both route tokens and only one can; set one to 0":
+            t.tread.rate and t.sprint.rate,
+        f"techniques.tread.rate = {t.tread.rate} with denoiser.fusion = {d.fusion}: TREAD's tokens skip blocks unchanged, fusion changes them; "
+        "set denoiser.fusion to null, or the rate to 0": t.tread.rate and d.fusion,
+        f"techniques.sprint.rate = {t.sprint.rate} needs denoiser.fusion, the first and last block of the sparse stream; "
+        f"set it, e.g. to [1, {max(1, d.depth - 2)}], or the rate to 0": t.sprint.rate and not d.fusion,
         f"sample.guide = '{r.sample.guide}' needs a network that is trained with routes: set techniques.tread.rate or techniques.sprint.rate":
             r.sample.guide != "caption" and not t.tread.rate and not t.sprint.rate,
-        "perceptual compares images; it needs latents.autoencoder = 'pixels'": t.perceptual.weight and r.latents.autoencoder != "pixels",
-        "repa_e trains an autoencoder; latents.autoencoder = 'pixels' has none": t.repa_e.weight and r.latents.autoencoder == "pixels",
-        "repa_e aligns the tokens that repa's teacher and projector define; it needs techniques.repa.weight above 0":
-            t.repa_e.weight and not t.repa.weight,
-        "repa_e trains the autoencoder in one process; set train.processes = 1": t.repa_e.weight and r.train.processes > 1,
-        f"{' and '.join(trained)} have weights of their own, which fsdp2 does not share out; use train.parallel = 'ddp'": trained and fsdp,
-        "optimizer.name = 'muon' needs whole matrices, which fsdp2 cuts; use train.parallel = 'ddp'": r.optimizer.name == "muon" and fsdp,
+        f"techniques.perceptual.weight = {t.perceptual.weight} with latents.autoencoder = '{latents}': it compares images, and latents are none; "
+        f"set latents.autoencoder = 'pixels', {off}": t.perceptual.weight and latents != "pixels",
+        f"techniques.repa_e.weight = {t.repa_e.weight} trains an autoencoder, and latents.autoencoder = 'pixels' has none; name one, {off}":
+            t.repa_e.weight and latents == "pixels",
+        f"techniques.repa_e.weight = {t.repa_e.weight} needs techniques.repa.weight above 0, for it trains with repa's teacher and projector; "
+        f"set that, {off}": t.repa_e.weight and not t.repa.weight,
+        f"techniques.repa_e.weight = {t.repa_e.weight} with train.processes = {r.train.processes}: the autoencoder is trained in one process; "
+        f"set train.processes = 1, {off}": t.repa_e.weight and r.train.processes > 1,
+        f"{' and '.join(trained)} with {one}: fsdp2 does not share out a technique's own weights; set train.parallel = 'ddp'": trained and fsdp,
+        f"optimizer.name = 'muon' with {one}: it needs whole matrices, which fsdp2 cuts; set train.parallel = 'ddp'":
+            r.optimizer.name == "muon" and fsdp,
     }
     if said := [why for why, wrong in faults.items() if wrong]:
         raise ValueError(said[0])

@@ -191,7 +191,8 @@ def objective(model: nn.Module, batch: Batch, flow: FlowMatching, techniques: Se
     losses = {"flow": flow.loss(output.prediction, batch.x0, batch.noise, batch.t).mean()}
     for k in active:
         if (extra := k.loss(Step(batch, x_t, output, flow, number, model))) is not None:
-            losses[type(k).__name__] = extra
+            name = type(k).__name__
+            losses[name] = losses[name] + extra if name in losses else extra      # two of a kind add up
     return losses
 
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREDICTION_TARGET', 'CAPTION_LENGTH', 'NULL_CHECK', 'CONTRASTIVE', 'JIT', 'MUON', 'BF16_WEIGHTS', 'EMA', 'TREAD',
-           'SPRINT', 'ABLATIONS', 'Published', 'AblationError', 'Ablation', 'shift', 'changes', 'recipe', 'get']
+           'SPRINT', 'PERCEPTUAL', 'ABLATIONS', 'Published', 'AblationError', 'Ablation', 'shift', 'changes', 'recipe',
+           'get']
 
 # %% ../../nbs/lab/01_ablations.ipynb #8928d282
 import difflib
@@ -296,10 +297,33 @@ SPRINT = Ablation(
                          "have no published number.",
 )
 
+# %% ../../nbs/lab/01_ablations.ipynb #471b6b0f
+_EFFNET_LOSS = {"techniques.perceptual.weight": 0.1, "techniques.perceptual.encoder": "effnet-lite0", "techniques.perceptual.size": 64}
+
+PERCEPTUAL = Ablation(
+    name="perceptual",
+    notebook="perceptual.ipynb",
+    question="Does it help to compare what a frozen encoder sees in the estimate and in the image, and at which noise levels?",
+    baseline="plain",
+    variants={"plain": {}, "effnet": _EFFNET_LOSS,
+              "vit": {"techniques.perceptual.weight": 0.1, "techniques.perceptual.encoder": "vit-s14", "techniques.perceptual.taps": ["block9"],
+                      "techniques.perceptual.distance": "cosine", "techniques.perceptual.size": 56, "techniques.perceptual.one_in": 8},
+              "low_noise": _EFFNET_LOSS | {"techniques.perceptual.t_max": 0.5}},
+    base={"evaluate.features": "vit-s14", "latents.autoencoder": "pixels", "latents.channels": 3, "latents.factor": 1, "latents.scale": 1.0,
+          "latents.shift": 0.0, "denoiser.in_channels": 3},
+    references=("Ma et al. 2026, PixelGen: Improving Pixel Diffusion with Perceptual Supervision, arXiv 2602.02493",
+                "Zhang et al. 2018, The Unreasonable Effectiveness of Deep Features as a Perceptual Metric (LPIPS), arXiv 1801.03924",
+                "Photoroom 2026, PRX Part 3: LPIPS with weight 0.1 and DINO with weight 0.01 in the recipe, at all noise levels"),
+    caveat="PRX published no number for perceptual losses alone: they are one part of its Part 3 recipe. Theirs are LPIPS (VGG, learned weights) and "
+           "DINOv2-B; ours are EffNet features in LPIPS's form without learned weights, and a small vision transformer. 'vit' compares one image "
+           "in 8 of a batch, for the sake of its cost, and is judged by its own encoder in the metrics named vit-s14: for it, believe those named "
+           "effnet-lite0, and for 'effnet' and 'low_noise' those named vit-s14.",
+)
+
 # %% ../../nbs/lab/01_ablations.ipynb #1c5b9014
 ABLATIONS = MappingProxyType({a.name: a for a in (
     PREDICTION_TARGET, CAPTION_LENGTH, NULL_CHECK, CONTRASTIVE, JIT, MUON, BF16_WEIGHTS, EMA,
-    TREAD, SPRINT)})
+    TREAD, SPRINT, PERCEPTUAL)})
 
 
 def get(name: str) -> Ablation:
