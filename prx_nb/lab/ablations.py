@@ -171,8 +171,8 @@ def _routed(variant: str, at_256: tuple[float, ...], at_1024: tuple[float, ...])
 
 
 _FEW_TOKENS = ("The published networks have 256 tokens (256 px) or 1024 (1024 px) and route through 11 of 16 blocks; ours have 64 and "
-               "route through 2 of 4 (preset cpu), so less can be saved and each token weighs more: the 256 px rows are the nearer ones. Published seconds and ours are not "
-               "comparable.")
+               "route through 2 of 4 (preset cpu), so less can be saved and each token weighs more: the 256 px "
+               "rows are the nearer ones. Published seconds and ours are not comparable.")
 
 TREAD = Ablation(
     name="tread",
