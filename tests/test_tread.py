@@ -373,3 +373,10 @@ def test_guidance_one_asks_no_routed_pass():
     plain = guided(net, FlowMatching(), text, mask, text, mask, 1.0)
     x, t = noise(0, range(2), (3, 16, 16)), torch.full((2,), 0.5)
     assert plain(x, t).equal(net(x, t, text, mask).prediction)
+
+
+def test_pipelines_cannot_be_guided_by_a_route():
+    from prx_nb.core.interop import InteropError, pipeline_for
+    with pytest.raises(InteropError, match="export with sample.guide = 'caption'"):
+        pipeline_for(GUIDED)
+    assert pipeline_for(GUIDED.replace("sample.guide", "caption")) == "PRXPipeline"

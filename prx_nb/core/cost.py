@@ -36,7 +36,7 @@ def _counted(recipe: Recipe, text_tokens: int | None, backward: bool, routed: bo
 def flops_step(recipe: Recipe,
                text_tokens: int | None = None,   # tokens of a caption; none: the recipe's, which every batch is padded to
                ) -> float:                       # operations
-    "Floating point operations of one training step: forward and backward pass of the denoiser for one batch; the mean over steps with and without a route."
+    "Floating point operations of a training step, forward and backward pass for one batch: the mean over steps with and without a route."
     count, r, steps = lambda routed: float(_counted(recipe, text_tokens, True, routed).get_total_flops()), routing(recipe), recipe.train.steps
     if r is None:
         return count(False)

@@ -45,6 +45,9 @@ def pipeline_for(r: recipe.Recipe) -> str:       # PRXPipeline or PRXPixelPipeli
     "The diffusers pipeline that samples from models of this recipe. Raises `InteropError` where there is none."
     pixels, f = r.latents.autoencoder == "pixels", r.flow
     _refuse_fusion(r.denoiser)
+    if r.sample.guide != "caption":
+        raise InteropError(f"sample.guide = '{r.sample.guide}' cannot be exported: diffusers' PRX pipelines guide by the empty "
+                           "caption; export with sample.guide = 'caption'")
     if f.path != "linear":
         raise InteropError(f"flow.path = '{f.path}' cannot be exported: diffusers' PRX pipelines follow the linear "
                            "path only")
