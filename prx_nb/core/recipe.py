@@ -194,11 +194,20 @@ class Repa(Acts):
     weight: float = Field(0.0, ge=0)
     teacher: str = "effnet-lite0"                 # effnet-lite0, vit-s14, random-vit-s14, a folder or a hub id
     tap: str = "tap4"                             # which of its maps: tap1 .. tap5, block1 .. block12
-    layer: int | None = Field(None, ge=0)         # block whose tokens are aligned; none: the middle
+    layer: int | None = Field(None, ge=0)         # block whose tokens are aligned; none: the last of the first half
+    one_in: int = Field(1, ge=1)                  # one image in so many of a batch is aligned: cheaper, the same on average
     projector: Literal["mlp", "conv"] = "mlp"     # of the tokens into the teacher's space
-    hidden: int = Field(256, ge=8)                # width of the mlp projector
+    hidden: int | None = Field(None, ge=8)        # width of the mlp projector; none: that of the denoiser's tokens
     spatial_norm: Literal["none", "scalar", "token"] = "none"   # of the teacher: iREPA's, and the public repository's
     gamma: float = Field(1.0, ge=0)               # share of the mean over places that scalar subtracts
+
+    @model_validator(mode="after")
+    def _tap_of_teacher(self):
+        kind, count = ("tap", 5) if self.teacher == "effnet-lite0" else ("block", 12 if self.teacher in ("vit-s14", "random-vit-s14") else None)
+        number = self.tap.removeprefix(kind)
+        if self.weight and not (self.tap.startswith(kind) and number.isdecimal() and 1 <= int(number) <= (count or int(number))):
+            raise ValueError(f"techniques.repa.tap = '{self.tap}': teacher '{self.teacher}' has {kind}1 to {kind}{count or 'N, its last'}")
+        return self
 
 # %% ../../nbs/core/00_recipe.ipynb #4d966b58
 class Contrastive(Acts):

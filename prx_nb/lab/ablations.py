@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREDICTION_TARGET', 'CAPTION_LENGTH', 'NULL_CHECK', 'CONTRASTIVE', 'JIT', 'MUON', 'BF16_WEIGHTS', 'EMA', 'TREAD',
-           'SPRINT', 'PERCEPTUAL', 'ABLATIONS', 'Published', 'AblationError', 'Ablation', 'shift', 'changes', 'recipe',
-           'get']
+           'SPRINT', 'PERCEPTUAL', 'ALIGNMENT', 'SPATIAL', 'ABLATIONS', 'Published', 'AblationError', 'Ablation',
+           'shift', 'changes', 'recipe', 'get']
 
 # %% ../../nbs/lab/01_ablations.ipynb #8928d282
 import difflib
@@ -266,9 +266,9 @@ def _routed(variant: str, at_256: tuple[float, ...], at_1024: tuple[float, ...])
                  for metric, before, after in zip(("FID", "CMMD", "DINO-MMD"), base, found))
 
 
-_FEW_TOKENS = ("The published networks have 256 tokens (256 px) or 1024 (1024 px) and route through 11 of 16 blocks; ours have 64 and route through 2 of 4 "
-               "(preset cpu), so less can be saved and each token weighs more: the 256 px rows are the nearer ones. Published seconds and ours are not "
-               "comparable.")
+_FEW_TOKENS = ("The published networks have 256 tokens (256 px) or 1024 (1024 px) and route through 11 of 16 blocks; ours have 64 and "
+               "route through 2 of 4 (preset cpu), so less can be saved and each token weighs more: the 256 px "
+               "rows are the nearer ones. Published seconds and ours are not comparable.")
 
 TREAD = Ablation(
     name="tread",
@@ -320,10 +320,47 @@ PERCEPTUAL = Ablation(
            "effnet-lite0, and for 'effnet' and 'low_noise' those named vit-s14.",
 )
 
+# %% ../../nbs/lab/01_ablations.ipynb #a92bce91
+_REPA = {"techniques.repa.weight": 0.5, "techniques.repa.teacher": "vit-s14", "techniques.repa.tap": "block9", "techniques.repa.one_in": 4}
+
+ALIGNMENT = Ablation(
+    name="repa",
+    notebook="repa.ipynb",
+    question="Does it help to align the middle of the denoiser with a frozen vision network, and for how long?",
+    baseline="plain",
+    variants={"plain": {}, "repa": _REPA, "random": _REPA | {"techniques.repa.teacher": "random-vit-s14"},
+              "burn_in": _REPA | {"techniques.repa.stop": 750}},
+    base={"evaluate.features": "effnet-lite0"},
+    published=tuple(Published("repa", metric, plain, value, False, f"{_PART2}, {teacher} teacher") for teacher, values in
+                    {"DINOv2": (16.6, 0.39, 0.31), "DINOv3": (14.64, 0.35, 0.30)}.items()
+                    for metric, plain, value in zip(("FID", "CMMD", "DINO-MMD"), (18.20, 0.41, 0.39), values)),
+    references=("Yu et al. 2024, Representation Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think (REPA), arXiv 2410.06940",
+                "Wang et al. 2025, REPA Works Until It Doesn't: Early-Stopped, Holistic Alignment Supercharges Diffusion Training (HASTE), arXiv 2505.16792"),
+    caveat="The published teachers are DINOv2 and DINOv3 ViT-L on photographs, every image in every step; ours is a ViT-S tuned for saliency, which "
+           "looks at small drawings, one image in four of a step. The published denoiser has 16 blocks and 1.2B parameters and learns for 100k steps. "
+           "Stopping early was only described, without numbers.",
+)
+
+# %% ../../nbs/lab/01_ablations.ipynb #fcc31d0b
+_IREPA = _REPA | {"techniques.repa.projector": "conv"}
+
+SPATIAL = Ablation(
+    name="irepa",
+    notebook="irepa.ipynb",
+    question="Is it better to align where things are (convolution, spatially normalised teacher) than to align each token as it is?",
+    baseline="repa",
+    variants={"repa": _REPA, "irepa": _IREPA | {"techniques.repa.spatial_norm": "scalar"}, "token": _IREPA | {"techniques.repa.spatial_norm": "token"}},
+    base={"evaluate.features": "effnet-lite0"},
+    references=("Singh et al. 2025, What Matters for Representation Alignment: Global Information or Spatial Structure? (iREPA), arXiv 2512.10794",
+                "Photoroom 2026, Training Design for Text-to-Image Models: Lessons from Ablations (PRX Part 2), section on iREPA: no numbers"),
+    caveat="PRX Part 2 describes iREPA in words only: smoother and better with DINOv2, worse with DINOv3. Its public code normalises otherwise than the "
+           "paper ('token' here), and its settings use a projector with attention.",
+)
+
 # %% ../../nbs/lab/01_ablations.ipynb #1c5b9014
 ABLATIONS = MappingProxyType({a.name: a for a in (
     PREDICTION_TARGET, CAPTION_LENGTH, NULL_CHECK, CONTRASTIVE, JIT, MUON, BF16_WEIGHTS, EMA,
-    TREAD, SPRINT, PERCEPTUAL)})
+    TREAD, SPRINT, PERCEPTUAL, ALIGNMENT, SPATIAL)})
 
 
 def get(name: str) -> Ablation:
