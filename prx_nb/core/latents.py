@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import files, recipe
+from . import autoencoder, files, recipe
 
 # %% ../../nbs/core/10_latents.ipynb #7ce87483
 class LatentsError(ValueError):
@@ -73,22 +73,27 @@ def _remote(name: str, seconds: float = 5.0) -> Path:
     raise LatentsError(f"latents.autoencoder = '{name}' is neither a local folder nor in the hub's cache, and {why}")
 
 # %% ../../nbs/core/10_latents.ipynb #f3e899cc
-def find(name: str,               # local folder or hub id; also of a whole pipeline
+def find(name: str,               # one of `autoencoder.NAMED` (trained now if it is not there), local folder or hub id; also of a whole pipeline
          ) -> Path:               # the autoencoder's config.json
-    "Find an autoencoder without loading it. Raises `LatentsError`."
+    "Find an autoencoder without loading it. Raises `LatentsError`, and for a named one what `autoencoder.made` raises."
+    if name in autoencoder.NAMED:
+        return _local(autoencoder.named(name))
     if Path(name).expanduser().is_dir():
         return _local(Path(name).expanduser())
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise LatentsError(f"latents.autoencoder = '{name}': no such folder, and not a hub id like "
-                           "'owner/name'; or use 'pixels'")
+                           f"'owner/name'; or use 'pixels', or {', '.join(autoencoder.NAMED)}")
     return _remote(name)
 
 # %% ../../nbs/core/10_latents.ipynb #19b02fb0
-def describe(name: str,                  # pixels, local folder or hub id
+def describe(name: str,                  # pixels, one of `autoencoder.NAMED`, local folder or hub id
              ) -> recipe.Latents:        # with the scale and shift that its config names
     "What a recipe should say about an autoencoder, read from its config. Raises `LatentsError`."
     if name == "pixels":
         return recipe.Latents()
+    if name in autoencoder.NAMED:                                  # known before it is trained
+        settings = autoencoder.NAMED[name]
+        return recipe.Latents(autoencoder=name, channels=settings.channels, factor=settings.factor)
     path = find(name)
     try:
         config = files.read_json(path)
@@ -231,14 +236,15 @@ def _read(name: str) -> torch.nn.Module:
     kind = getattr(diffusers, json.loads(path.read_text())["_class_name"], None)
     if kind is None:
         raise LatentsError(f"latents.autoencoder = '{name}' needs a newer diffusers than {diffusers.__version__}")
-    local = Path(name).expanduser().is_dir()
+    local = name in autoencoder.NAMED or Path(name).expanduser().is_dir()
     try:
         inside = {} if local or path.parent.name != "vae" else {"subfolder": "vae"}
         return kind.from_pretrained(str(path.parent) if local else name, use_safetensors=True,
                                     torch_dtype=torch.float32, **inside)
     except Exception as error:
         why = str(error).strip().splitlines() or [type(error).__name__]
-        raise LatentsError(f"latents.autoencoder = '{name}': the weights cannot be read: {why[0]}") from error
+        hint = f"; delete {path.parent} and it is made again" if name in autoencoder.NAMED else ""
+        raise LatentsError(f"latents.autoencoder = '{name}': the weights cannot be read: {why[0]}{hint}") from error
 
 # %% ../../nbs/core/10_latents.ipynb #aba4abde
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class Text(Node):
 
 class Latents(Node):
     "The space the flow lives in: pixels, or an autoencoder's latents, `(z - shift) * scale`."
-    autoencoder: str = "pixels"                   # pixels, or a hub id / local folder of a diffusers autoencoder
+    autoencoder: str = "pixels"                   # pixels, emoji-kl-f4 (trained on first use), or a hub id / local folder of a diffusers one
     channels: int = Field(3, ge=1)
     factor: int = Field(1, ge=1)                  # pixels per latent cell along one side
     scale: float = Field(1.0, gt=0)
