@@ -285,7 +285,9 @@ def optimise(state: State, losses: dict[str, Tensor], recipe: Recipe, step: int,
     "Backward, clip by the norm over all processes' shares, warm-up, step, average. Returns the norm before clipping."
     sum(losses.values()).backward()
     if place:
-        place.average_gradients(state.techniques)                  # the denoiser's were averaged on the way
+        for k in state.techniques:                                 # the denoiser's were averaged on the way
+            if k.acts(step):                                       # a zero is not the same to AdamW as none
+                place.average_gradients(k)
     norm = whole(nn.utils.clip_grad_norm_(state.parameters(), recipe.optimizer.clip))
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step)
@@ -327,7 +329,8 @@ def train(recipe: Recipe,
     place = processes.join(device, recipe.train.processes)
     found = place.after_main(lambda: _find(out, recipe, place))
     prepared = prepared or place.after_main(lambda: prepare(recipe, progress and place.main))
-    state = new_state(recipe, place.device, [*techniques_of(recipe, prepared, place.device), *techniques])
+    asked = place.after_main(lambda: techniques_of(recipe, prepared, place.device))      # what they keep on disk is made once
+    state = new_state(recipe, place.device, [*asked, *techniques])
     model = processes.spread(state, place, recipe)
     if found:
         restore(state, found[0])
