@@ -107,8 +107,8 @@ class Attention(nn.Module):
 
 
 def norm(x: Tensor, rms: nn.RMSNorm) -> Tensor:
-    "RMS norm over the last axis, in float32 also under autocast."
-    return F.rms_norm(x.float(), rms.normalized_shape, rms.weight, rms.eps)
+    "RMS norm over the last axis, in float32 also under autocast and with weights kept in bfloat16."
+    return F.rms_norm(x.float(), rms.normalized_shape, rms.weight.float(), rms.eps)
 
 # %% ../../nbs/core/12_denoiser.ipynb #5ed5b7a7
 class Modulation(nn.Module):

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import State, new_optimizer
+from .checkpoint import State
+from .optimizers import new_optimizer
 from .recipe import Recipe, RecipeError
 
 # %% ../../nbs/core/17_processes.ipynb #1fb7c2d4
@@ -104,10 +105,10 @@ def spread(state: State, place: Place, recipe: Recipe) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(place.device.type, (place.count,))
-    for model in (state.model, state.ema.module) if state.ema else (state.model,):
+    for model in (state.model, *(a.module for a in state.averages())):
         for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
-    state.optimizer = new_optimizer(recipe, state.parameters())        # the parameters are new: shares of the old
+    state.optimizer = new_optimizer(recipe, state.model, state.techniques)     # the parameters are new: shares of the old
     return state.model
 
 # %% ../../nbs/core/17_processes.ipynb #c4c9e4bd

@@ -171,11 +171,20 @@ class Repa(Acts):
     weight: float = Field(0.0, ge=0)
     teacher: str = "effnet-lite0"                 # effnet-lite0, vit-s14, random-vit-s14, a folder or a hub id
     tap: str = "tap4"                             # which of its maps: tap1 .. tap5, block1 .. block12
-    layer: int | None = Field(None, ge=0)         # block whose tokens are aligned; none: the middle
+    layer: int | None = Field(None, ge=0)         # block whose tokens are aligned; none: the last of the first half
+    one_in: int = Field(1, ge=1)                  # one image in so many of a batch is aligned: cheaper, the same on average
     projector: Literal["mlp", "conv"] = "mlp"     # of the tokens into the teacher's space
-    hidden: int = Field(256, ge=8)                # width of the mlp projector
+    hidden: int | None = Field(None, ge=8)        # width of the mlp projector; none: that of the denoiser's tokens
     spatial_norm: Literal["none", "scalar", "token"] = "none"   # of the teacher: iREPA's, and the public repository's
     gamma: float = Field(1.0, ge=0)               # share of the mean over places that scalar subtracts
+
+    @model_validator(mode="after")
+    def _tap_of_teacher(self):
+        kind, count = ("tap", 5) if self.teacher == "effnet-lite0" else ("block", 12 if self.teacher in ("vit-s14", "random-vit-s14") else None)
+        number = self.tap.removeprefix(kind)
+        if self.weight and not (self.tap.startswith(kind) and number.isdecimal() and 1 <= int(number) <= (count or int(number))):
+            raise ValueError(f"techniques.repa.tap = '{self.tap}': teacher '{self.teacher}' has {kind}1 to {kind}{count or 'N, its last'}")
+        return self
 
 # %% ../../nbs/core/00_recipe.ipynb #4d966b58
 class Contrastive(Acts):
@@ -250,7 +259,7 @@ def _refuse_pairs(r: "Recipe") -> None:
 # %% ../../nbs/core/00_recipe.ipynb #a669c111
 class Muon(Node):
     "Settings of Muon, for the matrices of the blocks; all else goes on with AdamW."
-    lr: float = Field(5e-3, gt=0)                 # of the matrices; scaled to match AdamW's root mean square
+    lr: float | None = Field(None, gt=0)          # of the matrices, scaled to match AdamW's root mean square; none: optimizer.lr
     momentum: float = Field(0.95, ge=0, lt=1)
     steps: int = Field(5, ge=1, le=20)            # of the Newton-Schulz iteration
     modulation: bool = True                       # also the blocks' modulation matrices
@@ -277,10 +286,25 @@ class Optimizer(Node):
 
 
 class Ema(Node):
-    "The running average of the weights that samples are drawn from. `decay` 0 switches it off."
-    decay: float = Field(0.99, ge=0, lt=1)
+    "The running average of the weights that samples are drawn from. `decay` 0 switches it off; see `core.average`."
+    decay: float | None = Field(0.99, ge=0, lt=1) # share of the average that an update keeps; none: what half_life makes it
+    half_life: float | None = Field(None, gt=0)   # steps after which a state of the weights counts half; none: what decay makes it
     every: int = Field(1, ge=1)                   # steps between updates
-    start: int = Field(0, ge=0)                   # first step that counts
+    start: int = Field(0, ge=0)                   # first step that counts; until then the average is the weights
+    also: tuple[float, ...] = ()                  # half-lives of more averages, kept and validated beside it
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if (self.decay is None) == (self.half_life is None):
+            raise ValueError(f"ema.decay = {self.decay} and ema.half_life = {self.half_life}: one says the other; give one, and null for the other")
+        if min(self.also, default=1) <= 0 or len(set(self.also)) != len(self.also):
+            raise ValueError(f"ema.also = {self.also}: half-lives in steps, above 0, each once")
+        return self
+
+    @property
+    def keeps(self) -> float:
+        "Share of the average that an update keeps; 0: there is no average."
+        return self.decay if self.half_life is None else 0.5 ** (self.every / self.half_life)
 
 # %% ../../nbs/core/00_recipe.ipynb #c2ce0ccc
 class Train(Node):
@@ -447,7 +471,7 @@ _PRESETS = {
         "train.checkpoint_every": 6, "optimizer.warmup": 4, "ema.decay": 0.8,
         "sample.steps": 4, "evaluate.samples": 16, "evaluate.batch": 16, "evaluate.pictures": 8,
     },
-    "cpu": {},
+    "cpu": {"optimizer.muon.lr": 0.01},
     "gpu": {
         "data.size": 64, "data.skin_tones": True, "text.tokens": 48,
         "denoiser.hidden_size": 384, "denoiser.num_heads": 6, "denoiser.depth": 6,

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import captions, cost, data, processes, text
+from . import average, captions, cost, data, precision, processes, text
 from .checkpoint import CheckpointError, State, find_checkpoint, new_state, restore, save_checkpoint, whole
 from .denoiser import PRX, Output, Route
 from .files import read_json, require_writable
@@ -249,7 +249,7 @@ class Run:
         found = find_checkpoint(folder / "checkpoint", recipe)
         if found is None:
             raise CheckpointError(f"{folder} has no checkpoint/step-*.safetensors")
-        prefix = "ema.module." if recipe.ema.decay > 0 else "model."
+        prefix = "ema.module." if recipe.ema.keeps > 0 else "model."
         model = PRX(**recipe.denoiser.model_dump())
         model.load_state_dict({k.removeprefix(prefix): v for k, v in found[0].items() if k.startswith(prefix)})
         record = read_json(folder / "record.json") if (folder / "record.json").exists() else {}
@@ -273,12 +273,14 @@ def progress_bar(first: int, last: int, show: bool) -> tuple[Callable[[str], Non
     return lambda line: words.__setitem__(0, line), tick
 
 # %% ../../nbs/core/18_train.ipynb #48a9e81c
-def learning_rate(recipe: Recipe, step: int) -> float:
+def learning_rate(recipe: Recipe, step: int,
+                  height: float | None = None,     # of a group of weights with a rate of its own; none: optimizer.lr
+                  ) -> float:
     "The rate of a step, numbered from 0."
     o, steps = recipe.optimizer, recipe.train.steps
     rise = (step + 1) / max(1, o.warmup)
     fall = (steps - step) / max(1, o.cooldown * steps)
-    return o.lr * min(1, rise, fall)
+    return (o.lr if height is None else height) * min(1, rise, fall)
 
 # %% ../../nbs/core/18_train.ipynb #e6772abb
 def optimise(state: State, losses: dict[str, Tensor], recipe: Recipe, step: int, place: Place | None = None) -> Tensor:
@@ -290,11 +292,10 @@ def optimise(state: State, losses: dict[str, Tensor], recipe: Recipe, step: int,
                 place.average_gradients(k)
     norm = whole(nn.utils.clip_grad_norm_(state.parameters(), recipe.optimizer.clip))
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, step)
-    state.optimizer.step()
+        group["lr"] = learning_rate(recipe, step, group.get("initial_lr"))
+    precision.step(state.optimizer, precision.emulated(recipe, state.model))
     state.optimizer.zero_grad(set_to_none=True)
-    if state.ema and step >= recipe.ema.start and (step + 1) % recipe.ema.every == 0:
-        state.ema.update_parameters(state.model)
+    average.update(state.averages(), state.model, recipe.ema, step)
     return norm
 
 # %% ../../nbs/core/18_train.ipynb #6aec1b74
@@ -468,6 +469,7 @@ def _loop(recipe: Recipe, out: Path, state: State, model: nn.Module, prepared: P
         if looks:
             with autocast():
                 errors = validate(state.ema.module if state.ema else state.model, fixed, flow)
+                errors |= {f"ema {h:g} val": validate(a.module, fixed, flow)["val"] for h, a in zip(recipe.ema.also, state.also)}
             curves.add(done, **errors, seconds=clock.seconds())
             tracker.log(latest | errors, step=done)
         if saves:
