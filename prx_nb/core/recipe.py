@@ -215,8 +215,9 @@ class Perceptual(Acts):
 
 
 class RepaE(Acts):
-    "Alignment that also trains the autoencoder (REPA-E, arXiv 2504.10483). `weight` 0: off."
-    weight: float = Field(0.0, ge=0)
+    "Alignment that also trains the autoencoder (REPA-E, arXiv 2504.10483, which has 1.5 here and 0.5 in repa). `weight` 0: off."
+    weight: float = Field(0.0, ge=0)              # of the alignment, for the autoencoder; its reconstruction has 1
+    kl: float = Field(1e-3, ge=0)                 # of the posterior's divergence from a unit normal
     lr: float = Field(1e-3, gt=0)                 # of the autoencoder, at the height of the schedule
 
 
