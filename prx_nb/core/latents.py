@@ -284,13 +284,12 @@ def measure(space: Autoencoder,
 class Cached:
     "Latents of a set of images, memory-mapped. `batch` is the same call as that of `images.Images`."
     space: Autoencoder
-    shards: tuple[np.ndarray, ...]       # each (n, k, c, h, w): k = 1 mean, or 2 mean and deviation
-    size: int                            # images in a shard
+    shards: files.Shards                 # rows (k, c, h, w): k = 1 mean, or 2 mean and deviation
     key: str
     deviation: bool = False              # was the deviation asked for?
 
     def __len__(self) -> int:
-        return sum(len(s) for s in self.shards)
+        return len(self.shards)
 
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
         "`batch` for numpy: (B,) -> (B, channels, h, w) float32."
@@ -303,8 +302,7 @@ class Cached:
         if generator is not None and not self.deviation:
             raise LatentsError("only the posterior's mean is stored; make the cache with deviation=True to draw "
                                "samples")
-        raw = np.stack([self.shards[i // self.size][i % self.size] for i in index.tolist()])
-        mean, *deviation = torch.from_numpy(raw).float().unbind(1)
+        mean, *deviation = torch.from_numpy(self.shards.rows(index.tolist())).float().unbind(1)
         device = next(self.space.model.parameters()).device
         deviation = deviation[0].to(device) if deviation else None
         return self.space.normalise(self.space.draw(mean.to(device), deviation, generator))
@@ -324,27 +322,17 @@ def latents_of(images,                                   # images.Images: `.key`
         return images
     key = f"{space.key}-{images.key}-{dtype}-{'posterior' if deviation else 'mean'}-{shard}"
     folder = files.cache_dir("latents", hashlib.sha256(key.encode()).hexdigest()[:24])
-    starts = range(0, len(images), shard)
-    paths = [folder / f"{start:08d}.npy" for start in starts]
-    for path, start in zip(paths, starts):
-        if not path.exists():
-            _write(path, space, images, range(start, min(start + shard, len(images))), dtype, deviation)
-            if progress:
-                print(f"latents: {min(start + shard, len(images))} of {len(images)} images encoded", flush=True)
-    return Cached(space, tuple(_open(p) for p in paths), shard, key, deviation)
+    tell = lambda done: print(f"latents: {done} of {len(images)} images encoded", flush=True) if progress else None
+    try:
+        rows = files.keep_rows(folder, len(images), lambda which: _encoded(space, images, which, dtype, deviation), shard, tell)
+    except ValueError as error:
+        raise (LatentsError(str(error)) if type(error) is ValueError else error) from None      # a damaged file
+    return Cached(space, rows, key, deviation)
 
 # %% ../../nbs/core/10_latents.ipynb #e788c65d
-def _open(path: Path) -> np.ndarray:
-    "Memory-map one shard; a damaged one is named."
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise LatentsError(f"{path} is damaged ({error}); delete it and it is made again") from None
-
-
 @torch.no_grad()
-def _write(path: Path, space: Autoencoder, images, which: range, dtype: str, deviation: bool) -> None:
-    "Encode some images into one file."
+def _encoded(space: Autoencoder, images, which: range, dtype: str, deviation: bool) -> np.ndarray:
+    "Raw latents of some images, (n, k, c, h, w). Raises `LatentsError` where they are not finite."
     parts = []
     for start in range(which.start, which.stop, space.slice):
         index = torch.arange(start, min(start + space.slice, which.stop))
@@ -356,6 +344,4 @@ def _write(path: Path, space: Autoencoder, images, which: range, dtype: str, dev
             raise LatentsError(f"the latents of image {start + int(np.argmin(fine))} are not finite in {dtype}"
                                + ("; try dtype='float32'" if dtype == "float16" else ""))
         parts.append(part)
-    with files.atomic(path) as part:
-        with open(part, "wb") as f:
-            np.save(f, np.concatenate(parts), allow_pickle=False)
+    return np.concatenate(parts)
