@@ -216,7 +216,7 @@ def test_cached_latents_equal_fresh_ones(home, cache, kind, dtype, close):
     fresh = space.encode(few.pixels[index], stream(1, "s"))
     torch.testing.assert_close(stored.batch(index, stream(1, "s")), fresh, atol=close, rtol=close)
     np.testing.assert_array_equal(stored[index.numpy()], stored.batch(index))
-    assert len(stored) == 10 and isinstance(stored.shards[0], np.memmap)
+    assert len(stored) == 10 and isinstance(stored.shards.files[0], np.memmap)
 
 
 def test_cache_is_keyed_by_content(home, cache):

@@ -355,7 +355,7 @@ def to_diffusers(run: Any,                                   # a `Run`, its fold
         _write_denoiser(part, run.model)
         index |= _write_text(part, encoder, tokens)
         if kind == "PRXPipeline":
-            index |= _write_autoencoder(part, space or load_latents(r.latents))
+            index |= _write_autoencoder(part, space or getattr(run, "space", None) or load_latents(r.latents))
         else:
             index |= {"prompt_max_tokens": tokens, "noise_scale": r.flow.noise_scale}
         (part / "scheduler").mkdir()

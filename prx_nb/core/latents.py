@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import files, recipe
+from . import autoencoder, files, recipe
 
 # %% ../../nbs/core/10_latents.ipynb #7ce87483
 class LatentsError(ValueError):
@@ -73,22 +73,27 @@ def _remote(name: str, seconds: float = 5.0) -> Path:
     raise LatentsError(f"latents.autoencoder = '{name}' is neither a local folder nor in the hub's cache, and {why}")
 
 # %% ../../nbs/core/10_latents.ipynb #f3e899cc
-def find(name: str,               # local folder or hub id; also of a whole pipeline
+def find(name: str,               # one of `autoencoder.NAMED` (trained now if it is not there), local folder or hub id; also of a whole pipeline
          ) -> Path:               # the autoencoder's config.json
-    "Find an autoencoder without loading it. Raises `LatentsError`."
+    "Find an autoencoder without loading it. Raises `LatentsError`, and for a named one what `autoencoder.made` raises."
+    if name in autoencoder.NAMED:
+        return _local(autoencoder.named(name))
     if Path(name).expanduser().is_dir():
         return _local(Path(name).expanduser())
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise LatentsError(f"latents.autoencoder = '{name}': no such folder, and not a hub id like "
-                           "'owner/name'; or use 'pixels'")
+                           f"'owner/name'; or use 'pixels', or {', '.join(autoencoder.NAMED)}")
     return _remote(name)
 
 # %% ../../nbs/core/10_latents.ipynb #19b02fb0
-def describe(name: str,                  # pixels, local folder or hub id
+def describe(name: str,                  # pixels, one of `autoencoder.NAMED`, local folder or hub id
              ) -> recipe.Latents:        # with the scale and shift that its config names
     "What a recipe should say about an autoencoder, read from its config. Raises `LatentsError`."
     if name == "pixels":
         return recipe.Latents()
+    if name in autoencoder.NAMED:                                  # known before it is trained
+        settings = autoencoder.NAMED[name]
+        return recipe.Latents(autoencoder=name, channels=settings.channels, factor=settings.factor)
     path = find(name)
     try:
         config = files.read_json(path)
@@ -231,14 +236,15 @@ def _read(name: str) -> torch.nn.Module:
     kind = getattr(diffusers, json.loads(path.read_text())["_class_name"], None)
     if kind is None:
         raise LatentsError(f"latents.autoencoder = '{name}' needs a newer diffusers than {diffusers.__version__}")
-    local = Path(name).expanduser().is_dir()
+    local = name in autoencoder.NAMED or Path(name).expanduser().is_dir()
     try:
         inside = {} if local or path.parent.name != "vae" else {"subfolder": "vae"}
         return kind.from_pretrained(str(path.parent) if local else name, use_safetensors=True,
                                     torch_dtype=torch.float32, **inside)
     except Exception as error:
         why = str(error).strip().splitlines() or [type(error).__name__]
-        raise LatentsError(f"latents.autoencoder = '{name}': the weights cannot be read: {why[0]}") from error
+        hint = f"; delete {path.parent} and it is made again" if name in autoencoder.NAMED else ""
+        raise LatentsError(f"latents.autoencoder = '{name}': the weights cannot be read: {why[0]}{hint}") from error
 
 # %% ../../nbs/core/10_latents.ipynb #aba4abde
 @dataclass(frozen=True)
@@ -278,13 +284,12 @@ def measure(space: Autoencoder,
 class Cached:
     "Latents of a set of images, memory-mapped. `batch` is the same call as that of `images.Images`."
     space: Autoencoder
-    shards: tuple[np.ndarray, ...]       # each (n, k, c, h, w): k = 1 mean, or 2 mean and deviation
-    size: int                            # images in a shard
+    shards: files.Shards                 # rows (k, c, h, w): k = 1 mean, or 2 mean and deviation
     key: str
     deviation: bool = False              # was the deviation asked for?
 
     def __len__(self) -> int:
-        return sum(len(s) for s in self.shards)
+        return len(self.shards)
 
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
         "`batch` for numpy: (B,) -> (B, channels, h, w) float32."
@@ -297,8 +302,7 @@ class Cached:
         if generator is not None and not self.deviation:
             raise LatentsError("only the posterior's mean is stored; make the cache with deviation=True to draw "
                                "samples")
-        raw = np.stack([self.shards[i // self.size][i % self.size] for i in index.tolist()])
-        mean, *deviation = torch.from_numpy(raw).float().unbind(1)
+        mean, *deviation = torch.from_numpy(self.shards.rows(index.tolist())).float().unbind(1)
         device = next(self.space.model.parameters()).device
         deviation = deviation[0].to(device) if deviation else None
         return self.space.normalise(self.space.draw(mean.to(device), deviation, generator))
@@ -318,27 +322,17 @@ def latents_of(images,                                   # images.Images: `.key`
         return images
     key = f"{space.key}-{images.key}-{dtype}-{'posterior' if deviation else 'mean'}-{shard}"
     folder = files.cache_dir("latents", hashlib.sha256(key.encode()).hexdigest()[:24])
-    starts = range(0, len(images), shard)
-    paths = [folder / f"{start:08d}.npy" for start in starts]
-    for path, start in zip(paths, starts):
-        if not path.exists():
-            _write(path, space, images, range(start, min(start + shard, len(images))), dtype, deviation)
-            if progress:
-                print(f"latents: {min(start + shard, len(images))} of {len(images)} images encoded", flush=True)
-    return Cached(space, tuple(_open(p) for p in paths), shard, key, deviation)
+    tell = lambda done: print(f"latents: {done} of {len(images)} images encoded", flush=True) if progress else None
+    try:
+        rows = files.keep_rows(folder, len(images), lambda which: _encoded(space, images, which, dtype, deviation), shard, tell)
+    except ValueError as error:
+        raise (LatentsError(str(error)) if type(error) is ValueError else error) from None      # a damaged file
+    return Cached(space, rows, key, deviation)
 
 # %% ../../nbs/core/10_latents.ipynb #e788c65d
-def _open(path: Path) -> np.ndarray:
-    "Memory-map one shard; a damaged one is named."
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise LatentsError(f"{path} is damaged ({error}); delete it and it is made again") from None
-
-
 @torch.no_grad()
-def _write(path: Path, space: Autoencoder, images, which: range, dtype: str, deviation: bool) -> None:
-    "Encode some images into one file."
+def _encoded(space: Autoencoder, images, which: range, dtype: str, deviation: bool) -> np.ndarray:
+    "Raw latents of some images, (n, k, c, h, w). Raises `LatentsError` where they are not finite."
     parts = []
     for start in range(which.start, which.stop, space.slice):
         index = torch.arange(start, min(start + space.slice, which.stop))
@@ -350,6 +344,4 @@ def _write(path: Path, space: Autoencoder, images, which: range, dtype: str, dev
             raise LatentsError(f"the latents of image {start + int(np.argmin(fine))} are not finite in {dtype}"
                                + ("; try dtype='float32'" if dtype == "float16" else ""))
         parts.append(part)
-    with files.atomic(path) as part:
-        with open(part, "wb") as f:
-            np.save(f, np.concatenate(parts), allow_pickle=False)
+    return np.concatenate(parts)

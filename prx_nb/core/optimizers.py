@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['COEFFICIENTS', 'newton_schulz', 'polar', 'matrices', 'maps', 'RowMuon', 'Together', 'state_dict', 'load_state_dict',
-           'new_optimizer', 'spectra', 'stable_rank']
+           'by_rate', 'new_optimizer', 'spectra', 'stable_rank']
 
 # %% ../../nbs/core/15a_optimizers.ipynb #4f926772
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,6 +107,12 @@ def load_state_dict(self: Together, saved: dict[str, Any]) -> None:
 Together.state_dict, Together.load_state_dict = state_dict, load_state_dict
 
 # %% ../../nbs/core/15a_optimizers.ipynb #a7da1688
+def by_rate(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    "Groups of neighbours, in order. A technique's parameter may have a learning rate of its own: an attribute `initial_lr`."
+    groups = itertools.groupby(parameters, lambda p: getattr(p, "initial_lr", None))
+    return [{"params": list(ps)} | ({} if lr is None else {"initial_lr": lr}) for lr, ps in groups]
+
+
 def _muon(recipe: Recipe, chosen: dict[str, nn.Parameter]) -> RowMuon:
     "Muon for these matrices; one group for each number of maps in a matrix."
     o, m = recipe.optimizer, recipe.optimizer.muon
@@ -121,7 +128,7 @@ def new_optimizer(recipe: Recipe, model: nn.Module,
                   ) -> torch.optim.Optimizer | Together:
     "AdamW or Muon (with AdamW for the rest) as the recipe asks for; memory is numbered from the model's first parameter on."
     o = recipe.optimizer
-    adamw = lambda ps: torch.optim.AdamW(ps, o.lr, o.betas, o.eps, o.weight_decay, fused=True)
+    adamw = lambda ps: torch.optim.AdamW(by_rate(ps), o.lr, o.betas, o.eps, o.weight_decay, fused=True)
     parameters = [*model.parameters(), *(others.parameters() if others else ())]
     if o.name == "adamw":
         return adamw(parameters)

@@ -92,7 +92,7 @@ class Text(Node):
 
 class Latents(Node):
     "The space the flow lives in: pixels, or an autoencoder's latents, `(z - shift) * scale`."
-    autoencoder: str = "pixels"                   # pixels, or a hub id / local folder of a diffusers autoencoder
+    autoencoder: str = "pixels"                   # pixels, emoji-kl-f4 (trained on first use), or a hub id / local folder of a diffusers one
     channels: int = Field(3, ge=1)
     factor: int = Field(1, ge=1)                  # pixels per latent cell along one side
     scale: float = Field(1.0, gt=0)
@@ -247,8 +247,9 @@ class Perceptual(Acts):
 
 
 class RepaE(Acts):
-    "Alignment that also trains the autoencoder (REPA-E, arXiv 2504.10483). `weight` 0: off."
-    weight: float = Field(0.0, ge=0)
+    "Alignment that also trains the autoencoder (REPA-E, arXiv 2504.10483, which has 1.5 here and 0.5 in repa). `weight` 0: off."
+    weight: float = Field(0.0, ge=0)              # of the alignment, for the autoencoder; its reconstruction has 1
+    kl: float = Field(1e-3, ge=0)                 # of the posterior's divergence from a unit normal
     lr: float = Field(1e-3, gt=0)                 # of the autoencoder, at the height of the schedule
 
 

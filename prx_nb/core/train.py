@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BINS', 'Prepared', 'prepare', 'Batch', 'read_batch', 'add_noise', 'ahead', 'Needs', 'Step', 'Technique', 'objective',
-           'techniques_of', 'validation_set', 'validate', 'Run', 'progress_bar', 'learning_rate', 'optimise',
-           'NonFiniteLoss', 'train', 'Clock', 'main']
+           'as_learnt', 'techniques_of', 'validation_set', 'validate', 'Run', 'progress_bar', 'learning_rate',
+           'optimise', 'NonFiniteLoss', 'train', 'Clock', 'main']
 
 # %% ../../nbs/core/18_train.ipynb #00e30ed8
 import contextlib
@@ -170,6 +170,12 @@ class Technique(nn.Module):
     def loss(self, step: Step) -> Tensor | None:
         "A scalar added to the loss, weight included; none adds nothing."
 
+    def clean(self, batch: Batch) -> Tensor | None:
+        "(B, C, h, w) to be validated on in place of the batch's x0, where the technique changes what is learnt; else none."
+
+    def keep(self, folder: Path) -> None:
+        "Write what a finished run needs of it, beside the checkpoint, into the run's folder."
+
 # %% ../../nbs/core/18_train.ipynb #ee70368d
 def _one(wishes: Sequence, what: str):
     "The only one that is not none, if any; raises `ValueError` for two."
@@ -194,6 +200,13 @@ def objective(model: nn.Module, batch: Batch, flow: FlowMatching, techniques: Se
             name = type(k).__name__
             losses[name] = losses[name] + extra if name in losses else extra      # two of a kind add up
     return losses
+
+
+@torch.no_grad()
+def as_learnt(batches: Sequence[Batch], techniques: Sequence[Technique]) -> list[Batch]:
+    "Validation batches with the clean images that the techniques have learnt in place of their own. Raises `ValueError` if two do."
+    clean = [_one([k.clean(b) for k in techniques], "choose what is learnt") for b in batches]
+    return [b if c is None else replace(b, x0=c) for b, c in zip(batches, clean)]
 
 
 def techniques_of(recipe: Recipe, prepared: Prepared, device: torch.device) -> list[Technique]:
@@ -241,6 +254,13 @@ class Run:
         "All numbers by step: a table with columns step, name, value."
         import pandas as pd
         return pd.read_parquet(self.dir / "curves.parquet")
+
+    @property
+    def space(self):
+        "The space it draws in: the recipe's, or the one it trained (`autoencoder` in its folder). Raises `LatentsError`."
+        from prx_nb.core.latents import describe, load_latents
+        trained = self.recipe.techniques.repa_e.weight > 0
+        return load_latents(describe(str(self.dir / "autoencoder")) if trained else self.recipe.latents)
 
     @staticmethod
     def load(folder: str | Path, device: str | torch.device = "cpu") -> "Run":
@@ -391,7 +411,9 @@ def _train(recipe: Recipe, out: Path, state: State, model: nn.Module, prepared: 
 
 # %% ../../nbs/core/18_train.ipynb #5b44d640
 def _finish(recipe: Recipe, out: Path, state: State, place: Place, clock: "Clock", curves: Curves) -> None:
-    "The last lines of the record."
+    "What the techniques keep, and the last lines of the record."
+    for k in state.techniques:
+        k.keep(out)
     curves.save()
     update_record(out, status="done", finished=now(), metrics=curves.last("val"), cost={
         "train_seconds": clock.total, "step_seconds": clock.total / recipe.train.steps,
@@ -469,8 +491,9 @@ def _loop(recipe: Recipe, out: Path, state: State, model: nn.Module, prepared: P
             late.clear()
         if looks:
             with autocast():
-                errors = validate(state.ema.module if state.ema else state.model, fixed, flow)
-                errors |= {f"ema {h:g} val": validate(a.module, fixed, flow)["val"] for h, a in zip(recipe.ema.also, state.also)}
+                now = as_learnt(fixed, state.techniques)
+                errors = validate(state.ema.module if state.ema else state.model, now, flow)
+                errors |= {f"ema {h:g} val": validate(a.module, now, flow)["val"] for h, a in zip(recipe.ema.also, state.also)}
             curves.add(done, **errors, seconds=clock.seconds())
             tracker.log(latest | errors, step=done)
         if saves:

@@ -112,7 +112,7 @@ def sample(run: Annotated[Path, typer.Argument(help="a run's folder")],
              --prompt "noto on white: red apple" --out apple.png
       prx-nb sample RUN --prompt "a cat" --prompt "a blue car" --guidance 5
     """
-    from prx_nb.core import files, latents, show, text, train
+    from prx_nb.core import files, show, text, train
     from prx_nb.core import sample as sampling
     files.require_writable(out.parent)
     trained = train.Run.load(run)
@@ -121,7 +121,7 @@ def sample(run: Annotated[Path, typer.Argument(help="a run's folder")],
     pack = r.data.path if r.data.source == "pack" else None
     states = text.text_states(r.text.encoder, prompt, r.text.tokens, progress=False, pack=pack)
     drawn = sampling.draw(trained.model, r, *states.lookup(prompt), *states.null(1), seed=seed)
-    images = latents.load_latents(r.latents).decode(drawn)
+    images = trained.space.decode(drawn)
     with files.atomic(out) as part:
         show.picture(images, zoom=max(1, 256 // images.shape[-1])).save(part, format="PNG")
     typer.echo(f"wrote {out}: {len(images)} of {images.shape[-1]} x {images.shape[-2]} px")

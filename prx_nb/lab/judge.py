@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core import captions, latents, metrics, text, train
+from ..core import captions, metrics, text, train
 from ..core import sample as sampling
 from ..core.images import Item
 from ..core.files import atomic
@@ -57,7 +57,7 @@ def draw(run: Run, prepared: Prepared, questions: Exam) -> Tensor:    # (N, 3, H
     "One picture a prompt, by the run's averaged weights."
     states, mask = prepared.states.lookup(questions.prompts)
     drawn = sampling.draw(run.model, run.recipe, states, mask, *prepared.states.null(1))
-    return latents.load_latents(run.recipe.latents).decode(drawn).clamp(-1, 1)
+    return run.space.decode(drawn).clamp(-1, 1)
 
 
 def keep(folder: Path, images: Tensor, questions: Exam, notice: str, count: int) -> None:

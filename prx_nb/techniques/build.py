@@ -22,7 +22,7 @@ def build(recipe: Recipe, prepared: Prepared,
         found.append(REPA.of(*given))
     if asked.repa_e.weight:
         from prx_nb.techniques.repa_e import REPAE
-        found.append(REPAE.of(*given))
+        found.append(REPAE.of(*given, found[-1]))              # it shares the teacher and the projector
     if asked.contrastive.weight:
         from prx_nb.techniques.contrastive import Contrastive
         found.append(Contrastive.of(*given))
