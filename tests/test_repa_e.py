@@ -183,6 +183,10 @@ def test_outside_its_time_the_autoencoder_stands_still_but_its_latents_stay(prep
     batch = noisy(r, prepared, 4)
     z = repae.needs(batch, 4).clean
     assert not z.equal(batch.x0) and (z - repae.clean(batch)).abs().mean() < 0.5, "the trained space, under running statistics"
+    seen, real = [], state.model.forward
+    state.model.forward = lambda *a, **k: seen.append(a[0]) or real(*a, **k)
+    losses_of(r, state, batch, 4)
+    assert len(seen) == 1 and seen[0].equal(FlowMatching(r.flow).mix(z, batch.noise, batch.t)), "the flow learns them to the end, with one look"
 
 
 def test_the_autoencoder_has_a_rate_of_its_own(prepared):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['held', 'unit_normal', 'alignment', 'REPAE', 'trained', 'keep', 'of', 'radial_power', 'effective_dimension']
 
-# %% ../../nbs/techniques/08_repa_e.ipynb #f786dba0
+# %% ../../nbs/techniques/08_repa_e.ipynb #24d908a7
 import contextlib
 import copy
 import os
@@ -23,7 +23,7 @@ from ..core.recipe import Recipe, RecipeError
 from ..core.train import Batch, Needs, Prepared, Step, Technique
 from .repa import REPA
 
-# %% ../../nbs/techniques/08_repa_e.ipynb #5892c370
+# %% ../../nbs/techniques/08_repa_e.ipynb #6d4f0ed8
 @contextlib.contextmanager
 def held(*modules: nn.Module) -> Iterator[None]:
     "Parameters take no gradients from what is computed inside; gradients pass through to what comes in."
@@ -41,7 +41,7 @@ def unit_normal(batch: Batch, name: str, *shape: int) -> Tensor:
     "(B, *shape) unit normal numbers of a stream of the batch with this name."
     return torch.special.ndtri(batch.random(name, *shape).clamp(1e-7, 1 - 1e-7))
 
-# %% ../../nbs/techniques/08_repa_e.ipynb #09a780a0
+# %% ../../nbs/techniques/08_repa_e.ipynb #c92a74ac
 def alignment(repa: REPA, step: Step,
               z: Tensor,               # (B, C, h, w) latents with a gradient
               one_in: int = 1,         # one image in so many of the batch is looked at
@@ -54,7 +54,7 @@ def alignment(repa: REPA, step: Step,
         output = step.model(x_t, b.t, b.text, b.mask, taps=(repa.layer,))
         return repa.loss(replace(step, batch=b, x_t=x_t, output=output)) / repa.weight
 
-# %% ../../nbs/techniques/08_repa_e.ipynb #2a7b2b88
+# %% ../../nbs/techniques/08_repa_e.ipynb #0a2f3dcb
 class REPAE(Technique):
     "Alignment that also trains the autoencoder (arXiv 2504.10483)."
 
@@ -97,7 +97,7 @@ class REPAE(Technique):
         pull = alignment(self._others[1], step, z, self.one_in)
         return self.weight * pull + error(painted, images) + self.kl * divergence
 
-# %% ../../nbs/techniques/08_repa_e.ipynb #65ab33ab
+# %% ../../nbs/techniques/08_repa_e.ipynb #473118aa
 def _clean(self: REPAE, batch: Batch) -> Tensor:
     "(B, C, h, w): the posterior's mean under the running statistics."
     images = self._others[0](batch.index).to(batch.x0.device)
@@ -121,7 +121,7 @@ def keep(self: REPAE, folder: Path) -> None:
 
 REPAE.clean, REPAE.trained, REPAE.keep = _clean, trained, keep
 
-# %% ../../nbs/techniques/08_repa_e.ipynb #a8c3ed8f
+# %% ../../nbs/techniques/08_repa_e.ipynb #58a4005a
 @classmethod
 def of(cls, recipe: Recipe, prepared: Prepared, device: str | torch.device,
        repa: REPA,                     # of the same recipe
@@ -138,7 +138,7 @@ def of(cls, recipe: Recipe, prepared: Prepared, device: str | torch.device,
 
 REPAE.of = of
 
-# %% ../../nbs/techniques/08_repa_e.ipynb #564f5811
+# %% ../../nbs/techniques/08_repa_e.ipynb #66241af7
 def radial_power(z: Tensor,          # (B, C, n, n) latents
                  ) -> Tensor:        # (n // 2 + 1,) by whole cycles over the image; the last ring holds the corners too
     "Mean power of the spatial frequencies, ring by ring; white noise of deviation 1 has 1 everywhere."
