@@ -66,12 +66,20 @@ def test_a_nursery_loads_what_notebooks_import_and_nothing_else(tmp_path):
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]
 
 
-def test_exit_codes_come_back(tmp_path):
-    jobs = plan(toy(tmp_path, "kills", "ends", body="import os, signal, time\nif variant == 'kills': os.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(5)"),
-                out=tmp_path)
+def test_exit_codes_come_back_whoever_else_is_at_work(tmp_path):
+    body = "import os, signal, time\nif variant == 'killed': os.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(60)"
+    jobs = plan(toy(tmp_path, "a", "killed", "b", body=body), out=tmp_path)
     with warm.Nursery([jobs[0].notebook], 1) as nursery:
-        said = run.attend(jobs[0], retries=0, nursery=nursery)
-    assert said["state"] == "killed" and "ended with SIGKILL" in said["error"]
+        stop, others = threading.Event(), []
+        for job in (jobs[0], jobs[2]):
+            others.append(threading.Thread(target=run.attend, args=(job,), kwargs={"nursery": nursery, "stop": stop}))
+            others[-1].start()
+        wait_for(lambda: [run.status(job.out).get("state") for job in (jobs[0], jobs[2])] == ["running"] * 2)
+        said = run.attend(jobs[1], retries=0, nursery=nursery)
+        stop.set()
+        [other.join() for other in others]
+    assert said["state"] == "killed" and "ended with SIGKILL" in said["error"], said
+    assert {run.status(job.out)["state"] for job in (jobs[0], jobs[2])} == {"interrupted"}
 
 
 @pytest.mark.parametrize("when", ["before", "during"])

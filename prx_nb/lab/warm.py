@@ -121,9 +121,10 @@ def serve(notebooks: Sequence[str]) -> None:
             *lines, unread = (unread + new).split(b"\n")
             for line in lines:
                 alive.add(_bear(json.loads(line), answers))
-        for pid in [p for p in alive if (ended := os.waitpid(p, os.WNOHANG))[0]]:
-            alive.discard(pid)
-            say(ended=pid, code=os.waitstatus_to_exitcode(ended[1]))
+        for pid, status in [os.waitpid(pid, os.WNOHANG) for pid in alive]:
+            if pid:                                                # 0: it is at work
+                alive.discard(pid)
+                say(ended=pid, code=os.waitstatus_to_exitcode(status))
 
 # %% ../../nbs/lab/03_warm.ipynb #a68054b1
 def _bear(asked: dict, answers: int) -> int:
