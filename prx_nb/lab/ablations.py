@@ -161,7 +161,7 @@ NULL_CHECK = Ablation(
 )
 
 # %% ../../nbs/lab/01_ablations.ipynb #a92bce91
-_REPA = {"techniques.repa.weight": 0.5, "techniques.repa.teacher": "vit-s14", "techniques.repa.tap": "block9", "techniques.repa.one_in": 4}
+_REPA = {"techniques.repa.weight": 0.5, "techniques.repa.teacher": "vit-s14", "techniques.repa.tap": "block9", "techniques.repa.one_in": 8}
 
 ALIGNMENT = Ablation(
     name="repa",
@@ -174,10 +174,11 @@ ALIGNMENT = Ablation(
     published=tuple(Published("repa", metric, plain, value, False, f"{_PART2}, {teacher} teacher") for teacher, values in
                     {"DINOv2": (16.6, 0.39, 0.31), "DINOv3": (14.64, 0.35, 0.30)}.items()
                     for metric, plain, value in zip(("FID", "CMMD", "DINO-MMD"), (18.20, 0.41, 0.39), values)),
-    references=("Yu et al. 2024, Representation Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think (REPA), arXiv 2410.06940",
+    references=("Yu et al. 2024, Representation Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think (REPA), "
+                "arXiv 2410.06940",
                 "Wang et al. 2025, REPA Works Until It Doesn't: Early-Stopped, Holistic Alignment Supercharges Diffusion Training (HASTE), arXiv 2505.16792"),
     caveat="The published teachers are DINOv2 and DINOv3 ViT-L on photographs, every image in every step; ours is a ViT-S tuned for saliency, which "
-           "looks at small drawings, one image in four of a step. The published denoiser has 16 blocks and 1.2B parameters and learns for 100k steps. "
+           "looks at small drawings, one image in eight of a step. The published denoiser has 16 blocks and 1.2B parameters and learns for 100k steps. "
            "Stopping early was only described, without numbers.",
 )
 
