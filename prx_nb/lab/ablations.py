@@ -176,9 +176,11 @@ ALIGNMENT = Ablation(
                     for metric, plain, value in zip(("FID", "CMMD", "DINO-MMD"), (18.20, 0.41, 0.39), values)),
     references=("Yu et al. 2024, Representation Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think (REPA), "
                 "arXiv 2410.06940",
-                "Wang et al. 2025, REPA Works Until It Doesn't: Early-Stopped, Holistic Alignment Supercharges Diffusion Training (HASTE), arXiv 2505.16792"),
+                "Wang et al. 2025, REPA Works Until It Doesn't: Early-Stopped, Holistic Alignment Supercharges Diffusion Training (HASTE), "
+                "arXiv 2505.16792"),
     caveat="The published teachers are DINOv2 and DINOv3 ViT-L on photographs, every image in every step; ours is a ViT-S tuned for saliency, which "
-           "looks at small drawings, one image in eight of a step. The published denoiser has 16 blocks and 1.2B parameters and learns for 100k steps. "
+           "looks at small drawings, one image in eight of a step. "
+           "The published denoiser has 16 blocks and 1.2B parameters and learns for 100k steps. "
            "Stopping early was only described, without numbers.",
 )
 
@@ -190,11 +192,13 @@ SPATIAL = Ablation(
     notebook="irepa.ipynb",
     question="Is it better to align where things are (convolution, spatially normalised teacher) than to align each token as it is?",
     baseline="repa",
-    variants={"repa": _REPA, "irepa": _IREPA | {"techniques.repa.spatial_norm": "scalar"}, "token": _IREPA | {"techniques.repa.spatial_norm": "token"}},
+    variants={"repa": _REPA, "irepa": _IREPA | {"techniques.repa.spatial_norm": "scalar"},
+              "token": _IREPA | {"techniques.repa.spatial_norm": "token"}},
     base={"evaluate.features": "effnet-lite0"},
     references=("Singh et al. 2025, What Matters for Representation Alignment: Global Information or Spatial Structure? (iREPA), arXiv 2512.10794",
                 "Photoroom 2026, Training Design for Text-to-Image Models: Lessons from Ablations (PRX Part 2), section on iREPA: no numbers"),
-    caveat="PRX Part 2 describes iREPA in words only: smoother and better with DINOv2, worse with DINOv3. Its public code normalises otherwise than the "
+    caveat="PRX Part 2 describes iREPA in words only: smoother and better with DINOv2, worse with DINOv3. "
+           "Its public code normalises otherwise than the "
            "paper ('token' here), and its settings use a projector with attention.",
 )
 
@@ -209,12 +213,15 @@ JOINT = Ablation(
     baseline="repa",
     variants={"repa": _REPA, "repa_e": _REPA | {"techniques.repa_e.weight": 1.5}, "paint": _REPA | {"techniques.repa_e.weight": 1e-6}, "plain": {}},
     base=_SPACE | {"evaluate.features": "effnet-lite0"},
-    published=tuple(Published("repa_e", metric, plain, value, False, f"{_PART2}, REPA-E-VAE with REPA against Flux VAE without") for metric, plain, value in
+    published=tuple(Published("repa_e", metric, plain, value, False, f"{_PART2}, REPA-E-VAE with REPA against Flux VAE without")
+                    for metric, plain, value in
                     zip(("FID", "CMMD", "DINO-MMD"), (18.20, 0.41, 0.39), (12.08, 0.26, 0.18))),
     references=("Leng et al. 2025, REPA-E: Unlocking VAE for End-to-End Tuning of Latent Diffusion Transformers, arXiv 2504.10483",
                 "Photoroom 2026, Training Design for Text-to-Image Models: Lessons from Ablations (PRX Part 2), section on latent spaces"),
-    caveat="The published row mixes two things: it takes a ready-made autoencoder that others had trained by REPA-E, frozen, and adds REPA, and compares with another "
-           "autoencoder and no REPA. Ours trains the autoencoder in the run and compares with REPA in the same latents: it is the technique's own effect, and may be far smaller. "
+    caveat="The published row mixes two things: it takes a ready-made autoencoder that others had trained by REPA-E, frozen, "
+           "and adds REPA, and compares with another "
+           "autoencoder and no REPA. Ours trains the autoencoder in the run and compares with REPA in the same latents: "
+           "it is the technique's own effect, and may be far smaller. "
            "Our autoencoder has no adversary and no perceptual loss, and sees the same drawings before and in the run.",
 )
 
