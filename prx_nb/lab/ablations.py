@@ -175,7 +175,8 @@ ALIGNMENT = Ablation(
                     for metric, plain, value in zip(("FID", "CMMD", "DINO-MMD"), (18.20, 0.41, 0.39), values)),
     references=("Yu et al. 2024, Representation Alignment for Generation: Training Diffusion Transformers Is Easier Than You Think (REPA), "
                 "arXiv 2410.06940",
-                "Wang et al. 2025, REPA Works Until It Doesn't: Early-Stopped, Holistic Alignment Supercharges Diffusion Training (HASTE), arXiv 2505.16792"),
+                "Wang et al. 2025, REPA Works Until It Doesn't: Early-Stopped, Holistic Alignment Supercharges Diffusion Training (HASTE), "
+                "arXiv 2505.16792"),
     caveat="The published teachers are DINOv2 and DINOv3 ViT-L on photographs, every image in every step; ours is a ViT-S tuned for saliency, which "
            "looks at small drawings, one image in eight of a step. The published denoiser has 16 blocks and 1.2B parameters and learns for 100k steps. "
            "Stopping early was only described, without numbers.",
