@@ -179,8 +179,7 @@ ALIGNMENT = Ablation(
                 "Wang et al. 2025, REPA Works Until It Doesn't: Early-Stopped, Holistic Alignment Supercharges Diffusion Training (HASTE), "
                 "arXiv 2505.16792"),
     caveat="The published teachers are DINOv2 and DINOv3 ViT-L on photographs, every image in every step; ours is a ViT-S tuned for saliency, which "
-           "looks at small drawings, one image in eight of a step. "
-           "The published denoiser has 16 blocks and 1.2B parameters and learns for 100k steps. "
+           "looks at small drawings, one image in eight of a step. The published denoiser has 16 blocks and 1.2B parameters and learns 100k steps. "
            "Stopping early was only described, without numbers.",
 )
 
@@ -197,9 +196,8 @@ SPATIAL = Ablation(
     base={"evaluate.features": "effnet-lite0"},
     references=("Singh et al. 2025, What Matters for Representation Alignment: Global Information or Spatial Structure? (iREPA), arXiv 2512.10794",
                 "Photoroom 2026, Training Design for Text-to-Image Models: Lessons from Ablations (PRX Part 2), section on iREPA: no numbers"),
-    caveat="PRX Part 2 describes iREPA in words only: smoother and better with DINOv2, worse with DINOv3. "
-           "Its public code normalises otherwise than the "
-           "paper ('token' here), and its settings use a projector with attention.",
+    caveat="PRX Part 2 describes iREPA in words only: smoother and better with DINOv2, worse with DINOv3. Its public code normalises otherwise than "
+           "the paper ('token' here), and its settings use a projector with attention.",
 )
 
 # %% ../../nbs/lab/01_ablations.ipynb #15a70ea0
