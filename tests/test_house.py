@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from forks import run_notebook
 
 from prx_nb.lab import ablations, plan
 
@@ -30,12 +31,18 @@ def command(name, *args, cwd=ROOT, timeout=LIMIT):
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=short)
-def test_notebook_runs(notebook):
-    try:
-        code, said = command("nbdev_test", "--path", str(notebook), "--n_workers", "0", "--do_print")
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"{short(notebook)} ran longer than {LIMIT} s")
-    assert code == 0, f"{short(notebook)} failed:\n{said[-4000:]}"
+def test_notebook_runs(notebook, tmp_path):
+    code, said = run_notebook(notebook, tmp_path / "log.txt", LIMIT)
+    assert code is not None, f"{short(notebook)} ran longer than {LIMIT} s:\n{said[-2000:]}"
+    assert code == 0 and "Success" in said, f"{short(notebook)} failed:\n{said[-4000:]}"
+
+
+def test_a_notebook_that_fails_is_noticed(tmp_path):
+    nb = json.loads((ROOT / "nbs/core/02_seeds.ipynb").read_text())
+    nb["cells"].append(nb["cells"][-1] | {"cell_type": "code", "id": "fails", "source": ["assert 1 == 2, 'on purpose'"], "outputs": [], "execution_count": None})
+    (tmp_path / "fails.ipynb").write_text(json.dumps(nb))
+    code, said = run_notebook(tmp_path / "fails.ipynb", tmp_path / "log.txt", LIMIT)
+    assert code not in (0, None) and "on purpose" in said
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=short)
