@@ -227,7 +227,7 @@ def test_moments_may_be_shares_of_all_steps(prepared, monkeypatch):
     ({"techniques.perceptual.stop": 0}, "techniques.perceptual: stop = 0 does not come after start = 0"),
     ({"techniques.tread.first": 2}, "techniques.tread: first = 2, last = None: blocks are numbered 0 to 1"),
     ({"techniques.tread.last": 0}, "first = 1, last = 0"), ({"techniques.tread.rate": 1.0}, "techniques.tread.rate"),
-    ({"denoiser.fusion": (1, 1)}, "denoiser.fusion fuses them"),
+    ({"denoiser.fusion": (1, 1)}, "fusion changes them"),
     ({"techniques.tread.rate": 0.0, "sample.guide": "route"}, "sample.guide = 'route' needs a network that is trained with routes"),
     ({"sample.guide": "both", "captions.dropout": 0.0}, "captions.dropout = 0"),
 ], ids=str)
