@@ -2,6 +2,8 @@
 import os
 import signal
 
+import pytest
+
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 CORES = max(1, CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))       # this process's share
 for name, value in {
@@ -18,3 +20,17 @@ for name, value in {
 # Started in the background, a shell has this process ignore Ctrl-C, and its children inherit that. Tests send it for real.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def prepared(request):
+    "The data of a test file's own recipe, `SMOKE`."
+    from prx_nb.core.train import prepare
+    return prepare(request.module.SMOKE, progress=False)
+
+
+@pytest.fixture(scope="module")
+def whole(request, prepared, tmp_path_factory):
+    "That recipe trained without a disturbance, on the processor."
+    from prx_nb.core.train import train
+    return train(request.module.SMOKE, tmp_path_factory.mktemp("whole"), prepared=prepared, progress=False, device="cpu")

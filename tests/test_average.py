@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from runs import CPU, Stops
 
 from prx_nb.core import train as training
 from prx_nb.core.average import decay_of, first_update, half_life_of, new_average, shares, update
@@ -11,16 +12,10 @@ from prx_nb.core.checkpoint import find_checkpoint, new_state, restore
 from prx_nb.core.denoiser import PRX
 from prx_nb.core.flow import FlowMatching
 from prx_nb.core.recipe import Ema, RecipeError, preset
-from prx_nb.core.train import Technique, prepare, train, validate, validation_set
+from prx_nb.core.train import train, validate, validation_set
 
-CPU = torch.device("cpu")
 SMOKE = preset("smoke").replace({"train.steps": 10, "train.checkpoint_every": 3, "train.validate_every": 5})
 SEVERAL = SMOKE.replace({"ema.decay": None, "ema.half_life": 4.0, "ema.every": 2, "ema.start": 3, "ema.also": (1.0, 20.0)})
-
-
-@pytest.fixture(scope="module")
-def prepared():
-    return prepare(SMOKE, progress=False)
 
 
 @pytest.mark.parametrize("decay,every", [(0.999, 10), (0.5, 1), (0.9, 7), (0.99999, 1)])
@@ -66,16 +61,6 @@ def test_the_last_half_life_weighs_half():
         s = shares(600, Ema(decay=None, half_life=h, every=every))
         assert s[-h:].sum() == pytest.approx(0.5) and s[-2 * h:].sum() == pytest.approx(0.75)
     assert [first_update(Ema(start=s, every=k)) for s, k in ((0, 1), (0, 10), (9, 10), (10, 10), (5, 1))] == [0, 9, 9, 19, 5]
-
-
-class Stops(Technique):
-    def __init__(self, at):
-        super().__init__()
-        self.at = at
-
-    def loss(self, step):
-        if step.number == self.at:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")

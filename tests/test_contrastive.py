@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_train import CPU, prepared, same, weights  # noqa: F401
+from runs import CPU, same, weights
 
 from prx_nb.core.denoiser import Output
 from prx_nb.core.flow import FlowMatching, coefficients

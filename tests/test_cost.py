@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from torch import nn
+from runs import operations
 
 from prx_nb.core import recipe as recipes
 from prx_nb.core.cost import Energy, flops_parts, flops_step
@@ -16,36 +16,10 @@ SMALL = {"data.size": 16, "denoiser.patch_size": 2, "denoiser.hidden_size": 24, 
          "denoiser.mlp_ratio": 2.5, "denoiser.context_in_dim": 10, "text.tokens": 7, "train.batch": 3}
 
 
-def watched(recipe: recipes.Recipe) -> tuple[float, float]:
-    "Forward and backward operations of a real step on the CPU: linear layers by hooks, attention from its shapes."
-    d, side = recipe.denoiser, recipe.data.size
-    model, total, back = PRX(**d.model_dump()), [0], [0]
-
-    def linear(layer, inputs, output):
-        work = 2 * output.numel() * layer.in_features
-        total[0] += work
-        back[0] += work * (1 + inputs[0].requires_grad)
-
-    def attention(layer, inputs, output):
-        x, text = inputs[:2]
-        work = 2 * 2 * x.shape[0] * x.shape[1] * (x.shape[1] + text.shape[1]) * x.shape[2]
-        total[0] += work
-        back[0] += 2 * work
-
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            layer.register_forward_hook(linear)
-    for block in model.blocks:
-        block.attention.register_forward_hook(attention)
-    b = recipe.train.batch
-    model(torch.randn(b, 3, side, side), torch.rand(b), torch.randn(b, recipe.text.tokens, d.context_in_dim), torch.ones(b, recipe.text.tokens).bool())
-    return total[0], back[0]
-
-
 @pytest.mark.parametrize("change", [{}, {"denoiser.bottleneck_size": 5}, {"denoiser.resolution_embeds": True}, {"train.batch": 5, "text.tokens": 4}])
 def test_count_is_that_of_the_layers_that_run(change):
     recipe = recipes.Recipe().replace(SMALL | change)
-    forward, back = watched(recipe)
+    forward, back = operations(recipe)
     assert flops_parts(recipe)[""] == forward
     assert flops_step(recipe) == forward + back
     assert forward * 2.5 < flops_step(recipe) < forward * 3

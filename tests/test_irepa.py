@@ -5,21 +5,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import weights
 
-from prx_nb.core.checkpoint import find_checkpoint
 from prx_nb.core.denoiser import Route
 from prx_nb.core.recipe import RecipeError, preset
-from prx_nb.core.train import Needs, Technique, prepare, train
+from prx_nb.core.train import Needs, Technique, train
 from prx_nb.techniques.irepa import Conv, alikeness, normaliser, scalar, similarity, token
 from prx_nb.techniques.repa import REPA
 
 SMOKE = preset("smoke").replace({"train.steps": 6, "train.checkpoint_every": 2, "train.keep": 9, "techniques.repa.weight": 0.5,
                                  "techniques.repa.projector": "conv", "techniques.repa.spatial_norm": "scalar"})
-
-
-@pytest.fixture(scope="module")
-def prepared():
-    return prepare(SMOKE, progress=False)
 
 
 def random(*shape, seed=0):
@@ -109,10 +104,6 @@ def test_from_a_recipe(prepared):
     assert not isinstance(other.projector, Conv) and other.normalise(maps).equal(token(maps))
     with pytest.raises(RecipeError, match="techniques.repa.spatial_norm"):
         SMOKE.replace("techniques.repa.spatial_norm", "channel")
-
-
-def weights(run):
-    return find_checkpoint(run.dir / "checkpoint", run.recipe)[0]
 
 
 class Half(Technique):

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import torch
-from test_train import CPU, same, weights
+from runs import CPU, same, weights
 
 from prx_nb.core.denoiser import PRX, patchify
 from prx_nb.core.flow import FlowMatching, timesteps

@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from runs import CPU, Stops
 
 from prx_nb.core import train as training
 from prx_nb.core.checkpoint import find_checkpoint, new_state, restore
@@ -14,17 +15,11 @@ from prx_nb.core.optimizers import (
     COEFFICIENTS, RowMuon, Together, maps, matrices, new_optimizer, newton_schulz, polar, spectra, stable_rank,
 )
 from prx_nb.core.recipe import RecipeError, preset
-from prx_nb.core.train import Technique, add_noise, learning_rate, objective, optimise, prepare, read_batch, train
+from prx_nb.core.train import Technique, add_noise, learning_rate, objective, optimise, read_batch, train
 
-CPU = torch.device("cpu")
 SMOKE = preset("smoke").replace({"train.steps": 10, "train.checkpoint_every": 3, "train.validate_every": 5})
 MUON = SMOKE.replace({"optimizer.name": "muon", "optimizer.muon.lr": 5e-3})
 SPLIT = MUON.replace({"optimizer.muon.split_qkv": True, "optimizer.muon.modulation": False, "optimizer.muon.momentum": 0.9})
-
-
-@pytest.fixture(scope="module")
-def prepared():
-    return prepare(SMOKE, progress=False)
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -155,17 +150,6 @@ def test_every_group_follows_the_schedule_to_its_own_height(prepared):
     assert seen[0] == pytest.approx(7e-3 / 4) and max(seen) == 7e-3 and seen[-1] < 7e-3 / 3
     same = MUON.replace("optimizer.muon.lr", None)
     assert {g.get("initial_lr", same.optimizer.lr) for g in new_state(same, CPU).optimizer.param_groups} == {same.optimizer.lr}
-
-
-class Stops(Technique):
-    "Stops a run at a step, once."
-    def __init__(self, at):
-        super().__init__()
-        self.at = at
-
-    def loss(self, step):
-        if step.number == self.at:
-            raise KeyboardInterrupt
 
 
 class Trained(Technique):

@@ -1,28 +1,25 @@
 "Perceptual losses against the formulas written out, LPIPS by torchmetrics, finite differences; who acts; resuming; what is refused."
 import os
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from runs import CPU, same, strike, weights
 
 from prx_nb.core import train as training
-from prx_nb.core.checkpoint import find_checkpoint, new_state
+from prx_nb.core.checkpoint import new_state
 from prx_nb.core.encoders import EncoderError, load_vision_encoder
 from prx_nb.core.flow import FlowMatching
 from prx_nb.core.recipe import RecipeError, preset
 from prx_nb.core.seeds import stream
-from prx_nb.core.train import Batch, Output, Step, add_noise, objective, prepare, read_batch, train
+from prx_nb.core.train import Batch, Output, Step, add_noise, objective, read_batch, train
 from prx_nb.techniques.build import build
 from prx_nb.techniques.perceptual import DISTANCES, Perceptual, cosine, gradient_norms, lpips_form
 
 ON = {"techniques.perceptual.weight": 0.1, "techniques.perceptual.size": 32}
 SMOKE = preset("smoke").replace({"train.steps": 6, "train.checkpoint_every": 2, "train.validate_every": 3} | ON)
-CPU = torch.device("cpu")
 
 
 class Toy:
@@ -55,11 +52,6 @@ def step(b, flow, prediction=None):
 
 def flow_of(**changes):
     return FlowMatching(preset("smoke").replace({f"flow.{k}": v for k, v in changes.items()}).flow)
-
-
-@pytest.fixture(scope="module")
-def prepared():
-    return prepare(SMOKE, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -236,15 +228,6 @@ def test_two_perceptual_losses_add_up(prepared, effnet):
     assert one > 0 and two > 0
 
 
-def weights(run):
-    return find_checkpoint(run.dir / "checkpoint", run.recipe)[0]
-
-
-@pytest.fixture(scope="module")
-def whole(prepared, tmp_path_factory):
-    return train(SMOKE, tmp_path_factory.mktemp("whole"), prepared=prepared, progress=False)
-
-
 def test_training_with_it_moves_the_weights_and_keeps_no_encoder(whole, prepared, tmp_path):
     plain = train(SMOKE.replace("techniques.perceptual.weight", 0), tmp_path, prepared=prepared, progress=False)
     assert weights(whole).keys() == weights(plain).keys(), "nothing more in the checkpoint"
@@ -274,31 +257,10 @@ def test_it_acts_from_start_to_stop(prepared, tmp_path):
     assert run.curves[run.curves.name == "loss Perceptual"].step.tolist() == [3, 4]
 
 
-CHILD = """
-import os, signal, sys, torch
-torch.set_num_threads({threads})
-from prx_nb.core import train as t
-from prx_nb.core.recipe import load
-real = t.optimise
-def optimise(state, losses, recipe, step, *more):
-    norm = real(state, losses, recipe, step, *more)
-    if step == 3: os.kill(os.getpid(), signal.SIGKILL)
-    return norm
-t.optimise = optimise
-t.train(load(sys.argv[1]), sys.argv[2], progress=False)
-"""
-
-
 def test_a_killed_run_goes_on_bit_for_bit(whole, prepared, tmp_path):
-    SMOKE.save(tmp_path / "recipe.json")
-    code = CHILD.format(threads=torch.get_num_threads())
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "recipe.json", tmp_path / "run"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [p.name for p in (tmp_path / "run/checkpoint").glob("*")] == ["step-0000002.safetensors"]
-    again = train(SMOKE, tmp_path / "run", prepared=prepared, progress=False)
-    assert all(v.equal(weights(whole)[k]) for k, v in weights(again).items())
-    drop = lambda run: run.curves[run.curves.name != "seconds"].reset_index(drop=True)
-    assert drop(again).equals(drop(whole))
+    folder = strike(SMOKE, tmp_path, 3, "after")
+    assert [p.name for p in (folder / "checkpoint").glob("*")] == ["step-0000002.safetensors"]
+    same(train(SMOKE, folder, prepared=prepared, progress=False), whole)
 
 
 BAD = {

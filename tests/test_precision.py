@@ -2,6 +2,7 @@
 import pytest
 import torch
 from torch import nn
+from runs import CPU
 
 from prx_nb.core import precision
 from prx_nb.core.checkpoint import find_checkpoint, new_state, read_checkpoint, restore, save_checkpoint
@@ -10,16 +11,10 @@ from prx_nb.core.flow import FlowMatching
 from prx_nb.core.optimizers import new_optimizer
 from prx_nb.core.precision import directions, emulated, lost, lost_by_layer, round_, spacing, step, store
 from prx_nb.core.recipe import preset
-from prx_nb.core.train import Run, Technique, add_noise, objective, optimise, prepare, read_batch, train
+from prx_nb.core.train import Run, Technique, add_noise, objective, optimise, read_batch, train
 
-CPU = torch.device("cpu")
 SMOKE = preset("smoke").replace({"train.steps": 10, "train.checkpoint_every": 3, "train.validate_every": 5})
 BF16 = SMOKE.replace("train.weights", "bf16")
-
-
-@pytest.fixture(scope="module")
-def prepared():
-    return prepare(SMOKE, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -5,42 +5,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from runs import CPU, plain, same, weights
 
-from prx_nb.core.checkpoint import find_checkpoint, new_state, read_checkpoint
+from prx_nb.core.checkpoint import new_state, read_checkpoint
 from prx_nb.core.denoiser import PRX, Output, Route
 from prx_nb.core.encoders import EncoderError, feature_maps
 from prx_nb.core.flow import FlowMatching
 from prx_nb.core.recipe import RecipeError, preset
-from prx_nb.core.train import Batch, Needs, Step, Technique, add_noise, objective, optimise, prepare, read_batch, train, validation_set
+from prx_nb.core.train import Batch, Needs, Step, Technique, add_noise, objective, optimise, read_batch, train, validation_set
 from prx_nb.techniques.repa import MLP, REPA, Watch, by_layer, middle, places, readable, redraw, tokens_of
 
 PLAIN = preset("smoke").replace({"train.steps": 10, "train.checkpoint_every": 3, "train.validate_every": 5, "train.keep": 9})
 SMOKE = PLAIN.replace("techniques.repa.weight", 0.5)
-CPU, FLOW = torch.device("cpu"), FlowMatching()
-
-
-@pytest.fixture(scope="module")
-def prepared():
-    return prepare(SMOKE, progress=False)
-
-
-@pytest.fixture(scope="module")
-def whole(prepared, tmp_path_factory):
-    return train(SMOKE, tmp_path_factory.mktemp("whole"), prepared=prepared, progress=False, device="cpu")
-
-
-def tensors(run):
-    return find_checkpoint(run.dir / "checkpoint", run.recipe)[0]
-
-
-def plain(run):
-    return run.curves[run.curves.name != "seconds"].reset_index(drop=True)
-
-
-def same(a, b):
-    first, second = tensors(a), tensors(b)
-    assert first.keys() == second.keys() and all(v.equal(second[k]) for k, v in first.items())
-    assert plain(a).equals(plain(b))
+FLOW = FlowMatching()
 
 
 def tapped(batch=6, count=12, width=20, channels=7, kept=None, grid=(3, 4), **more):
@@ -164,7 +141,7 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, prepared, tmp_path):
 
 
 def test_what_a_checkpoint_holds(whole, prepared):
-    own = {k: v for k, v in tensors(whole).items() if k.startswith("techniques.")}
+    own = {k: v for k, v in weights(whole).items() if k.startswith("techniques.")}
     assert {k.removeprefix("techniques.0.projector.layers.") for k in own} == {f"{i}.{n}" for i in (0, 2, 4) for n in ("weight", "bias")}, "no teacher"
     fresh = REPA.of(SMOKE, prepared).projector.layers[4].weight
     assert own["techniques.0.projector.layers.4.weight"].shape == fresh.shape and not own["techniques.0.projector.layers.4.weight"].equal(fresh)
@@ -206,7 +183,7 @@ def test_two_processes_with_half_the_batch_equal_one(more, prepared, tmp_path):
     two = train(recipe.replace("train.processes", 2), tmp_path / "two", progress=False, device="cpu")
     a, b = (plain(r).set_index(["step", "name"]).value.sort_index() for r in (one, two))
     assert a.index.equals(b.index) and (a - b).abs().max() < 1e-5
-    first, second = tensors(one), tensors(two)
+    first, second = weights(one), weights(two)
     assert first.keys() == second.keys() and any(k.startswith("techniques.") for k in first)
     for name, value in first.items():
         torch.testing.assert_close(value, second[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
@@ -297,7 +274,7 @@ def test_a_watch_changes_nothing_and_survives_an_interruption(prepared, whole, t
     make = lambda: Watch(fixed, seen, 2, (0, 4, 9))
     watch, second = make(), make()
     run = train(SMOKE, tmp_path / "a", prepared=prepared, progress=False, device="cpu", techniques=[watch])
-    assert plain(run).equals(plain(whole)) and all(v.equal(tensors(run)[k]) for k, v in tensors(whole).items())
+    assert plain(run).equals(plain(whole)) and all(v.equal(weights(run)[k]) for k, v in weights(whole).items())
     assert watch.found.isfinite().all() and watch.found[2].tolist() != watch.found[0].tolist()
     with pytest.raises(KeyboardInterrupt):
         train(SMOKE, tmp_path / "b", prepared=prepared, progress=False, device="cpu", techniques=[make(), Stumble()])

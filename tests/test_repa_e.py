@@ -2,11 +2,12 @@
 import pytest
 import torch
 from torch import nn
+from runs import CPU, same, weights
 
 from prx_nb.core import autoencoder, latents
 from prx_nb.core import train as training
 from prx_nb.core.autoencoder import Settings, psnr
-from prx_nb.core.checkpoint import find_checkpoint, new_state
+from prx_nb.core.checkpoint import new_state
 from prx_nb.core.flow import FlowMatching
 from prx_nb.core.optimizers import by_rate, new_optimizer
 from prx_nb.core.recipe import RecipeError, preset
@@ -17,7 +18,7 @@ from prx_nb.techniques.repa_e import REPAE, effective_dimension, held, radial_po
 
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.timeout(280)
-SMOKE, CPU = preset("smoke"), torch.device("cpu")
+SMOKE = preset("smoke")
 SMALL = Settings(data=SMOKE.data, blocks=(8, 16, 16), channels=4, steps=30)
 
 
@@ -215,10 +216,6 @@ def whole(prepared, tmp_path_factory):
     return train(recipe(), tmp_path_factory.mktemp("whole"), prepared=prepared, progress=False)
 
 
-def weights(run):
-    return find_checkpoint(run.dir / "checkpoint", run.recipe)[0]
-
-
 def test_it_trains_all_three_and_nothing_leaks_into_the_checkpoint(whole, prepared):
     named, fresh = weights(whole), state_of(recipe(), prepared).tensors()
     own = [k for k in named if k.startswith("techniques.1.")]
@@ -244,10 +241,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, prepared, tmp_path, monkeypatc
     assert not (tmp_path / "autoencoder").exists(), "kept at the end only"
     monkeypatch.setattr(training, "optimise", real)
     run = train(recipe(), tmp_path, prepared=prepared, progress=False)
-    a, b = weights(run), weights(whole)
-    assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
-    drop = lambda c: c[c.name != "seconds"].reset_index(drop=True)
-    assert drop(run.curves).equals(drop(whole.curves))
+    same(run, whole)
     files = sorted(p.name for p in (whole.dir / "autoencoder").iterdir())
     assert files == ["config.json", "diffusion_pytorch_model.safetensors"]
     assert all((run.dir / "autoencoder" / n).read_bytes() == (whole.dir / "autoencoder" / n).read_bytes() for n in files)

@@ -1,51 +1,26 @@
 "SPRINT: the fused denoiser against the same arithmetic written out, its average and checkpoints, both stages, guidance without deep blocks, no export."
 import copy
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
+from runs import CPU, inputs, randomise, same, strike, weights
 
 from prx_nb.core import interop
-from prx_nb.core.checkpoint import find_checkpoint, new_state
+from prx_nb.core.checkpoint import new_state
 from prx_nb.core.cost import flops_parts
 from prx_nb.core.denoiser import PRX, Fusion, Route, choose
 from prx_nb.core.flow import FlowMatching
 from prx_nb.core.recipe import preset, routing
 from prx_nb.core.sample import draw, grid, noise
 from prx_nb.core.seeds import stream
-from prx_nb.core.train import Run, add_noise, objective, prepare, read_batch, techniques_of, train
+from prx_nb.core.train import Run, add_noise, objective, read_batch, techniques_of, train
 from prx_nb.techniques.sprint import SPRINT
 
-CPU = torch.device("cpu")
 SMOKE = preset("smoke").replace({"denoiser.depth": 3, "denoiser.fusion": (1, None), "techniques.sprint.rate": 0.75, "techniques.sprint.path_drop": 0.3,
                                  "techniques.sprint.stop": 0.8, "train.steps": 10, "train.checkpoint_every": 3, "train.validate_every": 5})
 PLAIN = dict(in_channels=3, patch_size=4, context_in_dim=24, hidden_size=48, num_heads=4, depth=5)
 FUSED = PLAIN | {"fusion": (1, 3)}
-
-
-@pytest.fixture(scope="module")
-def prepared():
-    return prepare(SMOKE, progress=False)
-
-
-@pytest.fixture(scope="module")
-def whole(prepared, tmp_path_factory):
-    return train(SMOKE, tmp_path_factory.mktemp("whole"), prepared=prepared, progress=False)
-
-
-def randomise(net, seed=0):
-    for i, p in enumerate(net.parameters()):
-        nn.init.normal_(p, mean=float(p.ndim == 1), std=0.7 / p.shape[-1] ** 0.5 if p.ndim > 1 else 0.1, generator=stream(seed, "p", i))
-    return net
-
-
-def inputs(h=16, w=24):
-    g = stream(0, "inputs")
-    x, t, text = torch.randn(3, 3, h, w, generator=g), torch.rand(3, generator=g), torch.randn(3, 7, 24, generator=g)
-    return x, t, text, torch.arange(7) < torch.tensor([7, 3, 1])[:, None]
 
 
 def by_hand(net, x, t, text, mask, keep, without):
@@ -203,17 +178,13 @@ def test_samples_without_the_deep_stream_teach_the_deep_blocks_nothing(prepared)
     assert state.model.fusion.mask.grad.abs().max() > 0 and state.model.blocks[0].down_proj.weight.grad.abs().max() > 0
 
 
-def tensors(run):
-    return find_checkpoint(run.dir / "checkpoint", run.recipe)[0]
-
-
 def test_it_trains_in_two_stages_and_learns_the_mask(whole, prepared, tmp_path, monkeypatch):
     real, seen = PRX.forward, []
     monkeypatch.setattr(PRX, "forward", lambda self, *a, route=None, **k: seen.append((torch.is_grad_enabled(), route)) or real(self, *a, route=route, **k))
     train(SMOKE, tmp_path, prepared=prepared, progress=False)
     assert [r is not None for grad, r in seen if grad][-10:] == [True] * 8 + [False] * 2
     assert {r for grad, r in seen if not grad} == {None}, "validation sees all tokens"
-    t = tensors(whole)
+    t = weights(whole)
     assert t["model.fusion.mask"].abs().max() > 0 and t["model.fusion.linear.bias"].abs().max() > 0
     loss = whole.curves[whole.curves.name == "loss flow"].value
     assert loss.iloc[-2:].mean() < loss.iloc[:2].mean()
@@ -222,7 +193,7 @@ def test_it_trains_in_two_stages_and_learns_the_mask(whole, prepared, tmp_path, 
 def test_the_average_is_the_same_function_as_the_network(prepared, tmp_path):
     "In the public code it has no fusion: the same weights, another answer."
     run = train(SMOKE.replace({"ema.decay": 1e-9, "train.steps": 6}), tmp_path, prepared=prepared, progress=False)
-    t = tensors(run)
+    t = weights(run)
     trained = {k.removeprefix("model."): v for k, v in t.items() if k.startswith("model.")}
     averaged = {k.removeprefix("ema.module."): v for k, v in t.items() if k.startswith("ema.module.")}
     assert trained.keys() == averaged.keys() >= {"fusion.mask", "fusion.linear.weight"}
@@ -235,31 +206,9 @@ def test_the_average_is_the_same_function_as_the_network(prepared, tmp_path):
         assert ours.std() > 0 and ours.equal(theirs)
 
 
-CHILD = """
-import os, signal, sys, torch
-torch.set_num_threads({threads})
-from prx_nb.core import train as t
-from prx_nb.core.recipe import load
-real = t.optimise
-def optimise(state, losses, recipe, step, *more):
-    if step == {at}: os.kill(os.getpid(), signal.SIGKILL)
-    return real(state, losses, recipe, step, *more)
-t.optimise = optimise
-t.train(load(sys.argv[1]), sys.argv[2], progress=False)
-"""
-
-
 @pytest.mark.parametrize("at", [5, 9], ids=["in the first stage", "in the second"])
 def test_a_killed_run_goes_on_bit_for_bit(at, whole, prepared, tmp_path):
-    SMOKE.save(tmp_path / "recipe.json")
-    code = CHILD.format(threads=torch.get_num_threads(), at=at)
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "recipe.json", tmp_path / "run"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    again = train(SMOKE, tmp_path / "run", prepared=prepared, progress=False)
-    a, b = tensors(whole), tensors(again)
-    assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
-    curves = [r.curves[r.curves.name != "seconds"].reset_index(drop=True) for r in (whole, again)]
-    assert curves[0].equals(curves[1])
+    same(train(SMOKE, strike(SMOKE, tmp_path, at), prepared=prepared, progress=False), whole)
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +220,7 @@ def one(prepared, tmp_path_factory):
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_two_processes_equal_one(way, one, tmp_path):
     two = train(one.recipe.replace({"train.processes": 2, "train.parallel": way}), tmp_path, progress=False, device="cpu")
-    a, b = tensors(one), tensors(two)
+    a, b = weights(one), weights(two)
     assert a.keys() == b.keys() and any("fusion" in k for k in a)
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")

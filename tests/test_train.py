@@ -9,6 +9,7 @@ import time
 import pandas as pd
 import pytest
 import torch
+from runs import CPU, plain, same, strike, weights
 
 from prx_nb.core import captions
 from prx_nb.core import train as training
@@ -22,59 +23,12 @@ from prx_nb.core.train import (
 )
 
 SMOKE = preset("smoke").replace({"train.steps": 10, "train.checkpoint_every": 3, "train.validate_every": 5, "captions.kind": "mixed"})
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def prepared():
-    return prepare(SMOKE, progress=False)
-
-
-@pytest.fixture(scope="module")
-def whole(prepared, tmp_path_factory):
-    return train(SMOKE, tmp_path_factory.mktemp("whole"), prepared=prepared, progress=False)
-
-
-def weights(run: Run) -> dict[str, torch.Tensor]:
-    "Everything in the last checkpoint: weights, average, optimizer."
-    return find_checkpoint(run.dir / "checkpoint", run.recipe)[0]
-
-
-def plain(run: Run) -> pd.DataFrame:
-    "The curves without the seconds they took."
-    return run.curves[run.curves.name != "seconds"].reset_index(drop=True)
-
-
-def same(a: Run, b: Run) -> None:
-    first, second = weights(a), weights(b)
-    assert first.keys() == second.keys()
-    assert all(first[k].equal(second[k]) for k in first)
-    assert plain(a).equals(plain(b))
-
-
-CHILD = """
-import os, signal, sys, torch
-torch.set_num_threads({threads})
-from prx_nb.core import train as t
-from prx_nb.core.recipe import load
-real = t.optimise
-def optimise(state, losses, recipe, step, *more):
-    if step == {at} and {when!r} == "before": os.kill(os.getpid(), {sig})
-    norm = real(state, losses, recipe, step, *more)
-    if step == {at} and {when!r} == "after": os.kill(os.getpid(), {sig})
-    return norm
-t.optimise = optimise
-t.train(load(sys.argv[1]), sys.argv[2], progress=False)
-"""
 
 
 @pytest.mark.parametrize("at,when,sig", [(1, "before", signal.SIGKILL), (4, "after", signal.SIGKILL), (6, "before", signal.SIGINT)],
                          ids=["killed before the first checkpoint", "killed between checkpoints", "interrupted"])
 def test_a_killed_run_goes_on_bit_for_bit(at, when, sig, whole, prepared, tmp_path):
-    SMOKE.save(tmp_path / "recipe.json")
-    code = CHILD.format(threads=torch.get_num_threads(), at=at, when=when, sig=int(sig))
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "recipe.json", tmp_path / "run"], capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0, done.stderr
+    strike(SMOKE, tmp_path, at, when, sig)
     record = json.loads((tmp_path / "run/record.json").read_text())
     assert (record["status"], record["cause"]) == (("interrupted", "KeyboardInterrupt") if sig == signal.SIGINT else ("running", None))
     if sig == signal.SIGINT:

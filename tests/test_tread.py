@@ -1,11 +1,9 @@
 "TREAD: routed training against the same arithmetic written out, its randomness, its cost, guidance by a routed pass; moments as shares of all steps."
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
+from runs import CPU, inputs, operations, randomise, same, strike, weights
 
 from prx_nb.core import processes
 from prx_nb.core.checkpoint import find_checkpoint, new_state
@@ -15,35 +13,15 @@ from prx_nb.core.flow import FlowMatching
 from prx_nb.core.recipe import Recipe, RecipeError, in_steps, preset, routing
 from prx_nb.core.sample import draw, euler, grid, guided, noise, routes
 from prx_nb.core.seeds import stream
-from prx_nb.core.train import add_noise, objective, prepare, read_batch, techniques_of, train
+from prx_nb.core.train import add_noise, objective, read_batch, techniques_of, train
 from prx_nb.techniques.tread import TREAD, fade, step_seconds
 
-CPU = torch.device("cpu")
 SMOKE = preset("smoke").replace({"train.steps": 8, "train.checkpoint_every": 3, "train.validate_every": 4, "techniques.tread.rate": 0.5})
 TINY = dict(in_channels=3, patch_size=4, context_in_dim=24, hidden_size=48, num_heads=4, depth=4)
 
 
-@pytest.fixture(scope="module")
-def prepared():
-    return prepare(SMOKE, progress=False)
-
-
-@pytest.fixture(scope="module")
-def whole(prepared, tmp_path_factory):
-    return train(SMOKE, tmp_path_factory.mktemp("whole"), prepared=prepared, progress=False)
-
-
 def randomised(config=TINY, seed=0):
-    net = PRX(**config)
-    for i, p in enumerate(net.parameters()):
-        nn.init.normal_(p, mean=float(p.ndim == 1), std=0.7 / p.shape[-1] ** 0.5 if p.ndim > 1 else 0.1, generator=stream(seed, "p", i))
-    return net
-
-
-def inputs(h=16, w=24):
-    g = stream(0, "inputs")
-    x, t, text = torch.randn(3, 3, h, w, generator=g), torch.rand(3, generator=g), torch.randn(3, 7, 24, generator=g)
-    return x, t, text, torch.arange(7) < torch.tensor([7, 3, 1])[:, None]
+    return randomise(PRX(**config), seed)
 
 
 def by_hand(net, x, t, text, mask, keep, start, end):
@@ -161,34 +139,12 @@ def test_the_loss_is_that_of_the_whole_image(prepared):
     assert set(found) == {"flow"} and found["flow"].item() == pytest.approx((v - (batch.noise - batch.x0)).square().mean().item(), rel=1e-5)
 
 
-CHILD = """
-import os, signal, sys, torch
-torch.set_num_threads({threads})
-from prx_nb.core import train as t
-from prx_nb.core.recipe import load
-real = t.optimise
-def optimise(state, losses, recipe, step, *more):
-    if step == 5: os.kill(os.getpid(), signal.SIGKILL)
-    return real(state, losses, recipe, step, *more)
-t.optimise = optimise
-t.train(load(sys.argv[1]), sys.argv[2], progress=False)
-"""
-
-
 def test_it_trains_and_goes_on_bit_for_bit_after_a_kill(prepared, whole, tmp_path):
-    SMOKE.save(tmp_path / "recipe.json")
-    code = CHILD.format(threads=torch.get_num_threads())
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "recipe.json", tmp_path / "run"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    again = train(SMOKE, tmp_path / "run", prepared=prepared, progress=False)
-    a, b = (find_checkpoint(r.dir / "checkpoint", r.recipe)[0] for r in (whole, again))
-    assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
-    curves = [r.curves[r.curves.name != "seconds"].reset_index(drop=True) for r in (whole, again)]
-    assert curves[0].equals(curves[1])
+    same(train(SMOKE, strike(SMOKE, tmp_path, 5), prepared=prepared, progress=False), whole)
     loss = whole.curves[whole.curves.name == "loss flow"].value
     dense = train(SMOKE.replace("techniques.tread.rate", 0.0), tmp_path / "dense", prepared=prepared, progress=False)
-    assert loss.iloc[-2:].mean() < loss.iloc[:2].mean() and not a["model.img_in.weight"].equal(
-        find_checkpoint(dense.dir / "checkpoint", dense.recipe)[0]["model.img_in.weight"])
+    assert loss.iloc[-2:].mean() < loss.iloc[:2].mean()
+    assert not weights(whole)["model.img_in.weight"].equal(weights(dense)["model.img_in.weight"])
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -245,43 +201,20 @@ def test_a_technique_alone_refuses_a_share_of_one():
 
 # --- cost
 
-def watched(recipe, route):
-    "Forward and backward operations of a real pass on the CPU: linear layers by hooks, attention from its shapes."
-    model, total = PRX(**recipe.denoiser.model_dump()), [0, 0]
-
-    def linear(layer, args, out):
-        work = 2 * out.numel() * layer.in_features
-        total[0] += work
-        total[1] += work * (1 + args[0].requires_grad)
-
-    def attention(layer, args, out):
-        work = 4 * args[0].shape[0] * args[0].shape[1] * (args[0].shape[1] + args[1].shape[1]) * args[0].shape[2]
-        total[0] += work
-        total[1] += 2 * work
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear):
-            layer.register_forward_hook(linear)
-    for block in model.blocks:
-        block.attention.register_forward_hook(attention)
-    b, side = recipe.train.batch, recipe.data.size
-    model(torch.randn(b, 3, side, side), torch.rand(b), torch.randn(b, recipe.text.tokens, recipe.denoiser.context_in_dim), route=route)
-    return total
-
-
 @pytest.mark.parametrize("change, first, last, stays", [
     ({"techniques.tread.rate": 0.5}, 1, 2, 32), ({"techniques.tread.rate": 0.75, "techniques.tread.first": 0, "techniques.tread.last": 3}, 0, 3, 16),
     ({"techniques.sprint.rate": 0.75, "denoiser.fusion": (1, None)}, 1, 2, 16), ({"techniques.sprint.rate": 0.4, "denoiser.fusion": (2, 3)}, 2, 3, 38)])
 def test_cost_counts_the_route(change, first, last, stays):
     recipe = preset("cpu").replace({"train.batch": 2, "train.steps": 1000, "denoiser.hidden_size": 32, **change})
     keep = torch.arange(stays).expand(2, -1)
-    forward, back = watched(recipe, Route(keep, first, last))
+    forward, back = operations(recipe, Route(keep, first, last))
     assert flops_step(recipe) == forward + back and flops_parts(recipe, routed=True)[""] == forward
-    dense = sum(watched(recipe, None))
+    dense = sum(operations(recipe, None))
     branch = "sprint" if "denoiser.fusion" in change else "tread"
     partly = recipe.replace({f"techniques.{branch}.start": 100, f"techniques.{branch}.stop": 0.7})
     assert flops_step(partly) == pytest.approx(0.6 * (forward + back) + 0.4 * dense, rel=1e-12) and forward + back < dense
     assert flops_step(recipe.replace({f"techniques.{branch}.start": 2000})) == dense, "it never acts"
-    assert flops_parts(recipe)[""] == watched(recipe, None)[0]
+    assert flops_parts(recipe)[""] == operations(recipe, None)[0]
 
 
 def test_seconds_are_measured_in_turns(prepared):
