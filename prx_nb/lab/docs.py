@@ -140,11 +140,12 @@ _PICTURES = {"samples": "Samples side by side: one row a variant, one column a p
 def compared(names: list[str],               # ablations
              folder: Path | None = None,     # none: outputs/published of the checkout
              preset: str = "cpu",
+             home: str = "..",               # the way to the checkout from where this is read
              ):                              # an IPython Markdown object
     "All that is published of some ablations, one line a variant; those without a result are named below."
     from IPython.display import Markdown
     found = overview.overview(folder or root() / "outputs" / "published", names, preset)
-    link = lambda name: f"[{name.replace('_', ' ')}](../outputs/published/{name if preset == 'cpu' else f'{name}/{preset}'}/report.md)"
+    link = lambda name: f"[{name.replace('_', ' ')}]({home}/outputs/published/{name if preset == 'cpu' else f'{name}/{preset}'}/report.md)"
     missing = [f"`{name}`" for name in names if name not in set(found.ablation)]
     table = found.assign(ablation=found.ablation.map(link)).rename(columns={"ablation": "question", "needed": "seeds needed"})
     lines = [" | ".join(map(str, row)) for row in (table.columns, ["---"] * len(table.columns), *table.itertuples(index=False))]
