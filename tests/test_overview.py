@@ -52,6 +52,25 @@ def test_what_is_not_published_is_named(published):
     assert docs.compared(["caption_length"], published).data.startswith("Not published yet")
 
 
+def test_sources_that_differ_are_named_by_what_they_differ_in():
+    both = [("P, Flux latents, 256 px", "FID +19%"), ("P, Flux latents, 256 px", "CMMD +34%"), ("P, pixels, 1024 px", "FID -19%")]
+    assert overview.by_source(both) == "256 px: FID +19%, CMMD +34%; 1024 px: FID -19%"
+    assert overview.by_source([(source, "agrees") for source, _ in both]) == "agrees" and overview.by_source([]) == ""
+    assert overview.by_source(both[:2]) == "FID +19%, CMMD +34%"
+
+
+def test_no_variant_is_shown_by_an_encoder_it_learnt_from(tmp_path):
+    "The EffNet loss is seen by the ViT, the ViT's by EffNet; a variant without a foreign judge has no number."
+    line = "perceptual,{v},cpu,,3,{m},{mean},,,{d},{d},{d},0.01,0.01,{word},,9,one"
+    rows = [line.format(v=v, m=m, mean=mean, d="" if v == "plain" else d, word="baseline" if v == "plain" else "better")
+            for v in ("plain", "effnet", "vit") for m, mean, d in (("FD[effnet-lite0-tap5]", 100, -10), ("FD[vit-s14-b9]", 10, -2), ("MMD[vit-s14]", 4, -1))]
+    (tmp_path / "perceptual").mkdir()
+    (tmp_path / "perceptual" / "table.csv").write_text("\n".join([",".join(results.COLUMNS), *rows]))
+    said = overview.overview(tmp_path, ["perceptual"]).set_index("variant")
+    assert said["FD, ours"].to_dict() == {"effnet against plain": "-20% [-20%, -20%] (better)", "vit against plain": "-10% [-10%, -10%] (better)"}
+    assert said["MMD, ours"].to_dict() == {"effnet against plain": "-25% [-25%, -25%] (better)", "vit against plain": ""}
+
+
 @pytest.mark.parametrize("change,says", [(0.5, "+50%"), (-0.004, "-0.4%"), (math.nan, "")])
 def test_percent(change, says):
     assert overview.percent(change) == says

@@ -222,8 +222,11 @@ def test_a_lost_machine_is_named_and_a_requeued_run_survives_it(slurm, limited, 
     wait_for(lambda: all(gone(pid) for pid in pids) and slurm.job(ids[0])["JobState"] == "NODE_FAIL")
     wait_for(lambda: executor.reconcile(jobs)[0]["state"] == "host gone")          # whether or not it could still write a last word
     assert "Slurm says NODE_FAIL" in runs.status(jobs[0].out)["error"] and set(executor.queue_states()) == {jobs[1].out}
-    slurm.call("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)  # it may be back by itself
-    started(jobs[1], 2)
+    def back():                                                         # its daemon may report the state DOWN once more after the first RESUME
+        slurm.call("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+        return (Path(jobs[1].out) / "tries").read_text() == "2"
+    wait_for(back, 240)
+    kernel(jobs[1].out)
     executor.cancel(jobs)
     assert [s["state"] for s in executor.wait(jobs, 0.5, quiet)] == ["host gone", "interrupted"]
 
