@@ -25,7 +25,7 @@ def test_effects_are_shares_of_the_baseline_with_their_interval(published):
     wanted = overview.percent(*(getattr(mine, k) / base["mean"] for k in ("difference", "difference_low", "difference_high")))
     assert said["FD, ours"] == f"{wanted} ({mine.verdict})" and "[" in wanted and wanted.startswith("-")
     assert said["published"] == "FID -7.7%, CMMD +32%, DINO-MMD +26%", "16.80 / 18.20, 0.54 / 0.41, 0.49 / 0.39"
-    assert said["agreement"] == "; ".join(dict.fromkeys(results.published_table(rows, ablations.get("prediction_target")).agreement))
+    assert said["agreement"] == ", ".join(dict.fromkeys(results.published_table(rows, ablations.get("prediction_target")).agreement))
 
 
 def test_cost_is_a_multiple_of_the_baselines(published):
