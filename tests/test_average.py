@@ -3,8 +3,8 @@ import math
 
 import pytest
 import torch
-from torch import nn
 from runs import CPU, Stops
+from torch import nn
 
 from prx_nb.core import train as training
 from prx_nb.core.average import decay_of, first_update, half_life_of, new_average, shares, update

@@ -4,8 +4,8 @@ from copy import deepcopy
 
 import pytest
 import torch
-from torch import nn
 from runs import CPU, Stops
+from torch import nn
 
 from prx_nb.core import train as training
 from prx_nb.core.checkpoint import find_checkpoint, new_state, restore

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from runs import CPU, same, strike, weights
+from torch import nn
 
 from prx_nb.core import train as training
 from prx_nb.core.checkpoint import new_state

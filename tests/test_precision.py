@@ -1,8 +1,8 @@
 "Weights kept in bfloat16: equal to real storage, everywhere in a run, and what it loses."
 import pytest
 import torch
-from torch import nn
 from runs import CPU
+from torch import nn
 
 from prx_nb.core import precision
 from prx_nb.core.checkpoint import find_checkpoint, new_state, read_checkpoint, restore, save_checkpoint

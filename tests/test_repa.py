@@ -4,8 +4,8 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from runs import CPU, plain, same, weights
+from torch import nn
 
 from prx_nb.core.checkpoint import new_state, read_checkpoint
 from prx_nb.core.denoiser import PRX, Output, Route

@@ -1,8 +1,8 @@
 "REPA-E: who learns from what, two equal looks, the normalisation, resume, and drawing with the trained autoencoder."
 import pytest
 import torch
-from torch import nn
 from runs import CPU, same, weights
+from torch import nn
 
 from prx_nb.core import autoencoder, latents
 from prx_nb.core import train as training

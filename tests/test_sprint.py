@@ -3,8 +3,8 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from runs import CPU, inputs, randomise, same, strike, weights
+from torch import nn
 
 from prx_nb.core import interop
 from prx_nb.core.checkpoint import new_state

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
 from runs import CPU, inputs, operations, randomise, same, strike, weights
+from torch import nn
 
 from prx_nb.core import processes
 from prx_nb.core.checkpoint import find_checkpoint, new_state
