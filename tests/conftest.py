@@ -25,7 +25,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 @pytest.fixture(scope="module")
 def prepared(request):
     "The data of a test file's own recipe, `SMOKE`."
-    from prx_nb.core.train import prepare
+    from prx_nb.core.batch import prepare
     return prepare(request.module.SMOKE, progress=False)
 
 

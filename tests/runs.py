@@ -12,7 +12,8 @@ from prx_nb.core.checkpoint import find_checkpoint
 from prx_nb.core.denoiser import PRX, Route
 from prx_nb.core.recipe import Recipe
 from prx_nb.core.seeds import stream
-from prx_nb.core.train import Run, Technique
+from prx_nb.core.technique import Technique
+from prx_nb.core.train import Run
 
 CPU = torch.device("cpu")
 

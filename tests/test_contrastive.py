@@ -9,9 +9,11 @@ from prx_nb.core.denoiser import Output
 from prx_nb.core.flow import FlowMatching, coefficients
 from prx_nb.core.recipe import Flow, RecipeError, preset
 from prx_nb.core.seeds import stream
-from prx_nb.core.train import Batch, Step, add_noise, objective, read_batch, train
+from prx_nb.core.batch import Batch, add_noise, read_batch
+from prx_nb.core.technique import Step, objective
+from prx_nb.core.train import train
 from prx_nb.lab import ablations
-from prx_nb.techniques.build import build
+from prx_nb.core.technique import build
 from prx_nb.techniques.contrastive import Contrastive, caption_distance, other_caption, plain, rolled
 
 SMOKE = preset("smoke").replace({"train.steps": 8, "train.checkpoint_every": 3, "techniques.contrastive.weight": 0.1, "captions.dropout": 0.3})

@@ -9,7 +9,8 @@ from runs import weights
 
 from prx_nb.core.denoiser import Route
 from prx_nb.core.recipe import RecipeError, preset
-from prx_nb.core.train import Needs, Technique, train
+from prx_nb.core.technique import Needs, Technique
+from prx_nb.core.train import train
 from prx_nb.techniques.irepa import Conv, alikeness, normaliser, scalar, similarity, token
 from prx_nb.techniques.repa import REPA
 

@@ -8,7 +8,8 @@ from prx_nb.core.denoiser import PRX, patchify
 from prx_nb.core.flow import FlowMatching, timesteps
 from prx_nb.core.recipe import Flow, preset
 from prx_nb.core.seeds import stream
-from prx_nb.core.train import add_noise, prepare, read_batch, train
+from prx_nb.core.batch import add_noise, prepare, read_batch
+from prx_nb.core.train import train
 from prx_nb.lab import ablations
 from prx_nb.techniques.jit import dimension, floor, loss_weight, patch_spectrum, plot_spectrum
 

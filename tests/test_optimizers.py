@@ -15,7 +15,9 @@ from prx_nb.core.optimizers import (
     COEFFICIENTS, RowMuon, Together, maps, matrices, new_optimizer, newton_schulz, polar, spectra, stable_rank,
 )
 from prx_nb.core.recipe import RecipeError, preset
-from prx_nb.core.train import Technique, add_noise, learning_rate, objective, optimise, read_batch, train
+from prx_nb.core.batch import add_noise, read_batch
+from prx_nb.core.technique import Technique, objective
+from prx_nb.core.train import learning_rate, optimise, train
 
 SMOKE = preset("smoke").replace({"train.steps": 10, "train.checkpoint_every": 3, "train.validate_every": 5})
 MUON = SMOKE.replace({"optimizer.name": "muon", "optimizer.muon.lr": 5e-3})

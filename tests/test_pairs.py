@@ -9,7 +9,8 @@ from runs import weights
 from prx_nb.core import autoencoder, interop, sample
 from prx_nb.core.checkpoint import find_checkpoint
 from prx_nb.core.recipe import RecipeError, preset
-from prx_nb.core.train import prepare, train
+from prx_nb.core.batch import prepare
+from prx_nb.core.train import train
 
 SMOKE = preset("smoke").replace({"train.steps": 4, "train.checkpoint_every": 2, "train.validate_every": 4, "train.validate_samples": 8,
                                  "optimizer.warmup": 1, "data.limit": 64, "sample.steps": 2})

@@ -14,8 +14,11 @@ from prx_nb.core.encoders import EncoderError, load_vision_encoder
 from prx_nb.core.flow import FlowMatching
 from prx_nb.core.recipe import RecipeError, preset
 from prx_nb.core.seeds import stream
-from prx_nb.core.train import Batch, Output, Step, add_noise, objective, read_batch, train
-from prx_nb.techniques.build import build
+from prx_nb.core.batch import Batch, add_noise, read_batch
+from prx_nb.core.denoiser import Output
+from prx_nb.core.technique import Step, objective
+from prx_nb.core.train import train
+from prx_nb.core.technique import build
 from prx_nb.techniques.perceptual import DISTANCES, Perceptual, cosine, gradient_norms, lpips_form
 
 ON = {"techniques.perceptual.weight": 0.1, "techniques.perceptual.size": 32}

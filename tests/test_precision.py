@@ -11,7 +11,9 @@ from prx_nb.core.flow import FlowMatching
 from prx_nb.core.optimizers import new_optimizer
 from prx_nb.core.precision import directions, emulated, lost, lost_by_layer, round_, spacing, step, store
 from prx_nb.core.recipe import preset
-from prx_nb.core.train import Run, Technique, add_noise, objective, optimise, read_batch, train
+from prx_nb.core.batch import add_noise, read_batch
+from prx_nb.core.technique import Technique, objective
+from prx_nb.core.train import Run, optimise, train
 
 SMOKE = preset("smoke").replace({"train.steps": 10, "train.checkpoint_every": 3, "train.validate_every": 5})
 BF16 = SMOKE.replace("train.weights", "bf16")

@@ -16,7 +16,9 @@ from prx_nb.core import processes
 from prx_nb.core.checkpoint import CheckpointError, find_checkpoint
 from prx_nb.core.processes import ProcessDied
 from prx_nb.core.recipe import RecipeError, preset
-from prx_nb.core.train import NonFiniteLoss, Run, Technique, prepare, train
+from prx_nb.core.batch import prepare
+from prx_nb.core.technique import Technique
+from prx_nb.core.train import NonFiniteLoss, Run, train
 
 ONE = preset("smoke").replace({"train.steps": 20, "train.checkpoint_every": 7, "train.validate_every": 10, "train.keep": 3,
                                "optimizer.clip": 0.1, "optimizer.eps": 1e-4, "sample.steps": 2})

@@ -12,7 +12,9 @@ from prx_nb.core.denoiser import PRX, Output, Route
 from prx_nb.core.encoders import EncoderError, feature_maps
 from prx_nb.core.flow import FlowMatching
 from prx_nb.core.recipe import RecipeError, preset
-from prx_nb.core.train import Batch, Needs, Step, Technique, add_noise, objective, optimise, read_batch, train, validation_set
+from prx_nb.core.batch import Batch, add_noise, read_batch
+from prx_nb.core.technique import Needs, Step, Technique, objective
+from prx_nb.core.train import optimise, train, validation_set
 from prx_nb.techniques.repa import MLP, REPA, Watch, by_layer, middle, places, readable, redraw, tokens_of
 
 PLAIN = preset("smoke").replace({"train.steps": 10, "train.checkpoint_every": 3, "train.validate_every": 5, "train.keep": 9})

@@ -12,7 +12,9 @@ from prx_nb.core.flow import FlowMatching
 from prx_nb.core.optimizers import by_rate, new_optimizer
 from prx_nb.core.recipe import RecipeError, preset
 from prx_nb.core.seeds import stream
-from prx_nb.core.train import Run, Technique, add_noise, as_learnt, objective, optimise, prepare, read_batch, techniques_of, train, validation_set
+from prx_nb.core.batch import add_noise, prepare, read_batch
+from prx_nb.core.technique import Technique, as_learnt, objective, build
+from prx_nb.core.train import Run, optimise, train, validation_set
 from prx_nb.lab import judge
 from prx_nb.techniques.repa_e import REPAE, effective_dimension, held, radial_power, unit_normal
 
@@ -35,7 +37,7 @@ def prepared():
 
 def state_of(r, prepared):
     "A state whose denoiser is not the identity, as a fresh one is."
-    state = new_state(r, CPU, techniques_of(r, prepared, CPU))
+    state = new_state(r, CPU, build(r, prepared, CPU))
     for k, p in state.model.named_parameters():
         if not p.any():
             nn.init.normal_(p, 0, 0.2, generator=stream(1, k))
@@ -155,7 +157,7 @@ def test_latents_are_normalised_by_the_batch_and_remembered(prepared):
     torch.testing.assert_close(repae.norm.running_mean, 0.1 * raw.mean((0, 2, 3)))
     torch.testing.assert_close(repae.norm.running_var, 0.9 + 0.1 * raw.var((0, 2, 3)))
     other = recipe(**{"latents.scale": 0.5, "latents.shift": 0.25})
-    norm = techniques_of(other, prepared, CPU)[1].norm
+    norm = build(other, prepared, CPU)[1].norm
     assert norm.running_mean.eq(0.25).all() and norm.running_var.eq(4).all()
 
 

@@ -14,7 +14,9 @@ from prx_nb.core.flow import FlowMatching
 from prx_nb.core.recipe import preset, routing
 from prx_nb.core.sample import draw, grid, noise
 from prx_nb.core.seeds import stream
-from prx_nb.core.train import Run, add_noise, objective, read_batch, techniques_of, train
+from prx_nb.core.batch import add_noise, read_batch
+from prx_nb.core.technique import objective, build
+from prx_nb.core.train import Run, train
 from prx_nb.techniques.sprint import SPRINT
 
 SMOKE = preset("smoke").replace({"denoiser.depth": 3, "denoiser.fusion": (1, None), "techniques.sprint.rate": 0.75, "techniques.sprint.path_drop": 0.3,
@@ -149,7 +151,7 @@ def test_one_setting_fits_all_depths(depth, last):
 
 def test_what_is_drawn(prepared):
     batch = add_noise(read_batch(prepared, SMOKE, 4), SMOKE, 4, CPU)
-    sprint, = techniques_of(SMOKE, prepared, CPU)
+    sprint, = build(SMOKE, prepared, CPU)
     assert isinstance(sprint, SPRINT) and (sprint.rate, sprint.path_drop, sprint.stop) == (0.75, 0.3, 8)
     route = sprint.needs(batch, 4).route
     assert route.keep.shape == (8, 4) and len(route.keep.unique(dim=0)) == 8 and (route.start, route.end) == (1, 1)

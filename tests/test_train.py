@@ -18,9 +18,9 @@ from prx_nb.core.denoiser import PRX, Route
 from prx_nb.core.flow import FlowMatching
 from prx_nb.core.recipe import preset
 from prx_nb.core.text import TextError
-from prx_nb.core.train import (
-    Needs, NonFiniteLoss, Run, Technique, add_noise, objective, optimise, prepare, read_batch, train, validate, validation_set,
-)
+from prx_nb.core.batch import add_noise, prepare, read_batch
+from prx_nb.core.technique import Needs, Technique, objective
+from prx_nb.core.train import NonFiniteLoss, Run, optimise, train, validate, validation_set
 
 SMOKE = preset("smoke").replace({"train.steps": 10, "train.checkpoint_every": 3, "train.validate_every": 5, "captions.kind": "mixed"})
 

@@ -13,7 +13,9 @@ from prx_nb.core.flow import FlowMatching
 from prx_nb.core.recipe import Recipe, RecipeError, in_steps, preset, routing
 from prx_nb.core.sample import draw, euler, grid, guided, noise, routes
 from prx_nb.core.seeds import stream
-from prx_nb.core.train import add_noise, objective, read_batch, techniques_of, train
+from prx_nb.core.batch import add_noise, read_batch
+from prx_nb.core.technique import objective, build
+from prx_nb.core.train import train
 from prx_nb.techniques.tread import TREAD, fade, step_seconds
 
 SMOKE = preset("smoke").replace({"train.steps": 8, "train.checkpoint_every": 3, "train.validate_every": 4, "techniques.tread.rate": 0.5})
@@ -165,10 +167,10 @@ def test_moments_may_be_shares_of_all_steps(prepared, monkeypatch):
     assert (routing(r).start, routing(r).stop) == (2, 6)
     assert in_steps(r).techniques.tread.stop == 6 and in_steps(r.replace("train.steps", 1000)).techniques.tread.start == 250
     assert in_steps(SMOKE) == SMOKE, "steps stay steps"
-    tread, = techniques_of(r, prepared, CPU)
+    tread, = build(r, prepared, CPU)
     assert isinstance(tread, TREAD) and [tread.acts(i) for i in range(8)] == [False] * 2 + [True] * 4 + [False] * 2
     monkeypatch.setattr(TREAD, "of", classmethod(lambda cls, recipe, *more: recipe))
-    given, = techniques_of(r, prepared, CPU)
+    given, = build(r, prepared, CPU)
     assert (given.techniques.tread.start, given.techniques.tread.stop) == (2, 6) and given.diff(r).keys() == {"techniques.tread.start", "techniques.tread.stop"}
     repa = Recipe().replace({"techniques.repa.weight": 0.5, "techniques.repa.stop": 0.5})
     assert in_steps(repa).techniques.repa.stop == 750 and repa.techniques.repa.stop == 0.5

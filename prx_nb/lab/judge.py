@@ -21,7 +21,8 @@ from ..core.files import atomic
 from ..core.recipe import Recipe
 from ..core.seeds import stream
 from ..core.show import picture, to_uint8
-from ..core.train import Prepared, Run
+from ..core.batch import Prepared
+from ..core.train import Run
 from . import ablations
 
 # %% ../../nbs/lab/09_judge.ipynb #ae1d2a74

@@ -49,8 +49,7 @@ def theirs(published: Iterable[Published], variant: str) -> str:
 # %% ../../nbs/lab/15_overview.ipynb #9dae8423
 def teachers(recipe: Recipe) -> tuple[str, ...]:
     "The frozen encoders that a training learns from."
-    t = recipe.techniques
-    return tuple(name for weight, name in ((t.repa.weight, t.repa.teacher), (t.perceptual.weight, t.perceptual.encoder)) if weight)
+    return tuple(getattr(node, node.teacher_field) for node in recipe.techniques.on.values() if node.teacher_field)
 
 
 def _effect(rows: pd.DataFrame, family: str, variant: str, baseline: str, known: tuple[str, ...] = ()) -> dict[str, str]:

@@ -27,7 +27,7 @@ from typing import Any
 ALWAYS = ("ipykernel.kernelapp", "ipykernel.ipkernel", "papermill", "nbclient", "psutil")
 LATE = {                                       # module -> what a run that imports it imports later, inside functions
     "torch": ("torch._dynamo", "torch.utils.flop_counter"),
-    "prx_nb.core.train": ("pandas", "pyarrow.parquet", "safetensors.torch", "torch.optim.swa_utils", "prx_nb.techniques.build"),
+    "prx_nb.core.train": ("pandas", "pyarrow.parquet", "safetensors.torch", "torch.optim.swa_utils"),
     "prx_nb.lab.judge": ("prx_nb.core.metrics", "safetensors.torch"),
     "prx_nb.core.metrics": ("scipy.linalg", "torchmetrics.image.fid", "torchmetrics.image.kid"),
     "matplotlib.pyplot": ("matplotlib.backends.backend_agg",),
