@@ -65,7 +65,7 @@ def test_a_file_is_refused_like_a_change(name):
         *branches, leaf = path.split(".")
         node = tree
         for branch in branches:
-            node = node[branch]
+            node = node.setdefault(branch, {})
         node[leaf] = value
     with pytest.raises(RecipeError) as error:
         parse(tree)

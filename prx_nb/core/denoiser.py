@@ -198,7 +198,7 @@ def choose(numbers: Tensor,       # (B, N) drawn at random
 
 # %% ../../nbs/core/13_denoiser.ipynb #186d1740
 class Fusion(nn.Module):
-    "One stream from an early and a deep one, with a mask token where there is no deep part (SPRINT, arXiv 2510.21986)."
+    "One stream from an early and a deep one, with a mask token where there is no deep part (arXiv 2510.21986)."
 
     def __init__(self, hidden: int):
         super().__init__()

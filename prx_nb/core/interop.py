@@ -38,7 +38,7 @@ class Parts:
 def _refuse_fusion(d: recipe.Denoiser) -> None:
     if d.fusion:
         raise InteropError(f"denoiser.fusion = {d.fusion} cannot be exported: diffusers' PRXTransformer2DModel has no place "
-                           "for the weights that fuse two streams (SPRINT)")
+                           "for the weights that fuse two streams (denoiser.fusion)")
 
 # %% ../../nbs/core/25_interop.ipynb #37c407e6
 def pipeline_for(r: recipe.Recipe) -> str:       # PRXPipeline or PRXPixelPipeline

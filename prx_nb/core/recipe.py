@@ -29,7 +29,7 @@ _all_ = ["Acts", "Node", "RecipeError", "Routing", "stretch"]       # so that wh
 # %% ../../nbs/core/00_recipe.ipynb #28a3c327
 class Data(Node):
     "Which captioned images, at which size, and what is held out."
-    source: Literal["emoji", "folder", "hf", "pack"] = "emoji"
+    source: named_in("prx_nb.core.data:SOURCES", "emoji", "folder", "hf", "pack") = "emoji"
     path: str | None = None                       # folder, hub id or pack file; none for emoji
     styles: tuple[Literal["noto", "twemoji", "openmoji", "fluent"], ...] = ("noto", "twemoji", "openmoji", "fluent")
     size: int = Field(32, ge=8, le=2048)          # side of the square image, pixels
@@ -43,7 +43,7 @@ class Data(Node):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if (self.source == "emoji") != (self.path is None):
+        if self.source in ("emoji", "folder", "hf", "pack") and (self.source == "emoji") != (self.path is None):
             raise ValueError(f"data.path = {self.path!r} with data.source = '{self.source}': "
                              "emoji takes no path; folder, hf and pack need one")
         if not self.styles or len(set(self.styles)) != len(self.styles):
@@ -53,7 +53,7 @@ class Data(Node):
 # %% ../../nbs/core/00_recipe.ipynb #b08a2dd0
 class Captions(Node):
     "Which caption a training image gets, and how often none."
-    kind: Literal["short", "long", "dense", "mixed"] = "dense"
+    kind: named_in("prx_nb.core.captions:CAPTIONS", "short", "long", "dense", "mixed") = "dense"
     dropout: float = Field(0.1, ge=0, lt=1)       # share replaced by the encoded empty caption
 
 
@@ -81,8 +81,8 @@ class Latents(Node):
 # %% ../../nbs/core/00_recipe.ipynb #4db36da8
 class Flow(Node):
     "Path, timestep density, prediction target, and the space of the loss."
-    path: Literal["linear", "cosine", "vp"] = "linear"
-    timesteps: Literal["uniform", "logit_normal"] = "logit_normal"
+    path: named_in("prx_nb.core.flow:PATHS", "linear", "cosine", "vp") = "linear"
+    timesteps: named_in("prx_nb.core.flow:DENSITIES", "uniform", "logit_normal") = "logit_normal"
     uniform_mix: float = Field(0.1, ge=0, le=1)   # share of logit-normal draws replaced by uniform ones
     shift: float = Field(1.0, gt=0)               # t -> shift t / (1 + (shift - 1) t)
     prediction: Literal["v", "x", "eps"] = "v"
@@ -258,7 +258,7 @@ class Muon(Node):
 
 class Optimizer(Node):
     "AdamW or Muon with a linear warm-up, a constant rate, a linear fall at the end, and clipping by global norm."
-    name: Literal["adamw", "muon"] = "adamw"
+    name: named_in("prx_nb.core.optimizers:OPTIMIZERS", "adamw", "muon") = "adamw"
     lr: float = Field(5e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
@@ -319,7 +319,8 @@ class Train(Node):
 
 
 class Sample(Node):
-    "Euler's method from noise to image, with classifier-free guidance."
+    "From noise to image by a sampler, with classifier-free guidance."
+    sampler: named_in("prx_nb.core.sample:SAMPLERS", "euler") = "euler"
     steps: int = Field(20, ge=1)
     guidance: float = Field(3.0, ge=1)            # 1 is no guidance
     shift: float = Field(1.0, gt=0)               # of the sampling grid
@@ -332,7 +333,7 @@ class Evaluate(Node):
     samples: int = Field(128, ge=2)
     batch: int = Field(64, ge=1)
     captions: Literal["short", "long", "dense"] = "dense"   # what held-out images are described with, whatever was trained on
-    features: Literal["effnet-lite0", "vit-s14"] = "effnet-lite0"
+    features: named_in("prx_nb.core.encoders:ENCODERS", "effnet-lite0", "vit-s14") = "effnet-lite0"
     pictures: int = Field(16, ge=1)               # in the sample grid
 
 # %% ../../nbs/core/00_recipe.ipynb #4f917e0e

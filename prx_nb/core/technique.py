@@ -52,7 +52,7 @@ class Technique(nn.Module):
     start, stop = 0, None             # first step, and the first step at which it no longer acts
 
     def __init_subclass__(cls, name: str = "", settings: type[Acts] | None = None, **more):
-        "`class TREAD(Technique, name='tread', settings=Tread)`: from now on a recipe may have `techniques.tread`. Raises `RecipeError`."
+        "`class TAX(Technique, name='tax', settings=Tax)`: from now on a recipe may have `techniques.tax`. Raises `RecipeError`."
         super().__init_subclass__(**more)
         if name:
             recipes.register(name, settings)
