@@ -63,6 +63,8 @@ def strike(recipe: Recipe, folder: Path, at: int, when: str = "before", sig: int
 
 class Stops(Technique):
     "Interrupts a training at a step."
+    observes = True
+
     def __init__(self, at):
         super().__init__()
         self.at = at

@@ -121,6 +121,6 @@ def test_a_training_is_resumed_bit_for_bit(more, prepared, tmp_path):
     (tmp_path / "b/record.json").unlink()
     again = train(SMOKE, tmp_path / "b", prepared=prepared, progress=False, device="cpu", techniques=more)
     first, second = weights(run), weights(again)
-    assert first["techniques.0.projector.conv.weight"].shape == (112, 32, 3, 3)
+    assert first["techniques.repa.projector.conv.weight"].shape == (112, 32, 3, 3)
     assert first.keys() == second.keys() and all(v.equal(second[k]) for k, v in first.items())
     assert run.curves[run.curves.name == "loss REPA"].value.tolist() == again.curves[again.curves.name == "loss REPA"].value.tolist()

@@ -1,5 +1,6 @@
 "Perceptual losses against the formulas written out, LPIPS by torchmetrics, finite differences; who acts; resuming; what is refused."
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -182,7 +183,7 @@ def test_one_in_some_is_the_mean_over_these_and_shares_of_a_batch_average_to_the
     each = Perceptual(Toy(), ("one",)).distances(flow.to("x", v.detach(), s.x_t, b.t), b.x0).detach()
     wanted = 0.1 * (each * (b.t < 0.8))[[0, 2, 4, 6]].mean()
     torch.testing.assert_close(t.loss(s).detach(), wanted)
-    cut = lambda part: training.replace(b, **{k: getattr(b, k)[part] for k in ("x0", "noise", "t", "index", "text", "mask", "dropped")})
+    cut = lambda part: replace(b, **{k: getattr(b, k)[part] for k in ("x0", "noise", "t", "index", "text", "mask", "dropped")})
     parts = [t.loss(step(cut(part), flow, v.detach()[part])).detach() for part in (slice(0, 4), slice(4, 8))]
     torch.testing.assert_close(sum(parts) / 2, wanted)
 

@@ -28,10 +28,10 @@ class Trained(Technique):
     "Has weights of its own."
     def __init__(self, stops=None):
         super().__init__()
-        self.weight, self.stops = nn.Parameter(torch.full((3,), 0.1)), stops
+        self.weight, self._stops = nn.Parameter(torch.full((3,), 0.1)), stops
 
     def loss(self, step):
-        if step.number == self.stops:
+        if step.number == self._stops:
             raise KeyboardInterrupt
         return (self.weight - 1).square().mean()
 
@@ -124,13 +124,13 @@ def test_without_rounding_a_step_is_the_optimizers():
 
 
 def test_everything_of_the_denoiser_is_kept_in_bf16_and_nothing_else(run):
-    tensors, _ = find_checkpoint(run.dir / "checkpoint", BF16)
+    tensors, _ = find_checkpoint(run.dir / "checkpoint", run.recipe)
     count = len(list(run.model.parameters()))
     mine = {k: v for k, v in tensors.items() if k.startswith("model.") or
-            k.startswith("optimizer.") and int(k.split(".")[1]) < count and not k.endswith(".step")}
+            k.startswith("optimizer.model.") and not k.endswith(":step")}
     assert len(mine) == 3 * count and all(is_bf16(v) for v in mine.values())
     assert not all(is_bf16(v) for k, v in tensors.items() if k.startswith("ema.module.")), "the average is float32"
-    assert not is_bf16(tensors["techniques.0.weight"]) and not is_bf16(tensors[f"optimizer.{count}.exp_avg"])
+    assert not is_bf16(tensors["techniques.Trained.weight"]) and not is_bf16(tensors["optimizer.techniques.Trained.weight:exp_avg"])
 
 
 def test_it_starts_from_the_same_weights_rounded():
@@ -144,7 +144,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(run, prepared, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(BF16, tmp_path, prepared=prepared, progress=False, techniques=[Trained(stops=7)])
     again = train(BF16, tmp_path, prepared=prepared, progress=False, techniques=[Trained()])
-    first, second = (find_checkpoint(r.dir / "checkpoint", BF16)[0] for r in (run, again))
+    first, second = (find_checkpoint(r.dir / "checkpoint", r.recipe)[0] for r in (run, again))
     assert first.keys() == second.keys() and all(first[k].equal(second[k]) for k in first)
 
 
@@ -196,8 +196,8 @@ def test_checkpoints_of_real_storage_go_on_exactly_and_either_way(prepared, nati
     state = new_state(BF16, CPU, [Trained()])
     advance(state, BF16, prepared, range(4))
     tensors, _ = read_checkpoint(save_checkpoint(tmp_path, 4, state, BF16, 1.0))
-    assert tensors["model.img_in.weight"].dtype == tensors["optimizer.0.exp_avg"].dtype == torch.bfloat16
-    assert tensors["ema.module.img_in.weight"].dtype == tensors["techniques.0.weight"].dtype == torch.float32
+    assert tensors["model.img_in.weight"].dtype == tensors["optimizer.model.img_in.weight:exp_avg"].dtype == torch.bfloat16
+    assert tensors["ema.module.img_in.weight"].dtype == tensors["techniques.Trained.weight"].dtype == torch.float32
     again = new_state(BF16.replace("seed", 1), CPU, [Trained()])
     restore(again, {k: v.clone() for k, v in tensors.items()})
     assert advance(state, BF16, prepared, range(4, 7)) == advance(again, BF16, prepared, range(4, 7))

@@ -144,9 +144,9 @@ def test_a_killed_run_goes_on_bit_for_bit(whole, prepared, tmp_path):
 
 def test_what_a_checkpoint_holds(whole, prepared):
     own = {k: v for k, v in weights(whole).items() if k.startswith("techniques.")}
-    assert {k.removeprefix("techniques.0.projector.layers.") for k in own} == {f"{i}.{n}" for i in (0, 2, 4) for n in ("weight", "bias")}, "no teacher"
+    assert {k.removeprefix("techniques.repa.projector.layers.") for k in own} == {f"{i}.{n}" for i in (0, 2, 4) for n in ("weight", "bias")}, "no teacher"
     fresh = REPA.of(SMOKE, prepared).projector.layers[4].weight
-    assert own["techniques.0.projector.layers.4.weight"].shape == fresh.shape and not own["techniques.0.projector.layers.4.weight"].equal(fresh)
+    assert own["techniques.repa.projector.layers.4.weight"].shape == fresh.shape and not own["techniques.repa.projector.layers.4.weight"].equal(fresh)
     net = nn.Linear(3, 3)
     assert [n for n, _ in REPA(net, MLP(2, 2, 2), 0).named_parameters() if "projector" not in n] == [], "not even where the teacher is a network"
 
@@ -270,6 +270,8 @@ def test_a_watch_changes_nothing_and_survives_an_interruption(prepared, whole, t
     seen = tokens_of(feature_maps("effnet-lite0", prepared.images, "tap4", (4, 4)).batch(torch.cat([b.index for b in fixed])))
 
     class Stumble(Technique):
+        observes = True
+
         def loss(self, step):
             if step.number == 7:
                 raise KeyboardInterrupt

@@ -7,7 +7,7 @@ from torch import nn
 from prx_nb.core import autoencoder, latents
 from prx_nb.core import train as training
 from prx_nb.core.autoencoder import Settings, psnr
-from prx_nb.core.checkpoint import new_state
+from prx_nb.core.checkpoint import names, new_state
 from prx_nb.core.flow import FlowMatching
 from prx_nb.core.optimizers import by_rate, new_optimizer
 from prx_nb.core.recipe import RecipeError, preset
@@ -22,6 +22,12 @@ pytest.importorskip("diffusers")
 pytestmark = pytest.mark.timeout(280)
 SMOKE = preset("smoke")
 SMALL = Settings(data=SMOKE.data, blocks=(8, 16, 16), channels=4, steps=30)
+
+
+def load_techniques(state, named):
+    "Put a checkpoint's weights into the techniques alone."
+    for name, technique in zip(names(state.techniques), state.techniques):
+        technique.load_state_dict({k.removeprefix(f"techniques.{name}."): v for k, v in named.items() if k.startswith(f"techniques.{name}.")})
 
 
 def recipe(**changes):
@@ -252,7 +258,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, prepared, tmp_path, monkeypatc
 def test_the_kept_autoencoder_is_the_trained_one_with_its_statistics(whole, prepared):
     state = state_of(recipe(), prepared)
     named = weights(whole)
-    state.techniques.load_state_dict({k.removeprefix("techniques."): v for k, v in named.items() if k.startswith("techniques.")})
+    load_techniques(state, named)
     repae, space = state.techniques[1], whole.space
     batch = noisy(recipe(), prepared)
     images = prepared.images.batch(batch.index)
@@ -295,7 +301,7 @@ def test_validation_is_on_the_latents_that_were_learnt(whole, prepared):
     r = recipe()
     state = state_of(r, prepared)
     named = weights(whole)
-    state.techniques.load_state_dict({k.removeprefix("techniques."): v for k, v in named.items() if k.startswith("techniques.")})
+    load_techniques(state, named)
     before = {k: v.clone() for k, v in state.techniques.state_dict().items()}
     fixed = validation_set(prepared, r, CPU)
     now = as_learnt(fixed, state.techniques)

@@ -17,7 +17,7 @@ REFUSED = {
     "tread and sprint": (TREAD | SPRINT, ["techniques.tread.rate = 0.5", "techniques.sprint.rate = 0.75", "only one can"], {T + "tread.rate": 0}),
     "tread and fusion": (TREAD | FUSION, ["techniques.tread.rate = 0.5", "denoiser.fusion = (1, 2)", "null"], {"denoiser.fusion": None}),
     "sprint without fusion": (SPRINT | {"denoiser.fusion": None}, ["techniques.sprint.rate = 0.75", "denoiser.fusion", "[1, 2]"], FUSION),
-    "guide without routes": ({"sample.guide": "route"}, ["sample.guide = 'route'", "techniques.tread.rate or techniques.sprint.rate"], TREAD),
+    "guide without routes": ({"sample.guide": "route"}, ["sample.guide = 'route'", "techniques.sprint.rate or techniques.tread.rate"], TREAD),
     "perceptual in latents": (PERCEPTUAL | LATENTS, ["techniques.perceptual.weight = 0.1", "latents.autoencoder = 'some/autoencoder'", "'pixels'"],
                               {T + "perceptual.weight": 0}),
     "repa_e in pixels": (REPA | {T + "repa_e.weight": 1.0}, ["techniques.repa_e.weight = 1.0", "latents.autoencoder = 'pixels' has none"], LATENTS),

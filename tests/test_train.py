@@ -115,6 +115,8 @@ def test_where_every_checkpoint_is_damaged_training_begins_again(damage, whole, 
 
 def test_any_error_keeps_the_curve_and_the_cause(whole, prepared, tmp_path):
     class Fails(Technique):
+        observes = True
+
         def loss(self, step):
             if step.number == 7:
                 raise OSError(28, "No space left on device")
@@ -128,6 +130,8 @@ def test_any_error_keeps_the_curve_and_the_cause(whole, prepared, tmp_path):
 
 def test_a_full_disk_does_not_hide_what_went_wrong(prepared, tmp_path, monkeypatch):
     class Fails(Technique):
+        observes = True
+
         def loss(self, step):
             raise ValueError("the cause")
 
@@ -306,14 +310,14 @@ def test_techniques_are_trained_scheduled_checkpointed_and_resumed(prepared, tmp
     a = train(SMOKE, tmp_path / "a", prepared=prepared, progress=False, techniques=[Shrink()])
     steps = a.curves[a.curves.name == "loss Shrink"].step.tolist()
     assert steps == [3, 4, 5, 6, 7, 8], "numbered from 1 in curves, from 0 in schedules"
-    assert not weights(a)["techniques.0.head.weight"].equal(torch.ones(1, SMOKE.denoiser.hidden_size))
+    assert not weights(a)["techniques.Shrink.head.weight"].equal(torch.ones(1, SMOKE.denoiser.hidden_size))
 
     class Stumble(Shrink):
         def loss(self, step):
             if step.number == 7:
                 raise KeyboardInterrupt
             return super().loss(step)
-    Stumble.__name__ = "Shrink"
+    Stumble.__name__ = Stumble.__qualname__ = "Shrink"          # the same in a recipe
     with pytest.raises(KeyboardInterrupt):
         train(SMOKE, tmp_path / "b", prepared=prepared, progress=False, techniques=[Stumble()])
     same(train(SMOKE, tmp_path / "b", prepared=prepared, progress=False, techniques=[Shrink()]), a)

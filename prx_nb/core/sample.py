@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import precision
 from . import recipe as recipes
 from .denoiser import Route, choose
 from .flow import FlowMatching, shifted
@@ -125,6 +126,6 @@ def draw(model: torch.nn.Module,
         words = [v.to(device) for v in (text[part], mask[part], null.expand(n, -1, -1), null_mask.expand(n, -1))]
         words = words if s.guide != "route" else words[:2] * 2             # the same captions on both branches
         weak = None if s.guide == "caption" else routes(recipe, range(at, at + n), tokens, times, seed)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16" and device.type != "cpu"):
+        with precision.autocast(recipe, device):
             done.append(SAMPLERS[s.sampler](guided(model, flow, *words, s.guidance, weak=weak), start, times, watch).cpu())
     return torch.cat(done)

@@ -49,6 +49,7 @@ class Technique(nn.Module):
     "Base of all techniques: acts on no step's forward pass and adds nothing."
     name = ""                         # by which a recipe asks for it
     after: tuple[str, ...] = ()       # techniques that are built before it, for it uses them
+    observes = False                  # True: it looks on and changes nothing, so a recipe need not name it
     start, stop = 0, None             # first step, and the first step at which it no longer acts
 
     def __init_subclass__(cls, name: str = "", settings: type[Acts] | None = None, **more):
@@ -123,6 +124,8 @@ def objective(model: nn.Module, batch: Batch, flow: FlowMatching, techniques: Se
     for k in active:
         if (extra := k.loss(Step(batch, x_t, output, flow, number, model))) is not None:
             name = type(k).__name__
+            if k.observes:
+                raise ValueError(f"{name} says that it only observes, but adds a loss; set observes = False")
             losses[name] = losses[name] + extra if name in losses else extra      # two of a kind add up
     return losses
 
