@@ -7,7 +7,7 @@ from torch import nn
 from prx_nb.core import autoencoder, latents
 from prx_nb.core import train as training
 from prx_nb.core.autoencoder import Settings, psnr
-from prx_nb.core.checkpoint import names, new_state
+from prx_nb.core.checkpoint import technique_names, new_state
 from prx_nb.core.flow import FlowMatching
 from prx_nb.core.optimizers import by_rate, new_optimizer
 from prx_nb.core.recipe import RecipeError, preset
@@ -26,7 +26,7 @@ SMALL = Settings(data=SMOKE.data, blocks=(8, 16, 16), channels=4, steps=30)
 
 def load_techniques(state, named):
     "Put a checkpoint's weights into the techniques alone."
-    for name, technique in zip(names(state.techniques), state.techniques):
+    for name, technique in zip(technique_names(state.techniques), state.techniques):
         technique.load_state_dict({k.removeprefix(f"techniques.{name}."): v for k, v in named.items() if k.startswith(f"techniques.{name}.")})
 
 

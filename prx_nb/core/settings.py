@@ -113,6 +113,7 @@ class Acts(Node):
     switch: ClassVar[str] = "weight"              # the field that turns it on: anything but 0
     routes: ClassVar[bool] = False                # whether it sends tokens around blocks; only one can
     trains: ClassVar[bool] = False                # whether it has weights of its own
+    autoencoder: ClassVar[str] = ""               # folder, in a finished run's, of the autoencoder it trained; none: the recipe's is used
     teacher_field: ClassVar[str] = ""                   # the field that names a frozen encoder it learns from
 
     start: int | float = 0                        # first step

@@ -91,8 +91,8 @@ class Run:
     def space(self):
         "The space it draws in: the recipe's, or the one it trained (`autoencoder` in its folder). Raises `LatentsError`."
         from prx_nb.core.latents import describe, load_latents
-        trained = (self.dir / "autoencoder" / "config.json").is_file()      # what a technique has kept
-        return load_latents(describe(str(self.dir / "autoencoder")) if trained else self.recipe.latents)
+        kept = next((node.autoencoder for node in self.recipe.techniques.on.values() if node.autoencoder), None)
+        return load_latents(describe(str(self.dir / kept)) if kept else self.recipe.latents)
 
     @staticmethod
     def load(folder: str | Path, device: str | torch.device = "cpu") -> "Run":

@@ -70,7 +70,7 @@ def joint_loss(pull: Tensor,            # minus the mean cosine, of latents that
 # %% ../../nbs/techniques/08_repa_e.ipynb #a90ef2b3
 class Settings(Acts):
     "Alignment that also trains the autoencoder (REPA-E, arXiv 2504.10483, which has 1.5 here and 0.5 in repa). `weight` 0: off."
-    trains = True
+    trains, autoencoder = True, "autoencoder"
 
     weight: float = Field(0.0, ge=0)              # of the alignment, for the autoencoder; its reconstruction has 1
     kl: float = Field(1e-3, ge=0)                 # of the posterior's divergence from a unit normal
