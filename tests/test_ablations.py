@@ -8,9 +8,11 @@ import torch
 from prx_nb.core import captions, train
 from prx_nb.core import recipe as recipes
 from prx_nb.lab import ablations, judge
-from prx_nb.lab.ablations import ABLATIONS, Ablation, AblationError
+from prx_nb.lab.ablations import Ablation, AblationError
 
-TWIN = Ablation("twin", "twin.ipynb", "?", "a", {"a": {}, "b": {}, "c": {"flow.prediction": "x"}}, seed_shift={"b": 50, "c": 70})
+ABLATIONS = ablations.known()
+
+TWIN = Ablation("twin", "?", "a", {"a": {}, "b": {}, "c": {"flow.prediction": "x"}}, seed_shift={"b": 50, "c": 70})
 
 
 @pytest.mark.parametrize("preset", recipes.PRESETS)
@@ -62,14 +64,14 @@ def test_shifted_seeds_never_meet():
     assert [ablations.recipe(TWIN, v, seed=19).seed for v in "abc"] == [19, 69, 89]
     with pytest.raises(AblationError, match="seed 20 of 'twin' would be that of another variant's run: its seeds go from 0 to 19"):
         ablations.recipe(TWIN, "a", seed=20)
-    plain = Ablation("p", "p.ipynb", "?", "a", {"a": {}, "c": {"flow.prediction": "x"}})
+    plain = Ablation("p", "?", "a", {"a": {}, "c": {"flow.prediction": "x"}})
     assert ablations.recipe(plain, "a", seed=10**6).seed == 10**6
     assert (ablations.shift(TWIN, "c"), ablations.shift(plain, "c"), ablations.shift("null_check", "b"), ablations.shift("none", "b")) == (70, 0, 1000, 0)
 
 
 def test_bad_declarations_and_choices_are_refused():
     with pytest.raises(AblationError, match="seed_shift 'd' is none of a"):
-        Ablation("n", "n.ipynb", "?", "a", {"a": {}}, seed_shift={"d": 1})
+        Ablation("n", "?", "a", {"a": {}}, seed_shift={"d": 1})
     with pytest.raises(AblationError, match="no ablation 'caption_lenght'.* did you mean 'caption_length'"):
         ablations.get("caption_lenght")
     with pytest.raises(AblationError, match="no variant 'denser'.* did you mean 'dense'"):

@@ -226,10 +226,10 @@ def whole(prepared, tmp_path_factory):
 
 def test_it_trains_all_three_and_nothing_leaks_into_the_checkpoint(whole, prepared):
     named, fresh = weights(whole), state_of(recipe(), prepared).tensors()
-    own = [k for k in named if k.startswith("techniques.1.")]
+    own = [k for k in named if k.startswith("techniques.repa_e.")]
     assert any("autoencoder.encoder" in k for k in own) and any("norm.running_var" in k for k in own)
     assert named.keys() - {k for k in named if k.startswith("optimizer.")} == fresh.keys() - {k for k in fresh if k.startswith("optimizer.")}
-    assert not any("teacher" in k or "_others" in k or "techniques.1.repa" in k for k in named)
+    assert not any("teacher" in k or "_others" in k or "techniques.repa_e.repa" in k for k in named)
     changed = [k for k in own if "num_batches" not in k and not named[k].equal(fresh[k])]
     assert len(changed) > 0.9 * len(own)
     names = set(whole.curves.name)

@@ -241,7 +241,7 @@ def test_flags_stand_beside_their_metric(tmp_path):
 
 
 def test_a_null_check_counts_how_often_chance_decides(tmp_path):
-    toy = Ablation("prediction_target", "n.ipynb", "?", "v", {"v": {}, "again": {}})
+    toy = Ablation("prediction_target", "?", "v", {"v": {}, "again": {}})
     object.__setattr__(toy, "seed_shift", {"again": 1000})
     rng = np.random.default_rng(4)
     for s in range(12):

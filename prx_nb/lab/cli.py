@@ -206,7 +206,7 @@ def _show(home: Path) -> None:
     "The main table and the verdict, as plain text."
     from prx_nb.lab import ablations, results
     runs = results.collect(home)
-    ablation = ablations.get(runs.ablation.iloc[0])
+    ablation = ablations.of_run(runs.folder.iloc[0])
     rows = results.table(runs, ablation)
     typer.echo(f"\n{results.readable(rows, results.bounds(runs)).to_string(index=False, justify='left')}\n")
     for line in results.sentences(rows, ablation):

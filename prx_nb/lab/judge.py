@@ -91,14 +91,15 @@ def bounds(prepared: Prepared, recipe: Recipe) -> dict[str, dict[str, float]]:
 
 
 def complete(run: Run,
-             ablation: str, variant: str, preset: str,
+             ablation: str | ablations.Ablation, variant: str, preset: str,
              measured: dict[str, float],
              begin: float,                          # `time.time()` when the notebook began
              **more: dict,                          # further parts of the record, e.g. a diagnostic
              ) -> dict:
     "Finish the record of a run. Returns it."
     seed = run.recipe.seed - ablations.shift(ablation, variant)
-    return train.update_record(run.dir, ablation=ablation, variant=variant, preset=preset, seed=seed, metrics=measured,
+    name = ablation if isinstance(ablation, str) else ablation.name
+    return train.update_record(run.dir, ablation=name, variant=variant, preset=preset, seed=seed, metrics=measured,
                                cost={"total_seconds": round(time.time() - begin, 2)}, **more)
 
 # %% ../../nbs/lab/09_judge.ipynb #522f199a

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..core.recipe import Recipe
 from . import ablations
-from .ablations import Ablation, AblationError
+from .ablations import Ablation, AblationError, from_notebook
 
 # %% ../../nbs/lab/02_plan.ipynb #f6b98a75
 @dataclass(frozen=True)
@@ -54,13 +54,10 @@ class Job:
 # %% ../../nbs/lab/02_plan.ipynb #8e876c16
 def find_notebook(ablation: Ablation) -> Path:
     "The ablation's notebook. Raises `AblationError` when there is none."
-    checkout = Path(__file__).parents[2] if "__file__" in globals() else Path.cwd()
-    places = [Path.cwd() / "nbs" / "ablations", checkout / "nbs" / "ablations"]
-    for path in (place / ablation.notebook for place in places):      # an absolute name stands for itself
-        if path.is_file():
-            return path.resolve()
-    raise AblationError(f"ablation '{ablation.name}': no notebook {ablation.notebook} in {places[0]} or {places[1]}; "
-                        "run from a checkout of the workbook")
+    path = Path(ablation.notebook).expanduser()
+    if not ablation.notebook or not path.is_file():
+        raise AblationError(f"ablation '{ablation.name}': there is no notebook '{ablation.notebook}'")
+    return path.resolve()
 
 # %% ../../nbs/lab/02_plan.ipynb #2f9c326f
 def check_parameters(notebook: Path, wanted: Iterable[str]) -> None:
@@ -94,10 +91,12 @@ def pretend_ablation(folder: str | Path,      # toy.ipynb is written there
     import nbformat
     new, path = nbformat.v4, Path(folder) / f"{name}.ipynb"
     defaults = f"variant = {variants[0]!r}\nseed = 0\npreset = 'smoke'\noverrides = {{}}\nout = '.'"
-    cells = [new.new_code_cell(defaults, metadata={"tags": ["parameters"]}), new.new_code_cell(body), new.new_code_cell("print('end')")]
+    changed = {v: {"flow.clamp": 0.05 + i / 100} for i, v in enumerate(variants)}
+    declared = f"from prx_nb.lab.ablations import Ablation\nablation = Ablation({name!r}, 'Does it run?', {variants[0]!r}, {changed!r})"
+    cells = [new.new_code_cell(declared, metadata={"tags": ["ablation"]}), new.new_code_cell(defaults, metadata={"tags": ["parameters"]}), new.new_code_cell(body), new.new_code_cell("print('end')")]
     kernel = {"name": "python3", "display_name": "python3", "language": "python"}
     nbformat.write(new.new_notebook(cells=cells, metadata={"kernelspec": kernel}), str(path))
-    return Ablation(name, str(path), "Does it run?", variants[0], {v: {"flow.clamp": 0.05 + i / 100} for i, v in enumerate(variants)})
+    return from_notebook(path)
 
 # %% ../../nbs/lab/02_plan.ipynb #f2ee6e7e
 _NOT_IN_RUNS = {"_modidx.py", *(f"lab/{name}.py" for name in (
@@ -129,7 +128,7 @@ def run_key(notebook: Path, parameters: Mapping[str, Any], recipe: Recipe, sourc
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/lab/02_plan.ipynb #cefba3f7
-def plan(ablation: str | Ablation,                     # a name from `ablations.ABLATIONS`, or a declaration
+def plan(ablation: str | Ablation,                     # a name, the path of a notebook, or a declaration
          preset: str = "smoke",
          seeds: int | Iterable[int] = 1,               # a number n: seeds 0 .. n - 1
          variants: Iterable[str] | None = None,        # none: all of them

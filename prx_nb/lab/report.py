@@ -59,7 +59,7 @@ def read(folder: str | Path, ablation: Ablation | None = None) -> Findings:
     "Read a folder of runs; without an ablation, the one its records name. Raises `ReportError`, `AblationError`."
     home = Path(folder).absolute()
     runs = collect(home)
-    ablation = ablation or ablations.get(runs.ablation.iloc[0])
+    ablation = ablation or ablations.of_run(runs.folder.iloc[0])
     return Findings(home, ablation, runs, table(runs, ablation), results.curves(runs), results.unfinished(home), _calibration(home))
 
 # %% ../../nbs/lab/14_report.ipynb #a1a0d68f
@@ -260,7 +260,7 @@ def make_report(folder: str | Path,                         # of runs, e.g. outp
                 ) -> Path:                                  # the folder of the report
     "Run the report notebook on a folder of runs. Raises `AblationError`, `ReportError`."
     home = Path(folder)
-    ablations.get(collect(home).ablation.iloc[0])                  # nothing to report: said before a kernel is started
+    ablations.of_run(collect(home).folder.iloc[0])                  # nothing to report: said before a kernel is started
     template()
     made = home.absolute() / "report"
     made.mkdir(exist_ok=True)
@@ -330,7 +330,7 @@ def _light(folder: str | Path) -> Findings:
     "As `read`, without curves and calibration."
     home = Path(folder).absolute()
     runs = collect(home)
-    ablation = ablations.get(runs.ablation.iloc[0])
+    ablation = ablations.of_run(runs.folder.iloc[0])
     return Findings(home, ablation, runs, table(runs, ablation), pd.DataFrame(), results.unfinished(home), None)
 
 

@@ -211,7 +211,7 @@ def axes(entry: Entry) -> Iterator[list[tuple[str, Any, dict]]]:     # each axis
     for path, values in entry.grid.items():
         yield [(path, value, {path: value}) for value in values]
     for name, variants in entry.pairs.items():
-        other = ablations.ABLATIONS.get(name)
+        other = ablations.find(name)
         yield [(name, v, ablations.changes(other, v) if other and v in other.variants else {}) for v in variants]
 
 
@@ -232,26 +232,27 @@ def _unknown(field: str, name: str, allowed: Iterable[str]) -> list[str]:
 
 
 def _variants_of(name: str) -> list[str]:
-    return list(ablations.ABLATIONS[name].variants) if name in ablations.ABLATIONS else []
+    found = ablations.find(name)
+    return list(found.variants) if found else []
 
 
 def _unknown_names(entry: Entry) -> list[str]:
     "Names in an entry that nothing goes by."
-    paths, known = recipes.fields(Recipe), list(ablations.ABLATIONS)
-    faults = _unknown("ablation", entry.ablation, known) + _unknown("preset", entry.preset, recipes.PRESETS)
+    paths, known = recipes.fields(Recipe), ablations.names()
+    faults = ([] if ablations.find(entry.ablation) else _unknown("ablation", entry.ablation, known)) + _unknown("preset", entry.preset, recipes.PRESETS)
     if mine := _variants_of(entry.ablation):
         faults += [f for v in entry.variants or () for f in _unknown("variants", v, mine)]
     for field, names in (("set", entry.set), ("grid", entry.grid)):
         faults += [f"{field}: recipe has no field '{p}'{_near(p, paths)}" for p in names if p not in paths]
     for name, variants in entry.pairs.items():
-        faults += _unknown("pairs", name, known)
-        faults += [f for v in variants if name in known for f in _unknown(f"pairs.{name}", v, _variants_of(name))]
+        faults += [] if ablations.find(name) else _unknown("pairs", name, known)
+        faults += [f for v in variants if ablations.find(name) for f in _unknown(f"pairs.{name}", v, _variants_of(name))]
     return faults
 
 # %% ../../nbs/lab/07_sweep.ipynb #42546497
 def _own(entry: Entry) -> set[str]:
     "The settings an entry's ablation sets itself."
-    ablation = ablations.ABLATIONS.get(entry.ablation)
+    ablation = ablations.find(entry.ablation)
     return {"seed"}.union(*(ablations.changes(ablation, v) for v in ablation.variants)) if ablation else {"seed"}
 
 
@@ -260,7 +261,7 @@ def _clashes(entry: Entry) -> list[str]:
     faults, taken = [], {path: f"the ablation '{entry.ablation}' sets it itself" for path in _own(entry)} | {"seed": "'seeds' sets it"}
     sources = [(f"set.{p}", {p}) for p in entry.set] + [(f"grid.{p}", {p}) for p in entry.grid]
     for name, axis in zip(entry.pairs, list(axes(entry))[len(entry.grid):]):
-        other = ablations.ABLATIONS.get(name)
+        other = ablations.find(name)
         shifted = getattr(other, "seed_shift", None)
         if name == entry.ablation:
             faults.append(f"pairs.{name}: an ablation cannot be paired with itself")
@@ -282,7 +283,7 @@ def _bad_values(entry: Entry, same: bool = True) -> list[str]:
     "Points that make no recipe, and points that make the same one."
     if entry.preset not in recipes.PRESETS:
         return []
-    ablation, base = ablations.ABLATIONS.get(entry.ablation), recipes.preset(entry.preset)
+    ablation, base = ablations.find(entry.ablation), recipes.preset(entry.preset)
     variants = [v for v in entry.variants or _variants_of(entry.ablation) if v in _variants_of(entry.ablation)] or [None]
     allowed, faults, seen = set(recipes.fields(Recipe)) - _own(entry), {}, {}
     for point, variant in itertools.product(points(entry), variants):
@@ -319,7 +320,8 @@ def _faults(entry: Entry) -> list[str]:
 def _folders(entry: Entry) -> set[str]:
     "The run folders of an entry, below its sweep's."
     seeds = range(entry.seeds) if isinstance(entry.seeds, int) else entry.seeds
-    homes = [f"{entry.ablation}/{entry.preset}" + (f"@{p.label}" if p.label else "") for p in points(entry)]
+    name = found.name if (found := ablations.find(entry.ablation)) else entry.ablation
+    homes = [f"{name}/{entry.preset}" + (f"@{p.label}" if p.label else "") for p in points(entry)]
     names = [f"{v}-s{s}" for v in entry.variants or _variants_of(entry.ablation) for s in seeds]
     return {f"{home}/{name}" for home in homes for name in names}
 
@@ -333,6 +335,14 @@ def _shared(entries: dict[int, Entry]) -> list[tuple[int, str]]:
     return faults
 
 # %% ../../nbs/lab/07_sweep.ipynb #b0a87b99
+def _beside(path: Path, raw: dict) -> dict:
+    "An entry whose notebook, if it names one, is looked for beside the sweep file first."
+    name = raw.get("ablation")
+    if isinstance(name, str) and name.endswith(".ipynb") and (path.parent / name).is_file():
+        return raw | {"ablation": str((path.parent / name).resolve())}
+    return raw
+
+
 def read(path: str | Path,     # .yaml, .yml or .toml
          ) -> Sweep:
     "A sweep file, wholly checked. Raises `SweepError`, which lists every fault of the file, a line each."
@@ -343,8 +353,11 @@ def read(path: str | Path,     # .yaml, .yml or .toml
     runs = sweep.runs if sweep else []
     shared = {k: getattr(sweep, k) for k in ("preset", "seeds", "timeout", "cell_timeout") if sweep and k in sweep.model_fields_set}
     for n, raw in enumerate(runs, 1):
-        entry, wrong = _parsed(Entry, shared | raw if isinstance(raw, dict) else raw)
-        wrong = wrong + (_faults(entry) if entry else [])
+        entry, wrong = _parsed(Entry, shared | _beside(path, raw) if isinstance(raw, dict) else raw)
+        try:
+            wrong = wrong + (_faults(entry) if entry else [])
+        except AblationError as error:                             # a notebook of one's own that declares nothing
+            wrong = [*wrong, str(error)]
         entries |= {} if wrong else {n: entry}
         faults += [(n, fault) for fault in wrong]
     faults = sorted(faults + _shared(entries), key=lambda fault: fault[0])
