@@ -12,15 +12,9 @@ from toys import BODY, gone, kernel, left_over, states, toy, wait_for
 
 from prx_nb.core.files import write_json
 from prx_nb.lab import batch
-from prx_nb.lab import plan as planning
 from prx_nb.lab import run as runs
 from prx_nb.lab.ablations import AblationError
 from prx_nb.lab.plan import plan
-
-
-@pytest.fixture(autouse=True)
-def steady_source(monkeypatch):
-    monkeypatch.setattr(planning, "source_hash", lambda: "source")
 
 
 def test_a_sweep_over_several_homes(tmp_path):
@@ -85,7 +79,6 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from toys import toy
 from prx_nb.lab import batch, plan
-plan.source_hash = lambda: "source"
 folder = Path(sys.argv[1])
 try: batch.run(plan.plan(toy(folder, *sys.argv[2:]), out=folder, timeout=100), at_once=2, prepare=None, say=lambda s: print(s, flush=True))
 except KeyboardInterrupt: sys.exit(130)

@@ -13,14 +13,8 @@ import pytest
 from toys import gone, kernel, toy, wait_for
 
 from prx_nb.core.files import write_json
-from prx_nb.lab import plan as planning
 from prx_nb.lab import run as runs
 from prx_nb.lab.plan import plan
-
-
-@pytest.fixture(autouse=True)
-def steady_source(monkeypatch):
-    monkeypatch.setattr(planning, "source_hash", lambda: "source")
 
 
 ENDS = {"ok": "done", "raises": "cell error", "nan": "non-finite loss", "silent": "no record", "greedy": "out of memory",

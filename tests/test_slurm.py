@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from slurm import slurm  # noqa: F401  (a fixture)
 from toys import BODY, gone, kernel, states, toy, wait_for
 
-from prx_nb.lab import plan as planning
 from prx_nb.lab import run as runs
 from prx_nb.lab import slurm as executor
 from prx_nb.lab.ablations import AblationError
@@ -28,12 +27,6 @@ if variant == "slices":
     if int(tries.read_text()) < 3: time.sleep(1000)
 if variant == "hangs\"""")
 quiet = lambda line: None
-
-
-@pytest.fixture(autouse=True)
-def steady_source(monkeypatch):
-    "The package's source is not the subject here, and may be edited while the tests run."
-    monkeypatch.setattr(planning, "source_hash", lambda: "source")
 
 
 def hand_in(jobs, **settings):

@@ -16,12 +16,6 @@ from prx_nb.lab import ablations, plan, sweep
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def steady_source(monkeypatch):
-    "The package's source is not the subject here, and may be edited while the tests run."
-    monkeypatch.setattr(plan, "source_hash", lambda: "source")
-
-
 def write(tmp_path, text, name="some.yaml"):
     path = tmp_path / name
     path.write_text(text)

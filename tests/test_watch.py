@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from prx_nb.lab import plan, run, slurm, watch
+from prx_nb.lab import identity, plan, run, slurm, watch
 from prx_nb.lab.ablations import AblationError
 
 HOLD = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(600)"
@@ -178,7 +178,6 @@ def test_places_are_folders_or_names(tmp_path):
 
 
 def test_runs_are_planned_anew_as_they_were(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "source_hash", lambda: "source")
     jobs = [job for label in ("", "optimizer.lr=0.002", "a@b") for job in
             plan.plan("prediction_target", "smoke", [0, 5], ["x", "eps"], {"optimizer.lr": 0.002}, tmp_path / "out", label, timeout=9, cell_timeout=4)]
     for job in jobs:
@@ -189,7 +188,7 @@ def test_runs_are_planned_anew_as_they_were(tmp_path, monkeypatch):
     moved = watch.replan(watch.run_folders(tmp_path / "moved"))
     assert {Path(j.out).relative_to(tmp_path / "moved") for j in moved} == {Path(j.out).relative_to(tmp_path / "out") for j in jobs}
     assert {j.key for j in moved} == {j.key for j in jobs}
-    monkeypatch.setattr(plan, "source_hash", lambda: "newer")
+    monkeypatch.setattr(identity, "libraries", lambda: {"torch": "newer"})
     assert not {j.key for j in watch.replan(watch.run_folders(tmp_path / "moved"))} & {j.key for j in jobs}
     broken = tmp_path / "moved" / "prediction_target" / "smoke" / "x-s0"
     (broken / "job.json").write_text("{")

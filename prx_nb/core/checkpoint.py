@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['whole', 'shared', 'technique_names', 'State', 'new_state', 'restore', 'save_checkpoint', 'CheckpointError',
-           'read_checkpoint', 'find_checkpoint']
+           'read_checkpoint', 'same_data', 'find_checkpoint']
 
 # %% ../../nbs/core/20_checkpoint.ipynb #cad6b234
 import json
@@ -155,6 +155,7 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 def save_checkpoint(folder: Path, step: int, state: State, recipe: Recipe, seconds: float,
                     joules: float | None = None,
                     main: bool = True,             # the process that writes; the others only lend their shares
+                    data: str = "",                # key of what it is trained on
                     ) -> Path:
     "Write the state after `step` steps, atomically, and drop all but the last few checkpoints."
     path = folder / f"step-{step:07d}.safetensors"
@@ -165,7 +166,7 @@ def save_checkpoint(folder: Path, step: int, state: State, recipe: Recipe, secon
             tensors[name] = full.cpu().clone(memory_format=torch.contiguous_format)
     if main:
         header = {"step": str(step), "seconds": repr(seconds), "joules": json.dumps(joules), "crc32": _checksum(tensors),
-                  "recipe": json.dumps(recipe.model_dump(mode="json"))}
+                  "data": data, "recipe": json.dumps(recipe.model_dump(mode="json"))}
         with atomic(path) as part:
             save_file(tensors, part, header)
         for old in sorted(folder.glob("step-*.safetensors"))[:-recipe.train.keep]:
@@ -202,6 +203,13 @@ def _same_run(path: Path, header: dict[str, str], recipe: Recipe) -> None:
     if changed:
         what = "; ".join(f"{k}: {old!r} there, {new!r} asked for" for k, (old, new) in list(changed.items())[:4])
         raise CheckpointError(f"{path.parent} holds a run of another recipe ({what}); choose another output folder or delete it")
+
+# %% ../../nbs/core/20_checkpoint.ipynb #a6b66bb6
+def same_data(header: dict[str, str], data: str, folder: Path) -> None:
+    "Raise `CheckpointError` where a checkpoint was trained on other data. One that does not say, an older one, passes."
+    if header.get("data") and data and header["data"] != data:
+        raise CheckpointError(f"{folder} holds a run on other data (its images and captions have the key {header['data']}, these have {data}); "
+                              "choose another output folder, or put the data back as it was")
 
 # %% ../../nbs/core/20_checkpoint.ipynb #6cd6cabb
 def find_checkpoint(folder: Path, recipe: Recipe, say: Callable[[str], None] = print,

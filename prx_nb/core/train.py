@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from . import average, cost, precision, processes
-from .batch import Batch, Prepared, add_noise, prepare, read_batch
-from .checkpoint import CheckpointError, State, find_checkpoint, new_state, restore, save_checkpoint, whole
+from .batch import Batch, Prepared, add_noise, data_key, prepare, read_batch
+from .checkpoint import CheckpointError, State, find_checkpoint, new_state, restore, same_data, save_checkpoint, whole
 from .denoiser import PRX
 from .files import read_json, require_writable
 from .flow import FlowMatching
@@ -209,6 +209,7 @@ class Session:
     curves: Curves
     progress: bool
     tracker: Any                      # accelerate's, or one that does nothing
+    data: str = ""                    # key of images and captions
 
     @property
     def flow(self) -> FlowMatching:
@@ -249,7 +250,7 @@ def _keep(s: Session, done: int) -> None:
     "Save the state after so many steps."
     if s.place.main:
         s.curves.save()
-    save_checkpoint(s.out / "checkpoint", done, s.state, s.recipe, s.clock.seconds(), s.clock.joules(), s.place.main)
+    save_checkpoint(s.out / "checkpoint", done, s.state, s.recipe, s.clock.seconds(), s.clock.joules(), s.place.main, s.data)
 
 # %% ../../nbs/core/22_train.ipynb #9c8e9f1f
 def _loop(s: Session) -> None:
@@ -280,7 +281,7 @@ def _begin(s: Session) -> None:
     s.recipe.save(s.out / "recipe.json")
     started = {} if s.first else {"started": now()}
     by_hand = {"by_hand": list(s.recipe.by_hand)} if s.recipe.by_hand else {}
-    update_record(s.out, status="running", cause=None, recipe_key=s.recipe.key, seed=s.recipe.seed, git_commit=git_commit(), versions=versions(),
+    update_record(s.out, status="running", cause=None, recipe_key=s.recipe.key, data_key=s.data, seed=s.recipe.seed, git_commit=git_commit(), versions=versions(),
                   hardware=hardware(s.place.device), cost={"flops_step": cost.flops_step(s.recipe)}, **by_hand, **started)
 
 
@@ -355,6 +356,8 @@ def train(recipe: Recipe,
     place = processes.join(device, recipe.train.processes)
     found = place.after_main(lambda: _find(out, recipe, place))
     prepared = prepared or place.after_main(lambda: prepare(recipe, progress and place.main))
+    data = data_key(prepared)
+    same_data(found[1] if found else {}, data, out)
     asked = place.after_main(lambda: build(recipe, prepared, place.device))      # what they keep on disk is made once
     state = new_state(recipe, place.device, [*asked, *techniques])
     model = processes.spread(state, place, recipe)
@@ -363,7 +366,7 @@ def train(recipe: Recipe,
     header = found[1] if found else {}
     first = int(header.get("step", 0))
     session = Session(recipe, out, prepared, place, state, model, first, Clock(place, header), Curves(out, first),
-                      progress and place.main, _tracker(trackers, out, recipe, place))
+                      progress and place.main, _tracker(trackers, out, recipe, place), data)
     _run(session)
     return place.after_main(lambda: Run.load(out, place.device))   # when all is written
 

@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..core import recipe as recipes
 from ..core.recipe import Recipe, RecipeError
 from . import ablations
+from .ablations import AblationError
 
 # %% ../../nbs/lab/07_sweep.ipynb #24496d90
 class SweepError(ValueError):

@@ -391,7 +391,7 @@ def replan(folders: Iterable[str | Path],     # runs' folders
         old, home = read_job(folder / "job.json"), folder.absolute().parent
         same = (home, old.ablation, old.preset, json.dumps(old.overrides, sort_keys=True), old.timeout, old.cell_timeout)
         groups.setdefault(same, []).append(old)
-    for (home, ablation, preset, overrides, timeout, cell_timeout), olds in groups.items():
+    for (home, _, preset, overrides, timeout, cell_timeout), olds in groups.items():
         label, names = home.name.removeprefix(preset).removeprefix("@"), {old.name for old in olds}
         jobs = plan(of_run(home / olds[0].name), preset, sorted({o.seed for o in olds}), {o.variant: 0 for o in olds}, json.loads(overrides), home.parents[1],
                     label, timeout, cell_timeout)
