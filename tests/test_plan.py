@@ -65,9 +65,9 @@ def test_bad_notebooks_are_refused(tmp_path):
         plan("predict", out=tmp_path)
     a = toy(tmp_path, "ok")
     other = "variant, seed = 1, 2\npreset = 3\noverrides = 4\nvariant = 5\nseed = 6"
-    for message, change in {"0 cells tagged": lambda cells: cells[0]["metadata"].update(tags=[]),
-                            "2 cells tagged": lambda cells: cells.insert(0, cells[0]),
-                            "does not know 'out'": lambda cells: cells[0].update(source=other)}.items():
+    for message, change in {"0 cells tagged": lambda cells: cells[1]["metadata"].update(tags=[]),
+                            "2 cells tagged": lambda cells: cells.insert(1, cells[1]),
+                            "does not know 'out'": lambda cells: cells[1].update(source=other)}.items():
         nb = json.loads((tmp_path / "toy.ipynb").read_text())
         change(nb["cells"])
         (tmp_path / "bad.ipynb").write_text(json.dumps(nb))
