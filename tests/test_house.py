@@ -152,3 +152,16 @@ def test_every_direct_dependency_is_constrained():
     name = lambda line: re.split(r"[<>=\[;!~ ]", line.strip())[0].lower().replace("_", "-")
     pinned = {name(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line.strip() and line[0] != "#"}
     assert {name(w) for w in wanted} - pinned - {"prx-nb"} == set()
+
+
+TECHNIQUES = sorted(p.stem.partition("_")[2] for p in (ROOT / "nbs" / "techniques").glob("[0-9]*.ipynb"))
+
+
+@pytest.mark.parametrize("module", sorted([*(ROOT / "prx_nb/core").glob("*.py"), *(ROOT / "prx_nb/lab").glob("*.py")]), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_core_and_lab_know_no_technique(module):
+    text = module.read_text()
+    named = [t for t in TECHNIQUES if re.search(rf"\b{t}\b", text, re.IGNORECASE) and t != "jit"] + re.findall(r"techniques\.jit\b", text)
+    assert named == [], "a technique is found by its name, and only its room knows it"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            assert "techniques." not in f"{node.module or ''}.", f"line {node.lineno} imports from {node.module}"

@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
 import pkgutil
 import sys
 import types
@@ -349,7 +350,8 @@ def use(name: str) -> str:              # as a recipe keeps it: a path is made w
         except ImportError as error:
             raise RecipeError(f"recipe.uses names '{name}', which cannot be imported: {error}") from None
         return name
-    path = path.resolve()
+    here = os.environ.get("PRX_NB_HERE")                           # folder of the notebook that a run executes elsewhere
+    path = (Path(here) / path if here and not path.exists() else path).resolve()
     try:
         state = (path.stat().st_mtime_ns, path.stat().st_size)
         if _USED.get(str(path)) != state:

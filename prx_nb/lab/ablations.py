@@ -7,6 +7,7 @@ __all__ = ['Published', 'AblationError', 'Ablation', 'shift', 'changes', 'recipe
            'find', 'get', 'of_run']
 
 # %% ../../nbs/lab/01_ablations.ipynb #8928d282
+import contextlib
 import difflib
 import json
 import math
@@ -137,7 +138,21 @@ def _declared(path: Path) -> Ablation:
     found = room.__dict__.get("ablation")
     if not isinstance(found, Ablation):
         raise AblationError(f"{path}: the cell tagged 'ablation' leaves no `ablation = Ablation(...)`")
-    return replace(found, notebook=str(path))
+    return _with_uses(replace(found, notebook=str(path)), path.parent)
+
+
+def _with_uses(ablation: Ablation, folder: Path) -> Ablation:
+    "The declaration with the paths of `uses` whole, as seen from its notebook; they are imported, so that settings in them can be named."
+    whole = lambda name: str((folder / name).resolve()) if name.endswith((".py", ".ipynb")) else name
+    mend = lambda changes: dict(changes) | ({"uses": [whole(name) for name in changes["uses"]]} if "uses" in changes else {})
+    try:
+        mended = replace(ablation, base=mend(ablation.base), variants={name: mend(changes) for name, changes in ablation.variants.items()})
+        for changes in (mended.base, *mended.variants.values()):
+            for name in changes.get("uses", ()):
+                recipes.use(name)
+    except recipes.RecipeError as error:
+        raise AblationError(f"{ablation.notebook}: {error}") from None
+    return mended
 
 # %% ../../nbs/lab/01_ablations.ipynb #66bf38f4
 def from_notebook(path: str | Path) -> Ablation:
@@ -195,10 +210,11 @@ def get(name: str) -> Ablation:
 
 def of_run(folder: str | Path) -> Ablation:
     "The ablation of a run's folder: of the notebook that its job.json names, else by the name there. Raises `AblationError`."
-    try:
-        job = json.loads((Path(folder) / "job.json").read_text())
-        path, name = str(job["notebook"]), str(job["ablation"])
-    except (OSError, ValueError, KeyError, TypeError):
-        record = json.loads((Path(folder) / "record.json").read_text())
-        return get(record["ablation"])
+    said = {}
+    for name in ("job.json", "record.json"):
+        with contextlib.suppress(OSError, ValueError):
+            said = said or json.loads((Path(folder) / name).read_text())
+    if not isinstance(said, dict) or not isinstance(said.get("ablation"), str):
+        raise AblationError(f"{folder} does not say of which ablation it is a run")
+    path, name = str(said.get("notebook") or ""), said["ablation"]
     return from_notebook(path) if Path(path).is_file() and name not in names() else get(name)

@@ -248,11 +248,12 @@ def write_report(folder: str | Path,                 # a folder of runs
 
 # %% ../../nbs/lab/14_report.ipynb #f2ed754a
 def template() -> Path:
-    "The report notebook of this checkout. Raises `ReportError`."
-    for place in (Path.cwd(), Path(results.__file__).parents[2]):
-        if (path := place / "nbs" / "lab" / "report_template.ipynb").is_file():
+    "The report notebook: of the checkout, or of the installed package. Raises `ReportError`."
+    package = Path(results.__file__).parents[1]
+    for place in (package.parent / "nbs" / "lab", package / "template"):
+        if (path := place / "report_template.ipynb").is_file():
             return path
-    raise ReportError("the report notebook nbs/lab/report_template.ipynb is not here; run from a checkout of the workbook")
+    raise ReportError(f"the report notebook report_template.ipynb is not in {package}; install the package again")
 
 
 def make_report(folder: str | Path,                         # of runs, e.g. outputs/prediction_target/cpu

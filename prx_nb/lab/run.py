@@ -222,6 +222,7 @@ def execute(notebook: str | Path,             # is copied, then run in the copy
     import papermill
     from traitlets.config import Config
     shutil.copyfile(notebook, copy)
+    os.environ["PRX_NB_HERE"] = str(Path(notebook).absolute().parent)      # what its `uses` are relative to
     os.environ |= {"IPYTHONDIR": f"{scratch}/ipython", "JUPYTER_DATA_DIR": f"{scratch}/jupyter", "JUPYTER_RUNTIME_DIR": f"{scratch}/runtime"}
     with open(Path(copy).parent / "log.txt", "a") as log:
         papermill.execute_notebook(str(copy), str(copy), parameters=dict(parameters), kernel_name="python3", cwd=str(Path(copy).parent),

@@ -291,7 +291,7 @@ def _bad_values(entry: Entry, same: bool = True) -> list[str]:
         changes = {p: v for p, v in point.overrides.items() if p in allowed}
         try:
             made = base.replace(changes | (ablations.changes(ablation, variant) if variant else {}))
-            first = seen.setdefault((variant, made.key), point.label)
+            first = seen.setdefault((variant, made.model_dump_json()), point.label)
             if same and first != point.label:
                 faults.setdefault(f"points {first} and {point.label} are the same runs", "")
         except RecipeError as error:
