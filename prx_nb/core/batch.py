@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,18 +70,12 @@ def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
     return Prepared(images, split, states, texts, rows, asked, latents)
 
 # %% ../../nbs/core/21_batch.ipynb #a77fda4d
-_WHOLE = 4 * 2**30                     # bytes of pixels up to which all are read; beyond, the cache's key stands for them
-
-
 def data_key(prepared: Prepared) -> str:         # twelve hex digits
-    "What the images and captions of a run are, by content."
-    pixels, found = prepared.images.pixels, hashlib.sha256()
-    found.update(json.dumps([list(pixels.shape), prepared.texts, prepared.asked]).encode())
-    if pixels.nbytes > _WHOLE:
-        found.update(prepared.images.key.encode())
-    else:
-        for start in range(0, len(pixels), 1024):
-            found.update(np.ascontiguousarray(pixels[start:start + 1024]))
+    "What the images and captions of a run are, by content, and what is held out. How they are encoded the recipe says."
+    parts = [rows.tolist() for rows in (prepared.split.train, prepared.split.concepts, prepared.split.pairs)]
+    found = hashlib.sha256(prepared.images.content.encode())
+    for part in (prepared.texts, prepared.asked, parts):
+        found.update(json.dumps(part).encode())
     return found.hexdigest()[:12]
 
 # %% ../../nbs/core/21_batch.ipynb #4949502b

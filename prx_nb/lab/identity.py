@@ -7,6 +7,7 @@ __all__ = ['meaning', 'reached', 'libraries', 'parts', 'key', 'differences']
 
 # %% ../../nbs/lab/02_identity.ipynb #125edd2c
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -16,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..core import data
 from ..core import recipe as recipes
 from ..core.recipe import Recipe
 
@@ -75,9 +77,10 @@ def reached(names: Iterable[str],          # modules that are imported
         name = todo.pop()
         if name in found or not name.startswith("prx_nb."):
             continue
-        path = root.joinpath(*name.split(".")[1:]).with_suffix(".py")
+        path, package = root.joinpath(*name.split(".")[1:]).with_suffix(".py"), name.rpartition(".")[0]
+        if (room := path.with_suffix("") / "__init__.py").is_file():
+            path, package = room, name                             # a technique may be a folder
         if path.is_file():
-            package = name.rpartition(".")[0]
             found[name], more = _look(path, package)
             inside = name.startswith("prx_nb.techniques.")
             todo += [m for m in more if inside or not m.startswith("prx_nb.techniques")]
@@ -87,7 +90,8 @@ def reached(names: Iterable[str],          # modules that are imported
 @cache
 def libraries() -> dict[str, str]:
     "Versions of the libraries whose numbers a result is made of."
-    names = ("torch", "numpy", "accelerate", "torchmetrics", "transformers", "diffusers", "papermill")
+    names = ("torch", "numpy", "accelerate", "torchmetrics", "transformers", "diffusers", "safetensors",
+             "scipy", "pillow", "resvg_py", "tokenizers")
     return {name: metadata.version(name) for name in names if any(metadata.distributions(name=name))}
 
 
@@ -105,15 +109,23 @@ def _notebook(path: Path, changed: int, size: int) -> tuple[str, tuple[str, ...]
     return _short("|".join(map(meaning, sources))), tuple(imports)
 
 
-def _used(name: str) -> str:
-    "What stands for a module or file of the reader's own."
+def _used(name: str) -> tuple[str, tuple[str, ...]]:
+    "What stands for a module or file of the reader's own, and what it imports."
     path = Path(name)
     if path.suffix not in (".py", ".ipynb"):
         spec = importlib.util.find_spec(name)
         path = Path(spec.origin) if spec and spec.origin else path
     if path.suffix == ".ipynb" and path.is_file():
-        return _notebook(path, path.stat().st_mtime_ns, path.stat().st_size)[0]
-    return _look(path, "")[0] if path.is_file() else name
+        return _notebook(path, path.stat().st_mtime_ns, path.stat().st_size)
+    return _look(path, "" if name.endswith(".py") else name.rpartition(".")[0]) if path.is_file() else (name, ())
+
+
+def _files(settings: recipes.Data) -> dict[str, str]:
+    "The content of local images, where the recipe names some. What cannot be read is for `prepare` to refuse."
+    with contextlib.suppress(OSError):
+        if found := data.source_key(settings):
+            return {f"what is in data.path {settings.path}": found}
+    return {}
 
 # %% ../../nbs/lab/02_identity.ipynb #0fe716fe
 def parts(notebook: Path, parameters: Mapping[str, Any], recipe: Recipe,
@@ -122,12 +134,14 @@ def parts(notebook: Path, parameters: Mapping[str, Any], recipe: Recipe,
     "Everything that can change the numbers of a run, by name. Its folder cannot."
     stat = notebook.stat()
     cells, imports = _notebook(notebook, stat.st_mtime_ns, stat.st_size)
-    imported = [*imports, *(f"prx_nb.techniques.{name}" for name in recipe.techniques.on)]
+    used = {name: _used(name) for name in recipe.uses}
+    imported = [*imports, *(f"prx_nb.techniques.{name}" for name in recipe.techniques.on),
+                *(m for name, (_, more) in used.items() for m in (name, *more))]
     chosen = json.dumps({k: v for k, v in parameters.items() if k != "out"}, sort_keys=True)
     found = {"the notebook's code": cells, "the parameters": _short(chosen), "the recipe": recipe.key}
     found |= {f"library {name}": version for name, version in libraries().items()}
     found |= {f"module {name}": mark for name, mark in _reached(tuple(dict.fromkeys(imported)), root).items()}
-    return found | {f"{name}, which the recipe uses": _used(name) for name in recipe.uses}
+    return found | _files(recipe.data) | {f"{name}, which the recipe uses": mark for name, (mark, _) in used.items()}
 
 
 _KEPT: dict[tuple, tuple[float, dict[str, str]]] = {}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..core.data import looked_at_once
 from . import ablations, identity
 from .ablations import Ablation, AblationError, from_notebook
 
@@ -115,11 +116,12 @@ def plan(ablation: str | Ablation,                     # a name, the path of a n
     notebook, jobs = find_notebook(ablation), []
     check_parameters(notebook, ["variant", "seed", "preset", "overrides", "out"])
     home = Path(out).absolute() / ablation.name / (f"{preset}@{label}" if label else preset)
-    for (variant, seed), recipe in recipes.items():
-        job = Job(ablation.name, variant, preset, seed, dict(overrides or {}), str(notebook), str(home / f"{variant}-s{seed}"),
-                  recipe.model_dump(mode="json"), timeout=timeout, cell_timeout=cell_timeout)
-        made_of = identity.parts(notebook, job.parameters, recipe)
-        jobs.append(replace(job, key=identity.key(made_of), parts=made_of))
+    with looked_at_once():
+        for (variant, seed), recipe in recipes.items():
+            job = Job(ablation.name, variant, preset, seed, dict(overrides or {}), str(notebook), str(home / f"{variant}-s{seed}"),
+                      recipe.model_dump(mode="json"), timeout=timeout, cell_timeout=cell_timeout)
+            made_of = identity.parts(notebook, job.parameters, recipe)
+            jobs.append(replace(job, key=identity.key(made_of), parts=made_of))
     return jobs
 
 # %% ../../nbs/lab/02_plan.ipynb #1638adfe

@@ -379,12 +379,14 @@ def jobs(self: Sweep,
          limits: Mapping[str, float] = {},     # {preset: timeout}, where neither says
          ) -> list:                            # of `prx_nb.lab.plan.Job`
     "The runs of a sweep: entry by entry, and within an entry seed by seed. Raises `AblationError`."
+    from prx_nb.core.data import looked_at_once
     from prx_nb.lab.plan import plan
     found = []
     for entry in self.runs:
-        mine = [job for point in points(entry)
-                for job in plan(entry.ablation, entry.preset, entry.seeds, entry.variants, point.overrides, out or self.out,
-                                point.label, entry.timeout or timeout or limits.get(entry.preset), entry.cell_timeout or cell_timeout)]
+        with looked_at_once():
+            mine = [job for point in points(entry)
+                    for job in plan(entry.ablation, entry.preset, entry.seeds, entry.variants, point.overrides, out or self.out,
+                                    point.label, entry.timeout or timeout or limits.get(entry.preset), entry.cell_timeout or cell_timeout)]
         order = {seed: n for n, seed in enumerate(range(entry.seeds) if isinstance(entry.seeds, int) else entry.seeds)}
         found += sorted(mine, key=lambda job: order[job.seed])          # stable: within a seed the order stays
     return found
