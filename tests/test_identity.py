@@ -2,6 +2,7 @@
 import os
 import shutil
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from prx_nb.core.files import read_json, write_json
 from prx_nb.core.recipe import preset
 from prx_nb.core.technique import Technique
 from prx_nb.core.train import train
-from prx_nb.lab import ablations, batch, identity, plan
+from prx_nb.lab import ablations, batch, cli, identity, plan, report, results
 
 PACKAGE = Path(recipes.__file__).parents[1]
 SMOKE = preset("smoke")
@@ -237,3 +238,38 @@ def test_a_thousand_keys_are_quick():
     for n in range(1000):
         identity.key(identity.parts(notebook, {"variant": str(n)}, TREAD))
     assert time.perf_counter() - begin < 2
+
+
+def test_the_line_before_retraining_names_the_module_and_the_time_and_nothing_is_moved_by_it(tmp_path):
+    toy = plan.pretend_ablation(tmp_path, "ok", "other")
+    jobs = plan.plan(toy, out=tmp_path)
+    for job, seconds in zip(jobs, (300, 420)):
+        older = replace(job, key="older", parts=job.parts | {"module prx_nb.core.flow": "older"})
+        put_done(older, seconds)
+    newer = [replace(job, parts=job.parts | {"module prx_nb.core.flow": "newer"}) for job in jobs]
+    [line] = batch.outdated(newer)
+    assert line == "2 finished runs no longer count and will be trained again: module prx_nb.core.flow changed (estimated 12 min)"
+    assert line in cli.plan_in_words(newer, 1)
+    put_done(replace(jobs[0], key="older", parts={}), 30)
+    assert "before" in batch.outdated(newer[:1])[0] and "(estimated 30 s)" in batch.outdated(newer[:1])[0]
+    assert sorted(p.name for p in jobs[0].home.iterdir()) == ["ok-s0", "other-s0"], "only said"
+
+
+def put_done(job, seconds):
+    write_json(Path(job.out) / "job.json", asdict(job))
+    write_json(Path(job.out) / "status.json", {"state": "done", "key": job.key, "seconds": seconds})
+    write_json(Path(job.out) / "record.json", {"status": "done", "metrics": {}})
+
+
+def test_the_report_names_runs_that_asked_for_the_same_data_and_had_other(tmp_path):
+    home = results.pretend_runs(tmp_path)
+    folders = sorted(path.parent for path in home.glob("*/record.json"))
+    for n, folder in enumerate(folders):
+        write_json(folder / "record.json", read_json(folder / "record.json") | {"data_key": "bbbb" if n == 0 else "aaaa"})
+    [line] = results.odd_runs(results.collect(home))
+    assert line.startswith(f"data_key is bbbb for {folders[0].name}, aaaa for the other {len(folders) - 1}")
+    report.write_report(home)
+    assert f"Not alike**: {line}" in (home / "report" / "report.md").read_text().replace("\\_", "_")
+    job = read_json(folders[0] / "job.json") if (folders[0] / "job.json").exists() else {}
+    write_json(folders[0] / "job.json", job | {"recipe": {"captions": {"kind": "short"}}})
+    assert results.odd_runs(results.collect(home)) == [], "one that asks for other captions may have them"

@@ -42,15 +42,19 @@ def at_work(job: Job) -> bool:
 
 # %% ../../nbs/lab/05_batch.ipynb #955ad760
 def outdated(jobs: Iterable[Job]) -> list[str]:
-    "A line for each reason why finished runs no longer count, with how many and what they took."
+    "A line for each reason why finished runs no longer count: how many, and the seconds that they took, one after the other."
     groups: dict[tuple[str, ...], list[float]] = {}
     for job in jobs:
         said = runs.status(job.out)
         if said.get("state") == "done" and said.get("key") != job.key and runs.record(job.out):
             why = identity.differences(_parts(job.out), job.parts) or ["another key"]
             groups.setdefault(tuple(why[:6] + ["and more"] * (len(why) > 6)), []).append(float(said.get("seconds") or 0))
-    return [f"{len(took)} finished run{'s' * (len(took) > 1)} no longer count{'s' * (len(took) == 1)} and will be trained again "
-            f"(they took {sum(took):.0f} s): {'; '.join(why)}" for why, took in groups.items()]
+    return [f"{len(took)} finished run{'s' * (len(took) > 1)} no longer count{'s' * (len(took) == 1)} and will be trained again: "
+            f"{'; '.join(why)} (estimated {_length(sum(took))})" for why, took in groups.items()]
+
+
+def _length(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _parts(folder: str) -> dict:

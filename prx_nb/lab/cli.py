@@ -112,7 +112,7 @@ def plan_in_words(jobs: list, at_once: int) -> str:
     out, fresh = jobs[0].home.parents[1], [job for job in todo if job not in lost]
     lines += ["", f"{len(jobs)} runs in {_from_here(out)}: {len(jobs) - len(todo)} done already, {len(fresh)} to be run"
               + (f", {len(lost)} failed before and are left alone (prx-nb retry)" if lost else "")]
-    return "\n".join([*lines, f"time: {sweep.estimate(fresh, out, at_once)[1]}"])
+    return "\n".join([*lines, *batch.outdated(jobs), f"time: {sweep.estimate(fresh, out, at_once)[1]}"])
 
 # %% ../../nbs/lab/18_cli.ipynb #17afc60d
 Jobs = Annotated[int | None, typer.Option(min=1, help="runs side by side (default: one a GPU, or one); cores are shared out among them")]

@@ -26,7 +26,7 @@ from ..core.files import read_json, require_writable, write_json
 from ..core.recipe import parse
 from . import run as runs
 from .ablations import AblationError
-from .batch import _alone, hopeless, prepare_caches, queue
+from .batch import _alone, hopeless, outdated, prepare_caches, queue
 from .plan import Job
 
 # %% ../../nbs/lab/06_slurm.ipynb #4234f9c1
@@ -399,6 +399,8 @@ def submit(jobs: list[Job],                      # from `plan`, of one home or s
             return []
         if array and len(todo) > (most := _most_tasks()):
             raise SlurmError(f"{len(todo)} runs, but an array may have {most} tasks on this cluster; hand them in in parts")
+        for line in outdated(todo):
+            say(line)
         if prepare:
             prepare([parse(job.recipe) for job in todo], say=say)
         ids = _hand_in(todo, wanted, logs, array)
