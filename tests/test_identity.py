@@ -268,8 +268,22 @@ def test_the_report_names_runs_that_asked_for_the_same_data_and_had_other(tmp_pa
         write_json(folder / "record.json", read_json(folder / "record.json") | {"data_key": "bbbb" if n == 0 else "aaaa"})
     [line] = results.odd_runs(results.collect(home))
     assert line.startswith(f"data_key is bbbb for {folders[0].name}, aaaa for the other {len(folders) - 1}")
-    report.write_report(home)
+    report.write_report(home, ablations.get("prediction_target"))
     assert f"Not alike**: {line}" in (home / "report" / "report.md").read_text().replace("\\_", "_")
     job = read_json(folders[0] / "job.json") if (folders[0] / "job.json").exists() else {}
     write_json(folders[0] / "job.json", job | {"recipe": {"captions": {"kind": "short"}}})
     assert results.odd_runs(results.collect(home)) == [], "one that asks for other captions may have them"
+
+
+def test_what_stands_beside_a_declaration_counts_and_the_declaration_does_not(tmp_path):
+    toy = plan.pretend_ablation(tmp_path, "ok")
+    key = lambda: plan.plan(toy, out=tmp_path)[0].key
+    path, first, nb = Path(toy.notebook), key(), read_json(toy.notebook)
+    [cell] = [c for c in nb["cells"] if "ablation" in c["metadata"].get("tags", [])]
+    text = "".join(cell["source"])
+    cell["source"] = [text.replace("Does it run?", "Does it walk?")]
+    write_json(path, nb)
+    assert key() == first
+    cell["source"] = [text + "\nhelper = 3"]
+    write_json(path, nb)
+    assert key() != first

@@ -384,10 +384,10 @@ def _launch(recipe: Recipe, out: Path, progress: bool, prepared: Prepared | None
     "Train in several processes, started here."
     kind = processes.places(recipe, device)
     found = _find(out, recipe, Place(torch.device("cpu")))
+    prepared = prepared or prepare(recipe, progress)               # fetched and encoded once, not by each
+    same_data(found[1] if found else {}, data_key(prepared), out)
     if found and int(found[1]["step"]) == recipe.train.steps and read_json(out / "record.json").get("status") == "done":
         return Run.load(out, kind)
-    if prepared is None:
-        prepare(recipe, progress)                                  # fetched and encoded once, not by each
     try:
         processes.launch(recipe, out, device=kind, progress=progress, trackers=list(trackers))
     except processes.ProcessDied as error:                         # who was killed could not say so

@@ -95,11 +95,22 @@ def libraries() -> dict[str, str]:
     return {name: metadata.version(name) for name in names if any(metadata.distributions(name=name))}
 
 
+def _undeclared(source: str) -> str:
+    "A declaring cell without the declaration and the import that it needs; what else stands there counts."
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return source
+    declares = lambda n: isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "ablation"
+    serves = lambda n: isinstance(n, ast.ImportFrom) and n.module == "prx_nb.lab.ablations"
+    return "\n".join(ast.unparse(n) for n in body if not declares(n) and not serves(n))
+
+
 @lru_cache(1024)
 def _notebook(path: Path, changed: int, size: int) -> tuple[str, tuple[str, ...]]:
     "Meaning of a notebook's code and what it imports. The declaration is left out: what it decides is in the recipe."
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-    sources = ["".join(c["source"]) for c in cells if "ablation" not in c["metadata"].get("tags", [])]
+    sources = [_undeclared(s) if "ablation" in c["metadata"].get("tags", []) else s for c in cells for s in ["".join(c["source"])]]
     imports = []
     for source in sources:
         try:
