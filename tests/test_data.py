@@ -111,7 +111,7 @@ def test_twins_inside_a_style_are_dropped(cache, monkeypatch):
         svg = {"body": f'<rect width="9" height="5" fill="{colour}"/>', "box": [0, 0, 10, 10], "flips": [False, False]}
         return {"item": {"key": key, "concept": code, "style": style, "background": "white"}, "svg": svg}
     made = [job("noto/1", "red"), job("noto/2", "red"), job("noto/3", "blue"), job("fluent/1", "red")]
-    monkeypatch.setattr(data, "emoji_jobs", lambda d: (made, "notice"))
+    monkeypatch.setitem(data.SOURCES, "emoji", lambda d: (made, "notice"))
     images = load(Data(), progress=False)
     assert [i.key for i in images.items] == ["noto/1", "noto/3", "fluent/1"]
     assert [tuple(p[2, 2]) for p in images.pixels] == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]

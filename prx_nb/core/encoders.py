@@ -307,11 +307,19 @@ def _of_vit(name: str, size: int | None, model: nn.Module, mark: str, mean: tupl
                  pool="block9" if name in PACKAGED else f"block{depth}", dim=width, maps=_vit_maps)
 
 # %% ../../nbs/core/14_encoders.ipynb #e2b7513d
+def _transformer(load: Callable[[str], tuple]) -> Callable[[str, int | None], VisionEncoder]:
+    "How an encoder of transformers' is made: `load` gives its model, what its content is, mean and deviation."
+    def make(name: str, size: int | None) -> VisionEncoder:
+        with _quiet():                                             # imports transformers, which the others do without
+            return _of_vit(name, size, *load(name))
+    return make
+
+
 # name -> (name, working side in pixels or none) -> `VisionEncoder`; a setting may also be a folder or a hub id
 ENCODERS = Choice("vision encoder")
 ENCODERS |= {"effnet-lite0": _effnet_lite0,
-             "vit-s14": lambda name, size: _of_vit(name, size, _vit(), _VIT.sha256, *_IMAGENET),
-             "random-vit-s14": lambda name, size: _of_vit(name, size, _random_vit(), "seed 0", *_IMAGENET)}
+             "vit-s14": _transformer(lambda name: (_vit(), _VIT.sha256, *_IMAGENET)),
+             "random-vit-s14": _transformer(lambda name: (_random_vit(), "seed 0", *_IMAGENET))}
 
 
 def load_vision_encoder(name: str,                                  # a name of `ENCODERS`, a folder or a hub id
@@ -319,8 +327,7 @@ def load_vision_encoder(name: str,                                  # a name of 
                         device: str | torch.device | None = None,   # none: a GPU if there is one
                         ) -> VisionEncoder:
     "Load a frozen vision encoder. Raises `EncoderError` (not there, not usable) or `FetchError` (no download)."
-    with _quiet():
-        made = ENCODERS[name](name, size) if name in ENCODERS else _of_vit(name, size, *_from_hub(name))
+    made = ENCODERS[name](name, size) if name in ENCODERS else _transformer(_from_hub)(name, size)
     return made.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 # %% ../../nbs/core/14_encoders.ipynb #bb7d0097

@@ -212,9 +212,7 @@ def of_run(folder: str | Path) -> Ablation:
     "The ablation of a run's folder: of the notebook that its job.json names, else by the name there. Raises `AblationError`."
     said = {}
     for name in ("job.json", "record.json"):
-        with contextlib.suppress(OSError, ValueError):
-            said = said or json.loads((Path(folder) / name).read_text())
-    if not isinstance(said, dict) or not isinstance(said.get("ablation"), str):
-        raise AblationError(f"{folder} does not say of which ablation it is a run")
-    path, name = str(said.get("notebook") or ""), said["ablation"]
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            said = said or {k: v for k, v in json.loads((Path(folder) / name).read_text()).items() if k in ("ablation", "notebook")}
+    path, name = str(said.get("notebook") or ""), str(said.get("ablation") or Path(folder).absolute().parents[1].name)
     return from_notebook(path) if Path(path).is_file() and name not in names() else get(name)
