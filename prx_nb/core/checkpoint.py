@@ -64,7 +64,8 @@ class State:
     def tensors(self) -> dict[str, Tensor]:
         "Every tensor by name, in shares where they are held in shares."
         named = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        named |= {f"techniques.{name}.{k}": v for name, t in zip(technique_names(self.techniques), self.techniques) for k, v in t.state_dict().items()}
+        for name, technique in zip(technique_names(self.techniques), self.techniques):
+            named |= {f"techniques.{name}.{k}": v for k, v in technique.state_dict().items()}
         named |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()} if self.ema else {}
         named |= {f"also.{k}": v for k, v in self.also.state_dict().items()}
         numbered = list(self.named_parameters())

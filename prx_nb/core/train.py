@@ -281,7 +281,8 @@ def _begin(s: Session) -> None:
     s.recipe.save(s.out / "recipe.json")
     started = {} if s.first else {"started": now()}
     by_hand = {"by_hand": list(s.recipe.by_hand)} if s.recipe.by_hand else {}
-    update_record(s.out, status="running", cause=None, recipe_key=s.recipe.key, data_key=s.data, seed=s.recipe.seed, git_commit=git_commit(), versions=versions(),
+    update_record(s.out, status="running", cause=None, recipe_key=s.recipe.key, data_key=s.data, seed=s.recipe.seed,
+                  git_commit=git_commit(), versions=versions(),
                   hardware=hardware(s.place.device), cost={"flops_step": cost.flops_step(s.recipe)}, **by_hand, **started)
 
 

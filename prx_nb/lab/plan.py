@@ -90,7 +90,8 @@ def pretend_ablation(folder: str | Path,      # toy.ipynb is written there
     defaults = f"variant = {variants[0]!r}\nseed = 0\npreset = 'smoke'\noverrides = {{}}\nout = '.'"
     changed = {v: {"flow.clamp": 0.05 + i / 100} for i, v in enumerate(variants)}
     declared = f"from prx_nb.lab.ablations import Ablation\nablation = Ablation({name!r}, 'Does it run?', {variants[0]!r}, {changed!r})"
-    cells = [new.new_code_cell(declared, metadata={"tags": ["ablation"]}), new.new_code_cell(defaults, metadata={"tags": ["parameters"]}), new.new_code_cell(body), new.new_code_cell("print('end')")]
+    tagged = ((declared, ["ablation"]), (defaults, ["parameters"]), (body, []), ("print('end')", []))
+    cells = [new.new_code_cell(source, metadata={"tags": tags} if tags else {}) for source, tags in tagged]
     kernel = {"name": "python3", "display_name": "python3", "language": "python"}
     nbformat.write(new.new_notebook(cells=cells, metadata={"kernelspec": kernel}), str(path))
     return from_notebook(path)

@@ -240,7 +240,8 @@ def _variants_of(name: str) -> list[str]:
 def _unknown_names(entry: Entry) -> list[str]:
     "Names in an entry that nothing goes by."
     paths, known = recipes.fields(Recipe), ablations.names()
-    faults = ([] if ablations.find(entry.ablation) else _unknown("ablation", entry.ablation, known)) + _unknown("preset", entry.preset, recipes.PRESETS)
+    faults = [] if ablations.find(entry.ablation) else _unknown("ablation", entry.ablation, known)
+    faults += _unknown("preset", entry.preset, recipes.PRESETS)
     if mine := _variants_of(entry.ablation):
         faults += [f for v in entry.variants or () for f in _unknown("variants", v, mine)]
     for field, names in (("set", entry.set), ("grid", entry.grid)):

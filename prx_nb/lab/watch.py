@@ -393,7 +393,8 @@ def replan(folders: Iterable[str | Path],     # runs' folders
         groups.setdefault(same, []).append(old)
     for (home, _, preset, overrides, timeout, cell_timeout), olds in groups.items():
         label, names = home.name.removeprefix(preset).removeprefix("@"), {old.name for old in olds}
-        jobs = plan(of_run(home / olds[0].name), preset, sorted({o.seed for o in olds}), {o.variant: 0 for o in olds}, json.loads(overrides), home.parents[1],
+        ablation = of_run(home / olds[0].name)
+        jobs = plan(ablation, preset, sorted({o.seed for o in olds}), {o.variant: 0 for o in olds}, json.loads(overrides), home.parents[1],
                     label, timeout, cell_timeout)
         planned += [job for job in jobs if job.name in names]
     return planned

@@ -111,8 +111,8 @@ class Settings(Acts):
         if self.layer is not None and self.layer >= recipe.denoiser.depth:
             yield f"{path}.layer = {self.layer}: blocks are numbered 0 to {recipe.denoiser.depth - 1}"
         if recipe.data.augment:
-            yield (f"{path}.weight = {self.weight} with data.augment = {list(recipe.data.augment)}: the teacher's maps are computed once, from the images "
-                   "as they are; set data.augment to [], or the weight to 0")
+            yield (f"{path}.weight = {self.weight} with data.augment = {list(recipe.data.augment)}: the teacher's maps are computed once, "
+                   "from the images as they are; set data.augment to [], or the weight to 0")
 
 # %% ../../nbs/techniques/01_repa.ipynb #59c400ab
 class REPA(Technique, name="repa", settings=Settings):
