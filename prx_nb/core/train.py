@@ -333,7 +333,8 @@ def _with_hand(recipe: Recipe, techniques: Sequence[Technique]) -> Recipe:
     "The recipe that says which techniques were passed by hand. Raises `ValueError` where it speaks of others."
     said = tuple(described(t) for t in techniques if not t.observes)
     if recipe.by_hand and recipe.by_hand != said:
-        raise ValueError(f"recipe.by_hand names {', '.join(recipe.by_hand)}, but techniques = [{', '.join(said)}] were passed: pass the same objects again")
+        raise ValueError(f"recipe.by_hand names {', '.join(recipe.by_hand)}, but techniques = [{', '.join(said)}] were passed: "
+                         "pass the same objects again")
     return recipe.replace("by_hand", said) if said else recipe
 
 # %% ../../nbs/core/22_train.ipynb #762d9872

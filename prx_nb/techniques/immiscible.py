@@ -49,7 +49,8 @@ class Settings(Acts):
     def refuse(self, recipe, path):
         share = recipe.train.batch // recipe.train.processes
         if share % self.group:
-            yield f"{path}.group = {self.group} does not divide the {share} images that a process has of a batch; set it to a divisor of {share}, or to 0"
+            yield (f"{path}.group = {self.group} does not divide the {share} images that a process has of a batch; "
+                   f"set it to a divisor of {share}, or to 0")
 
 # %% ../../nbs/techniques/09_immiscible.ipynb #ba073eed
 class Immiscible(Technique, name="immiscible", settings=Settings):

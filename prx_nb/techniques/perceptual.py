@@ -69,8 +69,8 @@ class Settings(Acts):
 
     def refuse(self, recipe, path):
         if recipe.latents.autoencoder != "pixels":
-            yield (f"{path}.weight = {self.weight} with latents.autoencoder = '{recipe.latents.autoencoder}': it compares images, and latents are none; "
-                   "set latents.autoencoder = 'pixels', or set the weight to 0")
+            yield (f"{path}.weight = {self.weight} with latents.autoencoder = '{recipe.latents.autoencoder}': it compares images, "
+                   "and latents are none; set latents.autoencoder = 'pixels', or set the weight to 0")
 
 # %% ../../nbs/techniques/07_perceptual.ipynb #25f92429
 class Perceptual(Technique, name="perceptual", settings=Settings):

@@ -40,8 +40,8 @@ class Settings(Acts):
 
     def refuse(self, recipe, path):
         if recipe.denoiser.fusion:
-            yield (f"{path}.rate = {self.rate} with denoiser.fusion = {recipe.denoiser.fusion}: TREAD's tokens skip blocks unchanged, fusion changes them; "
-                   "set denoiser.fusion to null, or the rate to 0")
+            yield (f"{path}.rate = {self.rate} with denoiser.fusion = {recipe.denoiser.fusion}: TREAD's tokens skip blocks unchanged, "
+                   "fusion changes them; set denoiser.fusion to null, or the rate to 0")
         try:
             stretch(self.first, self.last, recipe.denoiser.depth)
         except ValueError as why:
