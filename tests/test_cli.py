@@ -216,7 +216,7 @@ if sys.argv[2] in ("ablate", "retry"):
     real, ablations.names = ablations.names, lambda: [*real(), "toy"]
     find = ablations.find
     ablations.find = lambda name: toy if name == "toy" else find(name)
-        batch.run, slurm.submit = functools.partial(batch.run, prepare=None), functools.partial(slurm.submit, prepare=None)
+    batch.run, slurm.submit = functools.partial(batch.run, prepare=None), functools.partial(slurm.submit, prepare=None)
 cli.main(sys.argv[2:])
 """
 

@@ -35,7 +35,7 @@ def test_every_way_to_end_is_told_apart(tmp_path):
         assert "injected-parameters" in tags
         assert (folder / "notebook.attempt-1.ipynb").exists() == (said["attempt"] == 2)
         if job.variant == "raises":
-            assert said["error"] == "RuntimeError: on purpose" and said["cell"] == 2 and not runs.finished(job)
+            assert said["error"] == "RuntimeError: on purpose" and said["cell"] == 3 and not runs.finished(job)
         if job.variant == "ok":
             assert runs.record(folder)["overrides"] == {"train.steps": 7} and runs.finished(job)
             assert runs.end_in_words(job, said).endswith("s, KID[toy] 0.5")
