@@ -183,7 +183,7 @@ def sweep(folder: Path, seeds: int, share: float, at_once: int, kills: int, seed
     peace = time.monotonic() - begin
     planned = jobs(folder, "disturbed", seeds)
     faults = draw_faults(folder, planned, share, dice)
-    write_json(planned[0].home / "faults.json", faults)
+    write_json(planned[0].group / "faults.json", faults)
     try:
         killed = disturb(folder, seeds, at_once, kills, dice)
     finally:

@@ -295,7 +295,7 @@ def test_a_sweep_is_watched_cleaned_around_and_repeated(toy, tmp_path):
     wait_for(lambda: state("ok-s0") == "done" and state("raises-s0") == "cell error" and (home / "slow-s0" / "progress.json").exists())
 
     rows = {row["run"]: row for row in json.loads(toy("status", "--json")[1])}
-    assert (rows["ok-s0"]["group"], rows["raises-s0"]["group"], rows["slow-s0"]["state"]) == ("done", "failed", "running")
+    assert (rows["ok-s0"]["stage"], rows["raises-s0"]["stage"], rows["slow-s0"]["state"]) == ("done", "failed", "running")
     assert rows["slow-s0"]["steps"] == 1000 and rows["slow-s0"]["step"] >= 1 and rows["slow-s0"]["eta"] > 10
     code, out, _ = toy("status", "toy")
     assert code == 0 and max(map(len, out.splitlines())) <= 80 and "KID[toy] 0.5" in out and "RuntimeError: on purpose" in out

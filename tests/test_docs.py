@@ -76,7 +76,7 @@ def test_pages_show_code_and_hide_directives(pages):
 
 
 def test_formulas_are_drawn_without_a_network(pages):
-    text = re.sub(r"<script.*?</script>", "", (pages / "core" / "12_flow.html").read_text(), flags=re.DOTALL)
+    text = re.sub(r"<script.*?</script>", "", (pages / "core" / "13_flow.html").read_text(), flags=re.DOTALL)
     assert text.count("<math") > 20 and "$$" not in text and "\\alpha_t" not in re.sub(r"<annotation.*?</annotation>", "", text)
     for page in pages.rglob("*.html"):
         assert not re.search(r"<(script|link)[^>]+(src|href)=.https?:", page.read_text()), f"{page.name} loads something"

@@ -38,7 +38,7 @@ def test_notebook_runs(notebook, tmp_path):
 
 
 def test_a_notebook_that_fails_is_noticed(tmp_path):
-    nb = json.loads((ROOT / "nbs/core/02_seeds.ipynb").read_text())
+    nb = json.loads((ROOT / "nbs/core/03_seeds.ipynb").read_text())
     nb["cells"].append(nb["cells"][-1] | {"cell_type": "code", "id": "fails", "source": ["assert 1 == 2, 'on purpose'"], "outputs": [], "execution_count": None})
     (tmp_path / "fails.ipynb").write_text(json.dumps(nb))
     code, said = run_notebook(tmp_path / "fails.ipynb", tmp_path / "log.txt", LIMIT)

@@ -252,7 +252,7 @@ def test_the_line_before_retraining_names_the_module_and_the_time_and_nothing_is
     assert line in cli.plan_in_words(newer, 1)
     put_done(replace(jobs[0], key="older", parts={}), 30)
     assert "before" in batch.outdated(newer[:1])[0] and "(estimated 30 s)" in batch.outdated(newer[:1])[0]
-    assert sorted(p.name for p in jobs[0].home.iterdir()) == ["ok-s0", "other-s0"], "only said"
+    assert sorted(p.name for p in jobs[0].group.iterdir()) == ["ok-s0", "other-s0"], "only said"
 
 
 def put_done(job, seconds):

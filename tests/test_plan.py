@@ -38,7 +38,7 @@ def test_plans_go_seed_by_seed_and_points_have_homes_of_their_own(tmp_path):
     a = toy(tmp_path, "ok", "other", "third")
     jobs = plan(a, seeds=2, variants=["ok", "third", "ok"], out=tmp_path)
     assert [j.name for j in jobs] == ["ok-s0", "third-s0", "ok-s1", "third-s1"]
-    assert {j.home for j in jobs} == {tmp_path / "toy" / "smoke"}
+    assert {j.group for j in jobs} == {tmp_path / "toy" / "smoke"}
     [point] = plan(a, seeds=[7], variants=["ok"], out=tmp_path, overrides={"train.steps": 3}, label="steps=3")
     assert point.out == str(tmp_path / "toy" / "smoke@steps=3" / "ok-s7") and point.recipe["train"]["steps"] == 3
     assert point.parameters == {"variant": "ok", "seed": 7, "preset": "smoke", "overrides": {"train.steps": 3}, "out": point.out}

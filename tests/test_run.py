@@ -24,7 +24,7 @@ ENDS = {"ok": "done", "raises": "cell error", "nan": "non-finite loss", "silent"
 def test_every_way_to_end_is_told_apart(tmp_path):
     for job in plan(toy(tmp_path, *ENDS), overrides={"train.steps": 7}, out=tmp_path, timeout=200):
         lines = []
-        said, folder = runs.attend(job, threads=1, say=lines.append), Path(job.out)
+        said, folder = runs.supervise(job, threads=1, say=lines.append), Path(job.out)
         assert said["state"] == ENDS[job.variant], (job.variant, said) and said == runs.status(folder)
         assert said["attempt"] == (2 if job.variant in ("greedy", "dies", "diesonce") else 1) == len(said["history"]) + 1
         assert bool(lines) == (said["attempt"] == 2) and all("once more" in line for line in lines)
@@ -43,10 +43,10 @@ def test_every_way_to_end_is_told_apart(tmp_path):
 
 def test_limits_of_time(tmp_path):
     [job] = plan(toy(tmp_path, "hangs"), out=tmp_path, timeout=6)
-    said = runs.attend(job)
+    said = runs.supervise(job)
     assert said["state"] == "timeout" and "6 s" in said["error"] and 6 <= said["seconds"] < 20 and said["attempt"] == 1
     [job] = plan(toy(tmp_path, "hangs"), out=tmp_path / "cell", timeout=100, cell_timeout=3)
-    said = runs.attend(job)
+    said = runs.supervise(job)
     assert said["state"] == "cell timeout" and said["seconds"] < 60
     assert gone(kernel(job.out))
 
@@ -66,7 +66,7 @@ def test_one_who_attends_can_stop_it(tmp_path):
     [job] = plan(toy(tmp_path, "hangs"), out=tmp_path)
     stop = threading.Event()
     threading.Thread(target=lambda: (kernel(job.out), stop.set()), daemon=True).start()
-    assert runs.attend(job, stop=stop)["state"] == "interrupted"
+    assert runs.supervise(job, stop=stop)["state"] == "interrupted"
     assert gone(kernel(job.out))
 
 
@@ -81,7 +81,7 @@ def test_a_killed_process_is_tried_once_more_and_then_said_to_be_killed(tmp_path
             killed.append(runs.status(job.out)["pid"])
             os.kill(killed[-1], signal.SIGKILL)
     threading.Thread(target=kill, daemon=True).start()
-    said = runs.attend(job)
+    said = runs.supervise(job)
     assert said["state"] == "killed" and "SIGKILL" in said["error"] and said["attempt"] == 2 and len(killed) == 2
     wait_for(lambda: gone(kernel(job.out)), 20)
 
@@ -93,7 +93,7 @@ def test_a_run_at_work_is_adopted_not_started_again(tmp_path):
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "job.json")], check=True, timeout=60)
     wait_for(lambda: runs.status(job.out).get("state") == "running")
     pid, lines = runs.status(job.out)["pid"], []
-    said = runs.attend(job, say=lines.append)
+    said = runs.supervise(job, say=lines.append)
     assert lines == ["lasts-s0 is at work already, adopted"]
     assert said["state"] == "done" and said["pid"] == pid and (Path(job.out) / "tries").read_text() == "1"
 
@@ -105,7 +105,7 @@ def test_an_adopted_run_that_is_killed_is_done_again(tmp_path):
     child.started.kill()
     child.started.wait()
     assert runs.status(job.out)["state"] == "running" and not runs.alive(runs.status(job.out), job.out)
-    assert runs.attend(job)["state"] == "done"
+    assert runs.supervise(job)["state"] == "done"
 
 
 def test_a_run_on_another_machine_is_believed_as_long_as_it_beats(tmp_path, monkeypatch):
@@ -114,10 +114,10 @@ def test_a_run_on_another_machine_is_believed_as_long_as_it_beats(tmp_path, monk
     far = {"state": "running", "key": job.key, "pid": 1, "born": 0.0, "host": "another machine", "memory_kills": 0}
     write_json(Path(job.out) / "status.json", far)
     begin, lines = time.monotonic(), []
-    said = runs.attend(job, say=lines.append, retries=0)
+    said = runs.supervise(job, say=lines.append, retries=0)
     assert time.monotonic() - begin > 2 and said["state"] == "host gone" and "another machine" in said["error"]
     write_json(Path(job.out) / "status.json", far)
-    assert runs.attend(job)["state"] == "done", "one more try, on this machine"
+    assert runs.supervise(job)["state"] == "done", "one more try, on this machine"
 
 
 def test_a_pid_used_again_is_another_process(tmp_path):
@@ -152,7 +152,7 @@ def test_a_full_disk_is_told_and_the_status_still_written(tmp_path):
     try:
         body = "import pathlib\nwith open(pathlib.Path(out) / 'big', 'wb', buffering=0) as f:\n    while True: f.write(b'x' * 4096)"
         [job] = plan(toy(tmp_path, "ok", body=body), out=disk)
-        said = runs.attend(job, retries=0)
+        said = runs.supervise(job, retries=0)
         assert said["state"] == "disk full" and runs.status(job.out)["state"] == "disk full"
     finally:
         subprocess.run(["umount", "-l", str(disk)])

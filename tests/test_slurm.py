@@ -76,9 +76,9 @@ def test_an_array_of_runs_leaves_what_local_runs_leave(slurm, limited, tmp_path)
     assert max(sum(r["begin"] <= t["begin"] < r["end"] for r in done) for t in done) <= 2, "two at a time"
     assert any("RuntimeError: on purpose" in line for line in lines) and any("KID[toy] 0.5" in line for line in lines)
     assert slurm.job(ids[2])["JobState"] == "FAILED" and slurm.job(ids[3])["JobState"] == "COMPLETED"
-    assert (jobs[0].home / ".slurm" / f"{ids[0]}_0_log.out").read_text().count("slow-s0") == 2
+    assert (jobs[0].group / ".slurm" / f"{ids[0]}_0_log.out").read_text().count("slow-s0") == 2
     [local] = plan(toy(tmp_path, "ok"), out=tmp_path / "local")
-    here = runs.attend(local)
+    here = runs.supervise(local)
     assert {p.name for p in Path(local.out).iterdir()} == {p.name for p in Path(jobs[3].out).iterdir()}
     assert here.keys() | {"slurm"} == said[3].keys()
 
@@ -128,12 +128,13 @@ def test_preempted_training_goes_on_and_ends_the_same(slurm, limited, tmp_path):
     choose = lambda place: plan("prediction_target", "smoke", variants=["x"], overrides=steps, out=tmp_path / place)
     [job], [undisturbed] = choose("slurm"), choose("local")
     patient = plan(toy(tmp_path, "slices", body=SLICES), out=tmp_path)
-    alone = threading.Thread(target=runs.attend, args=(undisturbed, 1))
+    alone = threading.Thread(target=runs.supervise, args=(undisturbed, 1))
     later = hand_in(patient, partition="graceful", extra={"gres": "seat:1"})
     pid = started(patient[0])                                           # first: it waits for as long as the other takes
     ids = hand_in([job], extra={"gres": "seat:1"}) + later
     checkpoints = Path(job.out) / "checkpoint"
-    wait_for(lambda: len(list(checkpoints.glob("step-*"))) == 2, 90)
+    log = Path(job.out) / "log.txt"
+    wait_for(lambda: log.exists() and "step  150/1500" in log.read_text(), 90)
     urgent = slurm.call("sbatch", "--parsable", "--partition=high", "--gres=seat:2", "--output=/dev/null", "--wrap=sleep 1").strip()
     wait_for(lambda: runs.status(job.out).get("state") == "interrupted" and runs.status(patient[0].out).get("state") == "interrupted")
     wait_for(lambda: gone(pid))
@@ -181,7 +182,7 @@ def test_bad_input_is_refused_before_anything_is_handed_in(slurm, tmp_path, monk
             hand_in(jobs, **settings)
     with pytest.raises(AblationError, match="plan is empty"):
         hand_in([])
-    many = [replace(jobs[0], seed=i, out=f"{jobs[0].home}/ok-s{i}") for i in range(1100)]
+    many = [replace(jobs[0], seed=i, out=f"{jobs[0].group}/ok-s{i}") for i in range(1100)]
     with pytest.raises(executor.SlurmError, match="1100 runs, but an array may have 1001"):
         hand_in(many)
     (tmp_path / "file").write_text("in the way")

@@ -194,12 +194,12 @@ def test_points_are_all_combinations_with_a_baseline_each(tmp_path):
         for variant, seed in itertools.product("vx", (7, 3)):
             expected.add((f"smoke@L,optimizer.lr={lr},ema.decay={decay},caption_length={kind}", f"{variant}-s{seed}", lr, decay, kind, seed, variant))
     flat = lambda job: [recipes.flatten(job.recipe)[k] for k in ("optimizer.lr", "ema.decay", "captions.kind", "seed", "flow.prediction")]
-    assert {(j.home.name, j.name, *flat(j)) for j in jobs} == expected and len(jobs) == 32
+    assert {(j.group.name, j.name, *flat(j)) for j in jobs} == expected and len(jobs) == 32
     assert all(j.recipe["train"]["steps"] == 5 and (j.timeout, j.cell_timeout) == (50, 5) for j in jobs)
     assert len({j.out for j in jobs}) == len({j.key for j in jobs}) == 32
     assert [j.seed for j in jobs] == [7] * 16 + [3] * 16, "a whole grid for one seed, then for the next"
     for stop in range(0, 33, 2):                                   # stopped after any pair: pairs are whole
-        found = Counter((j.home, j.seed) for j in jobs[:stop])
+        found = Counter((j.group, j.seed) for j in jobs[:stop])
         assert set(found.values()) <= {2}
     assert not (tmp_path / "out").exists()
 
@@ -209,7 +209,7 @@ def test_what_the_file_says_for_all_stands_unless_an_entry_says_otherwise(tmp_pa
                                       "- {ablation: prediction_target, variants: [v], seeds: [4], timeout: 7, cell_timeout: 3, preset: cpu}\n"))
     jobs = read.jobs(limits={"smoke": 1, "cpu": 2})
     assert [(j.preset, j.seed, j.timeout, j.cell_timeout) for j in jobs] == [("smoke", 0, 9, None)] * 2 + [("cpu", 4, 7, 3)]
-    assert all(j.home.parents[1] == Path.cwd() / "there" for j in jobs)
+    assert all(j.group.parents[1] == Path.cwd() / "there" for j in jobs)
     bare = sweep.read(write(tmp_path, "runs: [{ablation: caption_length, preset: smoke}]"))
     assert {j.timeout for j in bare.jobs(limits={"smoke": 5})} == {5} and {j.timeout for j in bare.jobs(timeout=4, limits={"smoke": 5})} == {4}
 

@@ -39,13 +39,13 @@ def nurseries():
 def test_a_fork_is_like_a_fresh_process(tmp_path, monkeypatch):
     monkeypatch.setenv("MARK", "of the driver")
     jobs = plan(toy(tmp_path, "a", "b", body=FACTS), seeds=2, out=tmp_path)
-    with warm.Nursery([job.notebook for job in jobs], 1) as nursery:
+    with warm.ForkServer([job.notebook for job in jobs], 1) as fork_server:
         monkeypatch.setenv("MARK", "later")
         for job in jobs[:3]:
-            assert run.attend(job, 1, "7", nursery=nursery)["state"] == "done"
+            assert run.supervise(job, 1, "7", fork_server=fork_server)["state"] == "done"
         [process] = nurseries()
         assert all(psutil.pid_exists(p) is False for p in [run.status(j.out)["pid"] for j in jobs[:3]])
-    fresh = run.attend(jobs[3], 1, "7")
+    fresh = run.supervise(jobs[3], 1, "7")
     assert fresh["state"] == "done" and not process.is_running()
     told = [facts(job) for job in jobs]
     for name in ("OMP", "device", "sigint", "session", "marked", "stdin", "torch"):
@@ -69,13 +69,13 @@ def test_a_nursery_loads_what_notebooks_import_and_nothing_else(tmp_path):
 def test_exit_codes_come_back_whoever_else_is_at_work(tmp_path):
     body = "import os, signal, time\nif variant == 'killed': os.kill(os.getppid(), signal.SIGKILL)\ntime.sleep(60)"
     jobs = plan(toy(tmp_path, "a", "killed", "b", body=body), out=tmp_path)
-    with warm.Nursery([jobs[0].notebook], 1) as nursery:
+    with warm.ForkServer([jobs[0].notebook], 1) as fork_server:
         stop, others = threading.Event(), []
         for job in (jobs[0], jobs[2]):
-            others.append(threading.Thread(target=run.attend, args=(job,), kwargs={"nursery": nursery, "stop": stop}))
+            others.append(threading.Thread(target=run.supervise, args=(job,), kwargs={"fork_server": fork_server, "stop": stop}))
             others[-1].start()
         wait_for(lambda: [run.status(job.out).get("state") for job in (jobs[0], jobs[2])] == ["running"] * 2)
-        said = run.attend(jobs[1], retries=0, nursery=nursery)
+        said = run.supervise(jobs[1], retries=0, fork_server=fork_server)
         stop.set()
         [other.join() for other in others]
     assert said["state"] == "killed" and "ended with SIGKILL" in said["error"], said
@@ -108,10 +108,10 @@ def test_runs_outlive_a_driver_that_is_killed_and_the_nursery_does_not(tmp_path)
     (tmp_path / "j.json").write_text(json.dumps({k: v for k, v in job.__dict__.items()}, default=dict))
     driver = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "j.json")], stdout=subprocess.DEVNULL)
     wait_for(lambda: (Path(job.out) / "pid").exists())
-    [nursery] = [p for p in psutil.Process(driver.pid).children() if "prx_nb.lab.warm" in " ".join(p.cmdline())]
+    [fork_server] = [p for p in psutil.Process(driver.pid).children() if "prx_nb.lab.warm" in " ".join(p.cmdline())]
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    wait_for(lambda: not nursery.is_running() or nursery.status() == psutil.STATUS_ZOMBIE, 10)
+    wait_for(lambda: not fork_server.is_running() or fork_server.status() == psutil.STATUS_ZOMBIE, 10)
     said, lines = run.status(job.out), []
     assert said["state"] == "running" and psutil.pid_exists(said["pid"])
     batch.run([job], 1, prepare=None, say=lines.append)
@@ -121,9 +121,9 @@ def test_runs_outlive_a_driver_that_is_killed_and_the_nursery_does_not(tmp_path)
 def test_a_nursery_that_cannot_start_is_done_without(tmp_path, monkeypatch):
     job = plan(toy(tmp_path, "ok"), out=tmp_path)[0]
     monkeypatch.setattr(warm.sys, "executable", "/no/such/python")
-    with warm.Nursery([job.notebook]) as nursery:
+    with warm.ForkServer([job.notebook]) as fork_server:
         monkeypatch.undo()
-        assert not nursery.alive and run.attend(job, nursery=nursery)["state"] == "done"
+        assert not fork_server.alive and run.supervise(job, fork_server=fork_server)["state"] == "done"
 
 
 def test_notebooks_whose_imports_start_threads_are_not_forked(tmp_path):
@@ -139,7 +139,7 @@ def test_a_real_run_is_the_same_forked_and_fresh_and_keeps_its_figures(tmp_path,
     monkeypatch.delenv("MPLBACKEND", raising=False)
     jobs = [plan("prediction_target", "smoke", variants=["v"], out=tmp_path / way)[0] for way in ("forked", "fresh")]
     batch.run(jobs[:1], 1, say=lambda line: None)
-    assert run.attend(jobs[1], batch.cores())["state"] == "done"
+    assert run.supervise(jobs[1], batch.cores())["state"] == "done"
     (a, b), (c, d) = ((Path(job.out), pd.read_parquet(Path(job.out) / "curves.parquet").query("name != 'seconds'")) for job in jobs)
     assert b.equals(d) and read_json(a / "record.json")["metrics"] == read_json(c / "record.json")["metrics"]
     assert (a / "samples.png").read_bytes() == (c / "samples.png").read_bytes()

@@ -69,7 +69,7 @@ def test_a_run_is_running_only_while_its_process_is(tmp_path, sleeper):
     process.send_signal(signal.SIGKILL)
     process.wait()
     row = one(folder)
-    assert (row.state, row.group, row.step, row.eta) == ("killed", "failed", 30, None) and "its process is gone" in row.cause
+    assert (row.state, row.stage, row.step, row.eta) == ("killed", "failed", 30, None) and "its process is gone" in row.cause
     other = sleeper()                                              # another process that came by the same number
     put(folder, at_work(other, born=1.0))
     assert one(folder).state == "killed"
@@ -149,8 +149,8 @@ def test_plain_text_fits_80_columns_and_says_every_cause(tmp_path):
 
 def test_hundreds_of_runs_are_counted_and_only_what_matters_is_listed(tmp_path):
     done = watch.row(put(tmp_path / "h0" / "v-s0", {"state": "done", "seconds": 3}, record={"status": "done", "metrics": {}}), tmp_path)
-    rows = [replace(done, home=f"h{n % 4}", run=f"v-s{n}", state="queued" if n % 2 else "done") for n in range(300)]
-    rows[7] = replace(done, home="h3", state="timeout", cause="took too long", metric="")
+    rows = [replace(done, group=f"h{n % 4}", run=f"v-s{n}", state="queued" if n % 2 else "done") for n in range(300)]
+    rows[7] = replace(done, group="h3", state="timeout", cause="took too long", metric="")
     lines = watch.as_text(rows).splitlines()
     assert len(lines) == 4 + 1 + 2 and "h0: 75 done" in lines[0] and "took too long" in "\n".join(lines)
     assert lines[-1].startswith("300 runs: 150 done, 149 queued, 1 failed")
