@@ -159,7 +159,7 @@ def test_the_queue_can_be_seen_and_does_not_touch_a_run_at_work(tmp_path):
     kernel(jobs[0].out)
     batch.queue(jobs)
     assert states(jobs) == {"hangs-s0": "running", "ok-s0": "queued"}
-    runs._stop(child, Path(jobs[0].out))
+    runs.stop_process(child, Path(jobs[0].out))
     assert states(jobs)["hangs-s0"] == "interrupted"
 
 

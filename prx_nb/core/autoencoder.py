@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import data, recipe
 from .files import cache_dir, write_json
-from .images import Images, _alone
+from .images import Images, one_at_a_time
 from .seeds import order, stream
 
 # %% ../../nbs/core/12_autoencoder.ipynb #a8b44cc0
@@ -149,7 +149,7 @@ def made(settings: Settings = Settings(), progress: bool = True) -> Path:
     images = data.load(settings.data, progress)
     home = cache_dir("autoencoders", settings.key(images))
     if not (home / "model").exists():
-        with _alone(home):
+        with one_at_a_time(home):
             if not (home / "model").exists():
                 _make(settings, images, home, progress)
     return home / "model"

@@ -21,7 +21,7 @@ from torch import nn
 
 from . import seeds
 from .files import Member, Shards, atomic, cache_dir, fetch, keep_rows, sha256, write_json
-from .text import _quiet, locate
+from .text import quiet, locate
 from .settings import Choice
 
 # %% ../../nbs/core/15_encoders.ipynb #533c5c5b
@@ -310,7 +310,7 @@ def _of_vit(name: str, size: int | None, model: nn.Module, mark: str, mean: tupl
 def _transformer(load: Callable[[str], tuple]) -> Callable[[str, int | None], VisionEncoder]:
     "How an encoder of transformers' is made: `load` gives its model, what its content is, mean and deviation."
     def make(name: str, size: int | None) -> VisionEncoder:
-        with _quiet():                                             # imports transformers, which the others do without
+        with quiet():                                             # imports transformers, which the others do without
             return _of_vit(name, size, *load(name))
     return make
 

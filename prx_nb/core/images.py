@@ -412,7 +412,7 @@ def _open(folder: Path) -> Images:
 
 # %% ../../nbs/core/05_images.ipynb #1cdeee1a
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def one_at_a_time(folder: Path) -> Iterator[None]:
     "Hold a folder's lock; wait for it if another process has it."
     with open(folder / "lock", "w") as lock:
         with contextlib.suppress(ImportError):                       # no fcntl: no lock, still atomic files
@@ -426,7 +426,7 @@ def cached(folder: Path,
            ) -> Images:
     "The set in a cache folder, made first if it is not there. Raises `DataError` for a damaged one."
     if not (folder / "items.json").exists():
-        with _alone(folder):
+        with one_at_a_time(folder):
             if not (folder / "items.json").exists():
                 make()
     return _open(folder)

@@ -219,7 +219,7 @@ def _write_text(folder: Path, encoder: text.TextEncoder, tokens: int) -> dict[st
     if not hasattr(transformers, kind):
         raise InteropError(f"the text encoder '{encoder.name}' is a {kind}, which transformers cannot load by that "
                            "name")
-    with text._quiet():
+    with text.quiet():
         for place in ("tokenizer", "text_encoder"):          # also beside the model: the folder is complete by itself
             tokenizer.save_pretrained(folder / place)
             path = folder / place / "tokenizer_config.json"
@@ -258,7 +258,7 @@ def load_encoder(folder: str | Path,             # a pipeline's folder, here or 
     if kind is None or tokenizer is None:
         raise InteropError(f"{folder}: this transformers has no {index['text_encoder'][1]} or {index['tokenizer'][1]}")
     try:
-        with text._quiet():
+        with text.quiet():
             model = kind.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
             tokenizer = tokenizer.from_pretrained(folder / "tokenizer")
     except Exception as error:

@@ -130,7 +130,7 @@ _HALF = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderM
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     "No progress bars and notes from transformers inside."
     from transformers.utils import logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -262,7 +262,7 @@ def load_text_encoder(name: str,                                  # a name of `E
                       ) -> TextEncoder:
     "Load a frozen text encoder. Raises `TextError` (not there, not usable) or `FetchError` (no download)."
     key = encoder_key(name)
-    with _quiet():
+    with quiet():
         model, tokenizer = ENCODERS[name].load() if name in ENCODERS else _load_any(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return TextEncoder(name, key, model.to(device), tokenizer)

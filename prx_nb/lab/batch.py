@@ -70,8 +70,8 @@ def set_aside(job: Job) -> Path | None:
     folder, old = Path(job.out), runs.status(job.out)
     if not folder.exists() or old.get("key") == job.key:
         return None
-    if process := runs._process(old):
-        runs._stop(runs._Child(None, process), folder)
+    if process := runs.process_of(old):
+        runs.stop_process(runs._Child(None, process), folder)
     place = folder.parent / ".replaced" / folder.name
     shutil.rmtree(place, ignore_errors=True)
     place.parent.mkdir(exist_ok=True)
@@ -167,7 +167,7 @@ def _locked(lock) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(groups: Iterable[Path]) -> Iterator[None]:
+def only_driver(groups: Iterable[Path]) -> Iterator[None]:
     "Hold the folders' locks, so that two drivers do not share one. Raises `AblationError`, `OSError`."
     with contextlib.ExitStack() as stack:
         for group in sorted(set(groups)):
@@ -256,7 +256,7 @@ def run(jobs: list[Job],                        # from `plan`, of one group or s
     places, begin = Places(devices(), at_once, per_device), time.monotonic()
     for job in jobs:
         places.check(job)
-    with _alone(job.group for job in jobs), _terminate_is_interrupt():
+    with only_driver(job.group for job in jobs), _terminate_is_interrupt():
         done = sum(map(runs.finished, jobs))
         say(f"{_names(jobs)}: {len(jobs)} runs, {done} of them done already, {places.at_once} at a time with {places.threads} threads"
             + (f" on {len(places.gpus)} GPUs" if places.gpus else "") + f"; in {_where(jobs)}")

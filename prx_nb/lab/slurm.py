@@ -26,7 +26,7 @@ from ..core.files import read_json, require_writable, write_json
 from ..core.recipe import parse
 from . import run as runs
 from .ablations import AblationError
-from .batch import _alone, failed_for_good, outdated, prepare_caches, queue
+from .batch import only_driver, failed_for_good, outdated, prepare_caches, queue
 from .plan import Job
 
 # %% ../../nbs/lab/07_slurm.ipynb #4234f9c1
@@ -393,7 +393,7 @@ def submit(jobs: list[Job],                      # from `plan`, of one group or 
         raise SlurmError("without an array Slurm cannot limit the tasks side by side; leave one of the two out")
     wanted = _wanted(jobs, partition, time_minutes, gpus, cpus, memory_gb, at_once, extra)
     logs = require_writable(Path(os.path.commonpath([job.group for job in jobs])) / ".slurm")
-    with _alone(job.group for job in jobs):
+    with only_driver(job.group for job in jobs):
         if not (todo := _left_to_do(jobs, again, say)):
             say(f"nothing to hand in: {sum(map(runs.finished, jobs))} of {len(jobs)} runs are done")
             return []
