@@ -1,0 +1,50 @@
+"What a notebook's cells print, compared with what is stored in it: the same words, and the same numbers to a few percent."
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?![\w.]*\w)", re.IGNORECASE)
+
+
+def joined(text: str | list[str]) -> str:
+    return text if isinstance(text, str) else "".join(text)
+
+
+def text_of(outputs: Iterable[Mapping]) -> str:
+    "What outputs say in plain text: printed lines and values, not pictures, warnings or widgets."
+    found = []
+    for output in outputs:
+        if output["output_type"] == "stream" and output["name"] == "stdout":
+            found.append(joined(output["text"]))
+        elif output["output_type"] in ("execute_result", "display_data") and not any(k.startswith("image/") for k in output["data"]):
+            if not any(k.startswith("application/vnd") for k in output["data"]):
+                found.append(joined(output["data"].get("text/plain", "")))
+    return re.sub(r"0x[0-9a-f]{6,}", "0x", "\n".join(found))
+
+
+def first_difference(stored: str, fresh: str, tolerance: float = 0.05) -> str | None:
+    "The first lines that do not say the same; none if all do. Numbers may differ by a share, and near 0 by a millionth."
+    close = lambda a, b: math.isclose(float(a), float(b), rel_tol=tolerance, abs_tol=1e-6)
+    left, right = ([line.split() for line in text.splitlines() if line.strip()] for text in (stored, fresh))
+    for old, new in zip(left, right):
+        old, new = " ".join(old), " ".join(new)
+        words = [re.sub(r"[-\s]+", " ", NUMBER.sub("#", line)).strip() for line in (old, new)]
+        numbers = [NUMBER.findall(line) for line in (old, new)]
+        if words[0] != words[1] or not all(map(close, *numbers)):
+            return f"stored: {old}\n fresh: {new}"
+    return None if len(left) == len(right) else f"{len(left)} lines are stored, {len(right)} come out: {(left + right)[-1]}"
+
+
+def watch(shell: type, found: Path) -> None:
+    "Have notebooks that run in this process write the cells whose text is not what is stored into a file. `#| varies` excuses one."
+    run, differ = shell.cell, []
+    def cell(self, cell, *args, **options):
+        stored = text_of(cell.get("outputs", ())) if cell.cell_type == "code" else ""
+        run(self, cell, *args, **options)
+        excused = {"varies", "eval:"} & set(getattr(cell, "directives_", None) or ())
+        if cell.cell_type == "code" and not excused and (says := first_difference(stored, text_of(cell.get("outputs", ())))):
+            differ.append(f"cell {cell.id}\n{says}")
+            found.write_text(json.dumps(differ))
+    shell.cell = cell
