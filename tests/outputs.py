@@ -12,13 +12,13 @@ def joined(text: str | list[str]) -> str:
     return text if isinstance(text, str) else "".join(text)
 
 
-def text_of(outputs: Iterable[Mapping]) -> str:
-    "What outputs say in plain text: printed lines and values, not pictures, warnings or widgets."
+def text_of(outputs: Iterable[Mapping], values: bool = True) -> str:
+    "What outputs say in plain text: printed lines and, if wanted, values; not pictures, warnings or widgets."
     found = []
     for output in outputs:
         if output["output_type"] == "stream" and output["name"] == "stdout":
             found.append(joined(output["text"]))
-        elif output["output_type"] in ("execute_result", "display_data") and not any(k.startswith("image/") for k in output["data"]):
+        elif values and output["output_type"] in ("execute_result", "display_data") and not any(k.startswith("image/") for k in output["data"]):
             if not any(k.startswith("application/vnd") for k in output["data"]):
                 found.append(joined(output["data"].get("text/plain", "")))
     return re.sub(r"0x[0-9a-f]{6,}", "0x", "\n".join(found))
@@ -41,10 +41,13 @@ def watch(shell: type, found: Path) -> None:
     "Have notebooks that run in this process write the cells whose text is not what is stored into a file. `#| varies` excuses one."
     run, differ = shell.cell, []
     def cell(self, cell, *args, **options):
-        stored = text_of(cell.get("outputs", ())) if cell.cell_type == "code" else ""
+        if cell.cell_type != "code":
+            return run(self, cell, *args, **options)
+        quiet = cell.source.rstrip().endswith(";")         # the shell would drop what such a cell prints, too
+        stored, cell.source = text_of(cell.get("outputs", ()), not quiet), cell.source.rstrip().removesuffix(";")
         run(self, cell, *args, **options)
         excused = {"varies", "eval:"} & set(getattr(cell, "directives_", None) or ())
-        if cell.cell_type == "code" and not excused and (says := first_difference(stored, text_of(cell.get("outputs", ())))):
+        if not excused and (says := first_difference(stored, text_of(cell.get("outputs", ()), not quiet))):
             differ.append(f"cell {cell.id}\n{says}")
             found.write_text(json.dumps(differ))
     shell.cell = cell

@@ -139,7 +139,8 @@ KNOWN: dict[str, type[Acts]] = {}       # technique -> its settings; filled as t
 def register(name: str, settings: type[Acts]) -> None:
     "Let recipes have `techniques.<name>`. Raises `RecipeError` where another module has taken the name."
     old = KNOWN.get(name)
-    if old and "__main__" not in (old.__module__, settings.__module__) and old.__module__ != settings.__module__:
+    file = lambda kind: getattr(sys.modules.get(kind.__module__), "__file__", None) or kind.__module__
+    if old and "__main__" not in (old.__module__, settings.__module__) and file(old) != file(settings):
         raise RecipeError(f"there is a technique '{name}' already, of {old.__module__}; {settings.__module__} must choose another name")
     KNOWN[name] = settings
 
