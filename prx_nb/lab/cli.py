@@ -17,7 +17,12 @@ from . import cli_data
 from .cli_data import Preset, Set, settings
 
 # %% ../../nbs/lab/19_cli.ipynb #688d6164
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help="""
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="""
 The PRX Workbook: what decides how well a text-to-image diffusion
 transformer learns?
 
@@ -34,10 +39,12 @@ Start here:
 Every error is one line; add --debug to any command to see where it came
 from. Exit codes: 0 done, 1 something failed, 2 not possible as given,
 130 interrupted.
-""")
+""",
+)
 
 # %% ../../nbs/lab/19_cli.ipynb #74f1d8ae
-_LIMITS = {"smoke": 900, "cpu": 3600, "gpu": 7200}      # seconds a run may take, unless something else is said
+# seconds a run may take, unless something else is said
+_LIMITS = {"smoke": 900, "cpu": 3600, "gpu": 7200}
 _ENDINGS = (".yaml", ".yml", ".toml")
 
 
@@ -49,13 +56,14 @@ def _seeds(text: str) -> int | list[int]:
     except ValueError:
         raise SweepError(f"--seeds {text}: expected how many, e.g. 3, or a list, e.g. 0,4") from None
 
-
+# %% ../../nbs/lab/19_cli.ipynb #ee929515
 def _words(text: str | None) -> list[str] | None:
     return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
 
 # %% ../../nbs/lab/19_cli.ipynb #5228b658
 def planned(names: list[str],                    # ablations and sweep files
-            preset: str | None = None, seeds: str | None = None, variants: str | None = None,    # none: cpu, 2, all
+            # none: cpu, 2, all
+            preset: str | None = None, seeds: str | None = None, variants: str | None = None,
             pairs: list[str] | None = None,      # of --set
             out: Path | None = None,             # none: outputs, or what a sweep file says
             timeout: float | None = None, cell_timeout: float | None = None) -> list:     # of `plan.Job`
@@ -64,31 +72,43 @@ def planned(names: list[str],                    # ablations and sweep files
     files = [name for name in names if name.lower().endswith(_ENDINGS)]
     said = {"--preset": preset, "--seeds": seeds, "--variants": variants, "--set": pairs}
     if files and (also := [option for option, value in said.items() if value]):
-        raise sweep.SweepError(f"{also[0]}: a sweep file says that itself; change {files[0]}, or name ablations only")
+        raise sweep.SweepError(
+            f"{also[0]}: a sweep file says that itself; change {files[0]}, or name ablations only"
+        )
     sweeps = {name: sweep.read(name) for name in dict.fromkeys(files)}
     jobs = []
     for name in dict.fromkeys(names):
         if name in sweeps:
             jobs += sweeps[name].jobs(out, timeout, cell_timeout, _LIMITS)
         else:
-            jobs += plan.plan(name, preset or "cpu", _seeds(seeds or "2"), _words(variants), settings(pairs), out or "outputs",
-                              timeout=timeout or _LIMITS.get(preset or "cpu"), cell_timeout=cell_timeout)
+            jobs += plan.plan(
+                name,
+                preset or "cpu",
+                _seeds(seeds or "2"),
+                _words(variants),
+                settings(pairs),
+                out or "outputs",
+                timeout=timeout or _LIMITS.get(preset or "cpu"),
+                cell_timeout=cell_timeout,
+            )
     return _once(jobs)
 
-
+# %% ../../nbs/lab/19_cli.ipynb #7e6517d4
 def _name(names: list[str]) -> str:
     "What several ablations and sweeps are called together."
     from prx_nb.lab.sweep import read
     return "-".join(read(n).name if n.lower().endswith(_ENDINGS) else Path(n).name for n in names)
 
-
+# %% ../../nbs/lab/19_cli.ipynb #d5986d4c
 def _once(jobs: list) -> list:
     "Every run once. Raises `SweepError` when two would write the same folder."
     from prx_nb.lab.sweep import SweepError
     found = {}
     for job in jobs:
         if found.setdefault(job.out, job).key != job.key:
-            raise SweepError(f"two different runs would write {job.out}; give one sweep's entry a label, or another --out")
+            raise SweepError(
+                f"two different runs would write {job.out}; give one sweep's entry a label, or another --out"
+            )
     return list(found.values())
 
 # %% ../../nbs/lab/19_cli.ipynb #a3043e6b
@@ -105,17 +125,27 @@ def plan_in_words(jobs: list, at_once: int) -> str:
     lost = [job for job in todo if batch.failed_for_good(job)]
     for group in dict.fromkeys(job.group for job in jobs):
         mine = [job for job in jobs if job.group == group]
-        variants, seeds = (list(dict.fromkeys(values)) for values in ([j.variant for j in mine], [str(j.seed) for j in mine]))
+        variants, seeds = (
+            list(dict.fromkeys(values)) for values in ([j.variant for j in mine], [str(j.seed) for j in mine])
+        )
         counted = f"{len(mine)} runs, {sum(job not in todo for job in mine)} done"
         lines += [f"{group.parent.name}/{group.name}: {counted}",
                   f"    {', '.join(variants)} with seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"]
     out, fresh = jobs[0].group.parents[1], [job for job in todo if job not in lost]
-    lines += ["", f"{len(jobs)} runs in {_from_here(out)}: {len(jobs) - len(todo)} done already, {len(fresh)} to be run"
-              + (f", {len(lost)} failed before and are left alone (prx-nb retry)" if lost else "")]
+    lines += [
+        "",
+        f"{len(jobs)} runs in {_from_here(out)}: {len(jobs) - len(todo)} done already, {len(fresh)} to be run"
+        + (f", {len(lost)} failed before and are left alone (prx-nb retry)" if lost else ""),
+    ]
     return "\n".join([*lines, *batch.outdated(jobs), f"time: {sweep.estimate(fresh, out, at_once)[1]}"])
 
 # %% ../../nbs/lab/19_cli.ipynb #17afc60d
-Jobs = Annotated[int | None, typer.Option(min=1, help="runs side by side (default: one a GPU, or one); cores are shared out among them")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="runs side by side (default: one a GPU, or one); cores are shared out among them"
+    ),
+]
 PerDevice = Annotated[int, typer.Option(min=1, help="runs that share a GPU")]
 Executor = Annotated[str, typer.Option(metavar="local|slurm", help="where to run")]
 Partition = Annotated[str | None, typer.Option(help="slurm: partition (default: the cluster's)")]
@@ -125,7 +155,9 @@ Cpus = Annotated[int, typer.Option(min=1, help="slurm: cores of a task")]
 Memory = Annotated[float | None, typer.Option(help="slurm: GB of a task")]
 Wait = Annotated[bool, typer.Option("--wait", help="slurm: wait for the end and make the reports")]
 Out = Annotated[Path, typer.Option(help="folder of all runs")]
-OnlyPlan = Annotated[bool, typer.Option("--dry-run", help="print the plan and the estimated time; write nothing")]
+OnlyPlan = Annotated[
+    bool, typer.Option("--dry-run", help="print the plan and the estimated time; write nothing")
+]
 WithReport = Annotated[bool, typer.Option("--report/--no-report", help="make the reports at the end")]
 
 # %% ../../nbs/lab/19_cli.ipynb #75b6f917
@@ -139,7 +171,7 @@ def _at_once(jobs: list, executor: str, at_once: int | None, per_device: int) ->
         raise SweepError(f"--executor {executor}: expected local or slurm")
     return at_once or max(1, len(jobs))
 
-
+# %% ../../nbs/lab/19_cli.ipynb #13d2d1e6
 def _go(jobs: list, executor: str, at_once: int | None, per_device: int, dry_run: bool, with_report: bool,
         slurm: dict, wait: bool, name: str, again: bool = False) -> None:
     "Run jobs, or say what would be run; the reports; exit code 1 when one is not done."
@@ -154,7 +186,11 @@ def _go(jobs: list, executor: str, at_once: int | None, per_device: int, dry_run
         said = _hand_in(jobs, at_once, slurm, wait, again)
         if said is None:
             return
-    made = _reports([job.group for job in jobs], name) if with_report and any(s.get("state") == "done" for s in said) else True
+    made = (
+        _reports([job.group for job in jobs], name)
+        if with_report and any(s.get("state") == "done" for s in said)
+        else True
+    )
     if not made or any(s.get("state") != "done" for s in said):
         raise typer.Exit(1)
 
@@ -164,7 +200,10 @@ def _hand_in(jobs: list, at_once: int | None, wanted: dict, wait: bool, again: b
     from prx_nb.lab import slurm
     slurm.submit(jobs, at_once=at_once, again=again, say=typer.echo, **wanted)
     if not wait:
-        typer.echo("prx-nb status --watch shows how they stand; the same command with --wait waits for them and makes the reports")
+        typer.echo(
+            "prx-nb status --watch shows how they stand; the same command with --wait waits for them and "
+            "makes the reports"
+        )
         return None
     try:
         return slurm.wait(jobs, say=typer.echo)
@@ -174,16 +213,35 @@ def _hand_in(jobs: list, at_once: int | None, wanted: dict, wait: bool, again: b
 
 # %% ../../nbs/lab/19_cli.ipynb #68413a6f
 @app.command()
-def ablate(names: Annotated[list[str], typer.Argument(metavar="NAME", help="ablations, or sweep files (.yaml, .toml)")],
-           preset: Annotated[str | None, typer.Option(help="smoke, cpu, gpu or paper: how big (default: cpu)")] = None,
-           seeds: Annotated[str | None, typer.Option(help="how many, or a list: 0,4 (default: 2)")] = None,
-           variants: Annotated[str | None, typer.Option(help="some variants only, e.g. v,x")] = None,
-           set_: Set = None, out: Annotated[Path | None, typer.Option(help="folder of all runs (default: outputs)")] = None,
-           jobs: Jobs = None, per_device: PerDevice = 1,
-           timeout: Annotated[float | None, typer.Option(help="seconds a run may take (default: 900 smoke, 3600 cpu, 7200 gpu)")] = None,
-           cell_timeout: Annotated[float | None, typer.Option(help="seconds a cell of its notebook may take")] = None,
-           executor: Executor = "local", partition: Partition = None, time: Minutes = None, gpus: Gpus = 0, cpus: Cpus = 1,
-           memory: Memory = None, wait: Wait = False, dry_run: OnlyPlan = False, with_report: WithReport = True) -> None:
+def ablate(
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME", help="ablations, or sweep files (.yaml, .toml)")
+    ],
+    preset: Annotated[
+        str | None, typer.Option(help="smoke, cpu, gpu or paper: how big (default: cpu)")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="how many, or a list: 0,4 (default: 2)")] = None,
+    variants: Annotated[str | None, typer.Option(help="some variants only, e.g. v,x")] = None,
+    set_: Set = None,
+    out: Annotated[Path | None, typer.Option(help="folder of all runs (default: outputs)")] = None,
+    jobs: Jobs = None,
+    per_device: PerDevice = 1,
+    timeout: Annotated[
+        float | None, typer.Option(help="seconds a run may take (default: 900 smoke, 3600 cpu, 7200 gpu)")
+    ] = None,
+    cell_timeout: Annotated[
+        float | None, typer.Option(help="seconds a cell of its notebook may take")
+    ] = None,
+    executor: Executor = "local",
+    partition: Partition = None,
+    time: Minutes = None,
+    gpus: Gpus = 0,
+    cpus: Cpus = 1,
+    memory: Memory = None,
+    wait: Wait = False,
+    dry_run: OnlyPlan = False,
+    with_report: WithReport = True,
+) -> None:
     """Run ablations and make their reports.
 
     An ablation's notebook is run once for each variant and seed. What is done
@@ -212,15 +270,18 @@ def _show(group: Path) -> None:
     for line in results.sentences(rows, ablation):
         typer.echo(line)
 
-
+# %% ../../nbs/lab/19_cli.ipynb #1feada31
 def _reports(groups: list[Path], name: str) -> bool:
-    "Make the reports of some groups, and a page over them if they are several. One that cannot be made does not keep the others from it."
+    """Make the reports of some groups, and a page over them if they are several. One that cannot be made does
+    not keep the others from it."""
     from prx_nb.lab import report
     groups, whole = list(dict.fromkeys(map(_from_here, groups))), True
     if len(groups) == 1:
         made = report.make_report(groups[0])
         _show(groups[0])
-        typer.echo(f"\nreport: {made / 'report.html'}\n        {made / 'report.md'}\n        {made / 'table.csv'}")
+        typer.echo(
+            f"\nreport: {made / 'report.html'}\n        {made / 'report.md'}\n        {made / 'table.csv'}"
+        )
         return True
     for group in groups:
         try:
@@ -228,7 +289,9 @@ def _reports(groups: list[Path], name: str) -> bool:
         except report.ReportError as error:
             whole = False
             typer.echo(f"no report of {group}: {error}")
-    typer.echo(f"all of them: {report.summary(groups, groups[0].absolute().parents[1] / 'summary' / name[:100])}")
+    typer.echo(
+        f"all of them: {report.summary(groups, groups[0].absolute().parents[1] / 'summary' / name[:100])}"
+    )
     return whole
 
 # %% ../../nbs/lab/19_cli.ipynb #656c29c1
@@ -243,14 +306,25 @@ def _groups(names: list[str], preset: str, out: Path) -> list[Path]:
             found += [run.parent for run in watch.run_folders(name)] or [Path(name)]
         else:
             mine = Path(out) / name
-            found += [p for p in sorted(mine.glob(f"{preset}*")) if p.name == preset or p.name.startswith(f"{preset}@")] or [mine / preset]
+            found += [
+                p
+                for p in sorted(mine.glob(f"{preset}*"))
+                if p.name == preset or p.name.startswith(f"{preset}@")
+            ] or [mine / preset]
     return list(dict.fromkeys(_from_here(group.absolute()) for group in found))
 
 # %% ../../nbs/lab/19_cli.ipynb #d4bf538b
 @app.command()
-def report(names: Annotated[list[str], typer.Argument(metavar="NAME", help="ablations, folders of runs, or sweep files")],
-           preset: Preset = "cpu", out: Out = Path("outputs"),
-           publish: Annotated[bool, typer.Option(help="also copy tables, figures and records to OUT/published")] = False) -> None:
+def report(
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME", help="ablations, folders of runs, or sweep files")
+    ],
+    preset: Preset = "cpu",
+    out: Out = Path("outputs"),
+    publish: Annotated[
+        bool, typer.Option(help="also copy tables, figures and records to OUT/published")
+    ] = False,
+) -> None:
     """Make reports from the runs' files.
 
     Verdicts, curves, samples and costs, on one HTML page and as Markdown and
@@ -271,14 +345,23 @@ def report(names: Annotated[list[str], typer.Argument(metavar="NAME", help="abla
         raise typer.Exit(1)
 
 # %% ../../nbs/lab/19_cli.ipynb #71c15fe8
-Some = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="ablations or folders (default: all of OUT)")]
+Some = Annotated[
+    list[str] | None, typer.Argument(metavar="NAME", help="ablations or folders (default: all of OUT)")
+]
 
 
 @app.command()
-def status(names: Some = None, out: Out = Path("outputs"),
-           watch: Annotated[bool, typer.Option("--watch", help="look again every two seconds, until all has ended")] = False,
-           everything: Annotated[bool, typer.Option("--all", help="a line for every run, however many there are")] = False,
-           as_json: Annotated[bool, typer.Option("--json", help="as JSON, for programs")] = False) -> None:
+def status(
+    names: Some = None,
+    out: Out = Path("outputs"),
+    watch: Annotated[
+        bool, typer.Option("--watch", help="look again every two seconds, until all has ended")
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="a line for every run, however many there are")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="as JSON, for programs")] = False,
+) -> None:
     """Show how runs stand: queued, running, done or failed, and why.
 
     Read from the runs' files, by anybody who can read them. With many runs,
@@ -304,13 +387,26 @@ def status(names: Some = None, out: Out = Path("outputs"),
 
 # %% ../../nbs/lab/19_cli.ipynb #b772502b
 @app.command()
-def retry(names: Some = None, out: Out = Path("outputs"),
-          only: Annotated[list[str] | None, typer.Option(
-              metavar="STATE", help="only runs in this state, e.g. timeout; may be repeated")] = None,
-          jobs: Jobs = None, per_device: PerDevice = 1,
-          timeout: Annotated[float | None, typer.Option(help="seconds a run may take (default: as before)")] = None,
-          executor: Executor = "local", partition: Partition = None, time: Minutes = None, gpus: Gpus = 0, cpus: Cpus = 1,
-          memory: Memory = None, wait: Wait = False, dry_run: OnlyPlan = False, with_report: WithReport = True) -> None:
+def retry(
+    names: Some = None,
+    out: Out = Path("outputs"),
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STATE", help="only runs in this state, e.g. timeout; may be repeated"),
+    ] = None,
+    jobs: Jobs = None,
+    per_device: PerDevice = 1,
+    timeout: Annotated[float | None, typer.Option(help="seconds a run may take (default: as before)")] = None,
+    executor: Executor = "local",
+    partition: Partition = None,
+    time: Minutes = None,
+    gpus: Gpus = 0,
+    cpus: Cpus = 1,
+    memory: Memory = None,
+    wait: Wait = False,
+    dry_run: OnlyPlan = False,
+    with_report: WithReport = True,
+) -> None:
     """Run again what failed, whatever the cause.
 
     The same runs, with the notebook and the source as they are now. One that
@@ -332,17 +428,31 @@ def retry(names: Some = None, out: Out = Path("outputs"),
     found = [replace(job, timeout=timeout or job.timeout) for job in watch.replan(row.folder for row in rows)]
     wanted = {"partition": partition, "time_minutes": time, "gpus": gpus, "cpus": cpus, "memory_gb": memory}
     if dry_run:
-        typer.echo("\n".join(f"{row.group}/{row.run}: {row.state}" + (f", {row.cause}" if row.cause else "") for row in rows) + "\n")
+        typer.echo(
+            "\n".join(
+                f"{row.group}/{row.run}: {row.state}" + (f", {row.cause}" if row.cause else "")
+                for row in rows
+            )
+            + "\n"
+        )
     _go(found, executor, jobs, per_device, dry_run, with_report, wanted, wait, "retry", again=True)
 
 # %% ../../nbs/lab/19_cli.ipynb #7b8e6ca6
 @app.command()
-def clean(names: Some = None, out: Out = Path("outputs"),
-          failed: Annotated[bool, typer.Option(
-              "--failed", help="also failed runs, whole; those stopped from outside can go on and stay")] = False,
-          checkpoints: Annotated[bool, typer.Option(
-              "--checkpoints", help="also all but the last checkpoint of finished runs")] = False,
-          dry_run: Annotated[bool, typer.Option("--dry-run", help="only list what would go, with sizes")] = False) -> None:
+def clean(
+    names: Some = None,
+    out: Out = Path("outputs"),
+    failed: Annotated[
+        bool,
+        typer.Option(
+            "--failed", help="also failed runs, whole; those stopped from outside can go on and stay"
+        ),
+    ] = False,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="also all but the last checkpoint of finished runs")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only list what would go, with sizes")] = False,
+) -> None:
     """Remove what is not needed any more. Never touches a run at work.
 
     Always: what another version of the source left behind, and files that a
@@ -354,7 +464,9 @@ def clean(names: Some = None, out: Out = Path("outputs"),
       prx-nb clean prediction_target --failed --dry-run
     """
     from prx_nb.lab import watch
-    gone, kept = watch.clean(*watch.places(names or [], out), failed=failed, checkpoints=checkpoints, dry_run=dry_run)
+    gone, kept = watch.clean(
+        *watch.places(names or [], out), failed=failed, checkpoints=checkpoints, dry_run=dry_run
+    )
     for item in gone if dry_run else ():
         typer.echo(f"{watch.size(item.bytes):>10}  {item.kind:20} {item.path}")
     for line in kept:
@@ -368,7 +480,7 @@ cli_data.register(app)
 def _ours(error: BaseException) -> bool:
     return isinstance(error, OSError) or type(error).__module__.startswith("prx_nb.")
 
-
+# %% ../../nbs/lab/19_cli.ipynb #324988ab
 def _code(error: BaseException) -> int:
     "2 for what was asked, 1 for what went wrong."
     return 2 if isinstance(error, OSError | ValueError) or type(error).__name__ == "CheckpointError" else 1
@@ -391,6 +503,8 @@ def main(arguments: list[str] | None = None,   # none: those of the command line
         if hasattr(error, "exit_code") and hasattr(error, "show"):             # typer's own: a wrong option
             error.show()
             sys.exit(error.exit_code)
-        what = str(error) if _ours(error) else f"unexpected {type(error).__name__}: {error}; --debug shows where"
+        what = (
+            str(error) if _ours(error) else f"unexpected {type(error).__name__}: {error}; --debug shows where"
+        )
         print("\n".join(f"prx-nb: {line}" for line in what.splitlines()), file=sys.stderr)
         sys.exit(_code(error) if _ours(error) else 1)

@@ -44,7 +44,8 @@ STATES = {
     "disk full": "no space was left to write to",
     "no record": "the notebook ran to its end but left no finished record",
 }
-MAY_PASS = frozenset({"out of memory", "dead kernel", "killed", "host gone", "disk full"})       # worth a second try
+# worth a second try
+MAY_PASS = frozenset({"out of memory", "dead kernel", "killed", "host gone", "disk full"})
 OPEN = frozenset({"queued", "running"})                                                          # not ended
 
 # %% ../../nbs/lab/05_run.ipynb #a9d52506
@@ -56,7 +57,7 @@ def status(folder: str | Path) -> dict:
     except (OSError, ValueError):
         return {}
 
-
+# %% ../../nbs/lab/05_run.ipynb #114a2a65
 def record(folder: str | Path) -> dict:
     "A finished run's record, `{}` when it has none that can be read or it is not finished."
     try:
@@ -65,14 +66,15 @@ def record(folder: str | Path) -> dict:
     except (OSError, ValueError, AttributeError):
         return {}
 
-
+# %% ../../nbs/lab/05_run.ipynb #aa0eca18
 def finished(job: Job) -> bool:
     "Whether this very run has been done."
     said = status(job.out)
     return said.get("state") == "done" and said.get("key") == job.key and bool(record(job.out))
 
 # %% ../../nbs/lab/05_run.ipynb #75a70191
-BEAT, SILENCE = 5, 120         # seconds between beats, and without one until a run on another machine is given up
+# seconds between beats, and without one until a run on another machine is given up
+BEAT, SILENCE = 5, 120
 
 
 def _there(process) -> bool:
@@ -83,7 +85,7 @@ def _there(process) -> bool:
     except psutil.Error:
         return False
 
-
+# %% ../../nbs/lab/05_run.ipynb #5e9d87f2
 def process_of(said: Mapping):
     "The run's process on this machine, if it is this machine and the process is there."
     import psutil
@@ -93,13 +95,13 @@ def process_of(said: Mapping):
             if abs(process.create_time() - said["born"]) < 1 and _there(process):
                 return process
 
-
+# %% ../../nbs/lab/05_run.ipynb #5040d440
 def silent(folder: str | Path) -> float:
     "Seconds since a run's last beat, by the clock of the folder's own file system."
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock-") as now:
         return os.stat(now.name).st_mtime - os.stat(Path(folder) / "status.json").st_mtime
 
-
+# %% ../../nbs/lab/05_run.ipynb #08d670a9
 def alive(said: Mapping, folder: str | Path) -> bool:
     "Whether a run that says it is running is."
     if said.get("state") != "running":
@@ -120,22 +122,39 @@ def why(name: str,        # of the exception's class
         words: str = "",  # what it says
         ) -> str:         # one of `STATES`
     "The state that an exception in a cell, or in papermill, stands for."
-    by_name = {"NonFiniteLoss": "non-finite loss", "MemoryError": "out of memory", "OutOfMemoryError": "out of memory",
-               "CellTimeoutError": "cell timeout", "DeadKernelError": "dead kernel", "ProcessDied": "killed"}
+    by_name = {
+        "NonFiniteLoss": "non-finite loss",
+        "MemoryError": "out of memory",
+        "OutOfMemoryError": "out of memory",
+        "CellTimeoutError": "cell timeout",
+        "DeadKernelError": "dead kernel",
+        "ProcessDied": "killed",
+    }
     if name in by_name:
         return by_name[name]
     if name == "RuntimeError" and words.startswith(("Kernel died", "Kernel didn't respond")):
         return "dead kernel"
-    return next((state for state, marks in _WORDS.items() if any(m in words.lower() for m in marks)), "cell error")
+    return next(
+        (state for state, marks in _WORDS.items() if any(m in words.lower() for m in marks)), "cell error"
+    )
 
-
+# %% ../../nbs/lab/05_run.ipynb #3edda0b7
 def memory_kills(groups: Path = Path("/sys/fs/cgroup")) -> int:
-    "How many processes the system has killed for want of memory in this control group; 0 where it does not say."
+    """How many processes the system has killed for want of memory in this control group; 0 where it does not
+    say."""
     try:
-        own = [line.split(":", 2)[2].strip("/\n") for line in open("/proc/self/cgroup") if line.startswith("0::")]
-        places = (groups / (own or [""])[0] / "memory.events", groups / "memory.events", groups / "memory/memory.oom_control")
+        own = [
+            line.split(":", 2)[2].strip("/\n") for line in open("/proc/self/cgroup") if line.startswith("0::")
+        ]
+        places = (
+            groups / (own or [""])[0] / "memory.events",
+            groups / "memory.events",
+            groups / "memory/memory.oom_control",
+        )
         path = next(p for p in places if p.exists())
-        return next(int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("oom_kill "))
+        return next(
+            int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("oom_kill ")
+        )
     except (OSError, StopIteration, ValueError, IndexError):
         return 0
 
@@ -143,10 +162,11 @@ def memory_kills(groups: Path = Path("/sys/fs/cgroup")) -> int:
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
-
+# %% ../../nbs/lab/05_run.ipynb #28d7aa74
 def kill_tree(pid: int | None = None,    # none: this process
               itself: bool = False) -> None:
-    "Kill all descendants of a process. The kernel has a session of its own, so a signal to a group does not reach it."
+    """Kill all descendants of a process. The kernel has a session of its own, so a signal to a group does not
+    reach it."""
     import psutil
     with contextlib.suppress(psutil.NoSuchProcess):
         parent = psutil.Process(pid)
@@ -156,7 +176,7 @@ def kill_tree(pid: int | None = None,    # none: this process
                 process.kill()
         psutil.wait_procs(family, timeout=5)
 
-
+# %% ../../nbs/lab/05_run.ipynb #d98d2583
 def scratch_folder() -> str:
     "A short private folder: a Unix socket's path may have about 100 characters."
     base = tempfile.gettempdir()
@@ -171,10 +191,20 @@ class _Reporter:
         self.folder, self.lock, self.begin = Path(job.out), threading.Lock(), time.time()
         self.reserve, before = self.folder / ".reserve", status(job.out)
         history = before.pop("history", []) + ([before] if before.get("state", "queued") not in OPEN else [])
-        self.status = {"state": "running", "key": job.key, "attempt": len(history) + 1, "pid": os.getpid(),
-                       "born": psutil.Process().create_time(), "host": os.uname().nodename, "started": _now(), "scratch": scratch,
-                       "threads": os.environ.get("OMP_NUM_THREADS"), "device": os.environ.get("CUDA_VISIBLE_DEVICES"),
-                       "memory_kills": memory_kills(), "history": history} | {k: before[k] for k in ("slurm",) if k in before}
+        self.status = {
+            "state": "running",
+            "key": job.key,
+            "attempt": len(history) + 1,
+            "pid": os.getpid(),
+            "born": psutil.Process().create_time(),
+            "host": os.uname().nodename,
+            "started": _now(),
+            "scratch": scratch,
+            "threads": os.environ.get("OMP_NUM_THREADS"),
+            "device": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "memory_kills": memory_kills(),
+            "history": history,
+        } | {k: before[k] for k in ("slurm",) if k in before}
         with contextlib.suppress(OSError):
             self.reserve.write_bytes(os.urandom(65536))
         write_json(self.folder / "status.json", self.status)
@@ -182,11 +212,18 @@ class _Reporter:
     def finish(self, state: str, **more: Any) -> None:
         if not self.lock.acquire(blocking=False):                  # never released: one final state a run
             return
-        self.reserve.unlink(missing_ok=True)                       # if the disk is full this is the room for the status
+        # if the disk is full this is the room for the status
+        self.reserve.unlink(missing_ok=True)
         if state == "dead kernel" and memory_kills() > self.status["memory_kills"]:
-            state, more = "out of memory", {"error": "the kernel ended while the system was killing processes for want of memory"}
+            state, more = (
+                "out of memory",
+                {"error": "the kernel ended while the system was killing processes for want of memory"},
+            )
         seconds = round(time.time() - self.begin, 2)
-        write_json(self.folder / "status.json", self.status | {"state": state, "finished": _now(), "seconds": seconds} | more)
+        write_json(
+            self.folder / "status.json",
+            self.status | {"state": state, "finished": _now(), "seconds": seconds} | more,
+        )
 
     def beat(self) -> None:
         with contextlib.suppress(OSError):
@@ -212,7 +249,8 @@ def _watch(job: Job, reporter: _Reporter, scratch: str, told: threading.Event) -
 
 # %% ../../nbs/lab/05_run.ipynb #0bdebe75
 def execute(notebook: str | Path,             # is copied, then run in the copy
-            copy: str | Path,                 # the executed notebook; its folder is the kernel's working folder
+            # the executed notebook; its folder is the kernel's working folder
+            copy: str | Path,
             parameters: Mapping[str, Any],
             scratch: str,                     # short private folder for sockets
             cell_timeout: float | None = None,
@@ -223,12 +261,26 @@ def execute(notebook: str | Path,             # is copied, then run in the copy
     from traitlets.config import Config
     shutil.copyfile(notebook, copy)
     os.environ["PRX_NB_HERE"] = str(Path(notebook).absolute().parent)      # what its `uses` are relative to
-    os.environ |= {"IPYTHONDIR": f"{scratch}/ipython", "JUPYTER_DATA_DIR": f"{scratch}/jupyter", "JUPYTER_RUNTIME_DIR": f"{scratch}/runtime"}
+    os.environ |= {
+        "IPYTHONDIR": f"{scratch}/ipython",
+        "JUPYTER_DATA_DIR": f"{scratch}/jupyter",
+        "JUPYTER_RUNTIME_DIR": f"{scratch}/runtime",
+    }
     with open(Path(copy).parent / "log.txt", "a") as log:
-        papermill.execute_notebook(str(copy), str(copy), parameters=dict(parameters), kernel_name="python3", cwd=str(Path(copy).parent),
-                                   progress_bar=False, stdout_file=log, stderr_file=log, start_timeout=120, execution_timeout=cell_timeout,
-                                   config=Config({"KernelManager": {"transport": "ipc", "ip": f"{scratch}/k"}}),
-                                   **({"kernel_manager_class": warm.manager(kernel)} if kernel else {}))
+        papermill.execute_notebook(
+            str(copy),
+            str(copy),
+            parameters=dict(parameters),
+            kernel_name="python3",
+            cwd=str(Path(copy).parent),
+            progress_bar=False,
+            stdout_file=log,
+            stderr_file=log,
+            start_timeout=120,
+            execution_timeout=cell_timeout,
+            config=Config({"KernelManager": {"transport": "ipc", "ip": f"{scratch}/k"}}),
+            **({"kernel_manager_class": warm.manager(kernel)} if kernel else {}),
+        )
 
 # %% ../../nbs/lab/05_run.ipynb #7766bae4
 def _outcome(job: Job, call: Callable[[], None]) -> tuple[str, dict]:
@@ -238,7 +290,11 @@ def _outcome(job: Job, call: Callable[[], None]) -> tuple[str, dict]:
         call()
     except PapermillExecutionError as error:
         first = next((line for line in error.source.splitlines() if line.strip()), "")
-        return why(error.ename, error.evalue), {"cell": error.cell_index, "source": first, "error": f"{error.ename}: {error.evalue}"}
+        return why(error.ename, error.evalue), {
+            "cell": error.cell_index,
+            "source": first,
+            "error": f"{error.ename}: {error.evalue}",
+        }
     except Exception as error:
         return why(type(error).__name__, str(error)), {"error": f"{type(error).__name__}: {error}".strip()}
     return ("done", {}) if record(job.out) else ("no record", {"error": STATES["no record"] + ".json"})
@@ -255,11 +311,14 @@ def run_job(path: str | Path,      # the job's JSON file
         fcntl.flock(lock, fcntl.LOCK_EX)                           # never two at once in a folder
         reporter = _Reporter(job, scratch)
         warm.load([job.notebook])
-        kernel = warm.Waiting([lock.fileno()]) if hasattr(os, "fork") else None      # before there are threads
+        # before there are threads
+        kernel = warm.Waiting([lock.fileno()]) if hasattr(os, "fork") else None
         threading.Thread(target=_watch, args=(job, reporter, scratch, told), daemon=True).start()
         try:
             copy = Path(job.out) / "notebook.ipynb"
-            state, more = _outcome(job, lambda: execute(job.notebook, copy, job.parameters, scratch, job.cell_timeout, kernel))
+            state, more = _outcome(
+                job, lambda: execute(job.notebook, copy, job.parameters, scratch, job.cell_timeout, kernel)
+            )
             kill_tree()
             reporter.finish(state, **more)
         finally:
@@ -287,14 +346,17 @@ class _Child:
         code = self.started.returncode if self.started else None
         if code in (None, warm.UNKNOWN):
             return "the run's process is gone"
-        return f"the run's process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+        return (
+            f"the run's process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
+        )
 
 # %% ../../nbs/lab/05_run.ipynb #9864126d
 _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONUNBUFFERED": "1"}
 
 
 def _start(job: Job, threads: int, device: str | None, fork_server: warm.ForkServer | None = None) -> _Child:
-    "Start a job's process, in a session of its own, forked from a fork server if there is one; its output goes to log.txt."
+    """Start a job's process, in a session of its own, forked from a fork server if there is one; its output
+    goes to log.txt."""
     folder, before = Path(job.out), status(job.out)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "job.json", asdict(job))
@@ -308,10 +370,18 @@ def _start(job: Job, threads: int, device: str | None, fork_server: warm.ForkSer
             log.flush()
         if fork_server and (born := fork_server.born(folder / "job.json", env, folder / "log.txt")):
             return _Child(born)
-        return _Child(subprocess.Popen([sys.executable, "-m", "prx_nb.lab.run", str(folder / "job.json")], env=env,
-                                       stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True))
+        return _Child(
+            subprocess.Popen(
+                [sys.executable, "-m", "prx_nb.lab.run", str(folder / "job.json")],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        )
 
-
+# %% ../../nbs/lab/05_run.ipynb #c94c30fd
 def _adopt(job: Job) -> _Child | None:
     "The run's process if it is at work already."
     said = status(job.out)
@@ -331,7 +401,7 @@ def stop_process(child: _Child, folder: Path, grace: float = 15) -> None:
             deadline = float("inf")
         time.sleep(0.05)
 
-
+# %% ../../nbs/lab/05_run.ipynb #217f7a13
 def _close(job: Job, child: _Child, state: str) -> dict:
     "The final status of a run whose process has ended; one that could not write it gets it written."
     said, folder = status(job.out), Path(job.out)
@@ -344,15 +414,24 @@ def _close(job: Job, child: _Child, state: str) -> dict:
         state = "host gone" if state == "killed" else state
     shutil.rmtree(said.get("scratch") or "/nonexistent", ignore_errors=True)
     (folder / ".reserve").unlink(missing_ok=True)
-    error = f"{child.end()}; see log.txt" if here else f"{said.get('host')} has not been heard of for {SILENCE} s"
-    said |= {"state": state, "key": job.key, "error": error, "finished": _now(), "seconds": round(time.monotonic() - child.begin, 2)}
+    error = (
+        f"{child.end()}; see log.txt" if here else f"{said.get('host')} has not been heard of for {SILENCE} s"
+    )
+    said |= {
+        "state": state,
+        "key": job.key,
+        "error": error,
+        "finished": _now(),
+        "seconds": round(time.monotonic() - child.begin, 2),
+    }
     with contextlib.suppress(OSError):
         write_json(folder / "status.json", said)
     return said
 
 # %% ../../nbs/lab/05_run.ipynb #bebdea51
 def _follow(job: Job, child: _Child, stop: threading.Event) -> dict:
-    "Wait for a run's end; its final status. The run keeps its time limit itself, this is for one that cannot."
+    """Wait for a run's end; its final status. The run keeps its time limit itself, this is for one that
+    cannot."""
     folder, state = Path(job.out), "killed"
     while child.at_work(folder):
         if stop.wait(0.1):
@@ -364,16 +443,18 @@ def _follow(job: Job, child: _Child, stop: threading.Event) -> dict:
             kill_tree(child.pid, itself=True)
     return _close(job, child, state)
 
-
+# %% ../../nbs/lab/05_run.ipynb #ae2c547a
 def end_in_words(job: Job, said: Mapping) -> str:
     "How a run ended, in one line."
     if said["state"] == "done":
         return f"done in {said['seconds']:.0f} s, {headline(record(job.out))}"
     where = f" in cell {said['cell']} ({said['source'][:60]})" if "cell" in said else ""
     cause = next(iter(said.get("error", "").splitlines()), "")
-    return f"{said['state'].upper()} after {said.get('seconds', 0):.0f} s{where}: {cause}; see {job.out}/log.txt"
+    return (
+        f"{said['state'].upper()} after {said.get('seconds', 0):.0f} s{where}: {cause}; see {job.out}/log.txt"
+    )
 
-
+# %% ../../nbs/lab/05_run.ipynb #cf4d0f0b
 def headline(record: Mapping) -> str:
     "One metric of a record, in words: a kernel distance if there is one."
     metrics = record.get("metrics") or {}
@@ -402,5 +483,6 @@ def supervise(job: Job,
         say(f"{job.name} {end_in_words(job, said)}; once more")
 
 # %% ../../nbs/lab/05_run.ipynb #2606af3d
-if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "prx_nb.lab.run":   # python -m
+# python -m
+if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "prx_nb.lab.run":
     sys.exit(run_job(sys.argv[1]))

@@ -33,13 +33,15 @@ from .plan import Job
 class SlurmError(AblationError):
     "Slurm is not there, or does not take what it was asked for."
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #f4f5c1fb
 def ask(*command: str,       # sbatch, squeue, scontrol, scancel ... and its arguments
         ) -> str:            # what it prints
     "Run one of Slurm's commands. Raises `SlurmError`."
     if not shutil.which(command[0]):
-        raise SlurmError(f"{command[0]} is not on this machine: go to a login node of the cluster, or choose the local "
-                         "executor. (A Slurm of your own: apt-get install slurm-wlm munge, and a slurm.conf)")
+        raise SlurmError(
+            f"{command[0]} is not on this machine: go to a login node of the cluster, or choose the local "
+            "executor. (A Slurm of your own: apt-get install slurm-wlm munge, and a slurm.conf)"
+        )
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
@@ -48,7 +50,7 @@ def ask(*command: str,       # sbatch, squeue, scontrol, scancel ... and its arg
         raise SlurmError(f"{command[0]} says: {_one_line(done.stderr) or f'exit code {done.returncode}'}")
     return done.stdout
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #d60d51d4
 def _one_line(text: str) -> str:
     "Slurm's complaints, without the name of the command before each."
     lines = [re.sub(r"^\w+: ((error|fatal): )?", "", line.strip()) for line in text.splitlines()]
@@ -59,7 +61,7 @@ def pairs(line: str) -> dict[str, str]:
     "What a line of scontrol --oneliner says."
     return dict(re.findall(r"(?:^|\s)([A-Z][\w:/]*)=(.*?)(?=\s+[A-Z][\w:/]*=|\s*$)", line))
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #02cd9805
 def minutes(time: str,         # as Slurm writes it
             ) -> int | None:   # rounded up; none: no limit, or none given
     "A time limit in minutes."
@@ -85,15 +87,22 @@ class Partition:
     usual: int | None              # minutes of a job that gives no time limit
     most: int | None               # minutes a job may ask for; none: any
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #f299e831
 def read_partitions(text: str,     # of `scontrol --oneliner show partition`
                     ) -> dict[str, Partition]:
     "The partitions that Slurm lists."
     found = [pairs(line) for line in text.splitlines() if "PartitionName=" in line]
-    return {p["PartitionName"]: Partition(p["PartitionName"], p.get("Default") == "YES",
-                                          minutes(p.get("DefaultTime", "")), minutes(p.get("MaxTime", ""))) for p in found}
+    return {
+        p["PartitionName"]: Partition(
+            p["PartitionName"],
+            p.get("Default") == "YES",
+            minutes(p.get("DefaultTime", "")),
+            minutes(p.get("MaxTime", "")),
+        )
+        for p in found
+    }
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #6217a101
 def choose_partition(found: Mapping[str, Partition],
                      name: str | None = None,    # none: the default one
                      ) -> Partition:
@@ -118,7 +127,7 @@ class Machine:
     def __str__(self):
         return f"{self.cpus} cpus, {self.memory_gb:g} GB, {self.gpus} gpus"
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #4c50c804
 def read_machines(text: str,       # of `sinfo --Node --format=%c|%m|%G`
                   ) -> set[Machine]:
     "The kinds of machines that Slurm lists."
@@ -127,11 +136,15 @@ def read_machines(text: str,       # of `sinfo --Node --format=%c|%m|%G`
     gb = lambda mb: round(int(mb.rstrip("+")) / 1024, 1)
     return {Machine(int(cpus.rstrip("+")), gb(memory), gpus(gres)) for cpus, memory, gres in rows}
 
-
-def check_machines(there: Iterable[Machine], partition: str, cpus: int, memory_gb: float | None, gpus: int) -> None:
+# %% ../../nbs/lab/07_slurm.ipynb #464cb78c
+def check_machines(
+    there: Iterable[Machine], partition: str, cpus: int, memory_gb: float | None, gpus: int
+) -> None:
     "Raises `SlurmError` when no machine can hold a task."
     there = sorted(there, key=str)
-    if there and not any(m.cpus >= cpus and m.memory_gb >= (memory_gb or 0) and m.gpus >= gpus for m in there):
+    if there and not any(
+        m.cpus >= cpus and m.memory_gb >= (memory_gb or 0) and m.gpus >= gpus for m in there
+    ):
         wanted = Machine(cpus, memory_gb or 0, gpus)
         raise SlurmError(f"no machine of partition '{partition}' holds a task of {wanted}; "
                          f"there are machines with {' or '.join(map(str, there[:5]))}")
@@ -147,7 +160,9 @@ def time_limit(partition: Partition,
     if wanted is not None and wanted < 1:
         raise SlurmError(f"time limit = {wanted} minutes: at least 1 is needed")
     if wanted and partition.most and wanted > partition.most:
-        raise SlurmError(f"time limit = {wanted} minutes, but partition '{partition.name}' allows {partition.most}")
+        raise SlurmError(
+            f"time limit = {wanted} minutes, but partition '{partition.name}' allows {partition.most}"
+        )
     limit = wanted or by_jobs or partition.usual or partition.most or 24 * 60
     return min(limit, partition.most or limit)
 
@@ -159,7 +174,8 @@ def settings(name: str,                          # of the job, as squeue shows i
              cpus: int = 1,                      # per task
              memory_gb: float | None = None,     # per task; none: what the partition gives
              at_once: int | None = None,         # tasks side by side; none: as many as there is room for
-             extra: Mapping[str, Any] = {},      # further sbatch settings: {"account": "vision", "exclusive": True}
+             # further sbatch settings: {"account": "vision", "exclusive": True}
+             extra: Mapping[str, Any] = {},
              ) -> dict[str, Any]:
     "Settings for `submitit.AutoExecutor.update_parameters`. Raises `SlurmError`."
     limits = {"gpus": (gpus, 0), "cpus": (cpus, 1), "at once": (at_once, 1), "memory_gb": (memory_gb, 0.001)}
@@ -170,10 +186,18 @@ def settings(name: str,                          # of the job, as squeue shows i
         raise SlurmError(f"extra setting '{taken[0]}' is one that is set already, "
                          "by an argument of its own or because the runs need it")
     more = {"hold": True, "requeue": True} | {k.replace("_", "-"): v for k, v in extra.items()}
-    return {"name": name, "slurm_partition": partition, "timeout_min": minutes, "cpus_per_task": cpus, "mem_gb": memory_gb,
-            "gpus_per_node": gpus or None, "slurm_array_parallelism": at_once or 10**6,
-            "slurm_signal_delay_s": _warning(minutes), "slurm_srun_args": [f"--cpus-per-task={cpus}"],
-            "slurm_additional_parameters": more}
+    return {
+        "name": name,
+        "slurm_partition": partition,
+        "timeout_min": minutes,
+        "cpus_per_task": cpus,
+        "mem_gb": memory_gb,
+        "gpus_per_node": gpus or None,
+        "slurm_array_parallelism": at_once or 10**6,
+        "slurm_signal_delay_s": _warning(minutes),
+        "slurm_srun_args": [f"--cpus-per-task={cpus}"],
+        "slurm_additional_parameters": more,
+    }
 
 # %% ../../nbs/lab/07_slurm.ipynb #38e0d664
 def _warning(minutes: int) -> int:
@@ -181,25 +205,43 @@ def _warning(minutes: int) -> int:
     return min(90, 15 * minutes)
 
 
-_OURS = {"partition", "time", "gpus-per-node", "cpus-per-task", "mem", "array", "signal", "hold", "requeue", "no-requeue",
-         "output", "error", "job-name", "ntasks"}
+_OURS = {
+    "partition",
+    "time",
+    "gpus-per-node",
+    "cpus-per-task",
+    "mem",
+    "array",
+    "signal",
+    "hold",
+    "requeue",
+    "no-requeue",
+    "output",
+    "error",
+    "job-name",
+    "ntasks",
+}
 
 # %% ../../nbs/lab/07_slurm.ipynb #2e38195a
 def _last_checkpoint(folder: str | Path) -> str:
     "Name of the newest checkpoint, empty when there is none."
     return max((p.name for p in Path(folder).glob("checkpoint/step-*.safetensors")), default="")
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #afafbfed
 def _own_id() -> str:
     "This task's number, `123_4`; of a job that is no array `123`."
     array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID", "")
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #b844b1b4
 def _preempted(known: Mapping[str, str],    # what scontrol says of a job
                ) -> bool:
     "Whether a job is in the grace time before its preemption."
-    return known.get("JobState") == "RUNNING" and known.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
+    return known.get("JobState") == "RUNNING" and known.get("PreemptTime", "None") not in (
+        "None",
+        "Unknown",
+        "N/A",
+    )
 
 # %% ../../nbs/lab/07_slurm.ipynb #564d5648
 class Task:
@@ -213,7 +255,8 @@ class Task:
         self.job, self.threads, self.minutes, self.worker = job, threads, minutes, None
 
     def __call__(self) -> dict:
-        "Bring the run to its end; its final status. Exit code 1 when it did not succeed, so that Slurm says FAILED too."
+        """Bring the run to its end; its final status. Exit code 1 when it did not succeed, so that Slurm says
+        FAILED too."""
         if runs.finished(self.job):
             return runs.status(self.job.out)                                 # requeued when all was done
         self.begin, self.before = time.monotonic(), _last_checkpoint(self.job.out)
@@ -232,14 +275,16 @@ class Task:
         raise SystemExit(1)
 
     def _attend(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})           # inherited by the run's processes
+        # inherited by the run's processes
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
         say = lambda line: print(f"{datetime.now():%H:%M:%S} {line}", flush=True)
         say(f"{self.job.name} as task {_own_id()} on {os.uname().nodename}")
         self.said = runs.supervise(self.job, self.threads, stop=self.stop, say=say)
         say(f"{self.job.name} {runs.end_in_words(self.job, self.said)}")
 
     def checkpoint(self):
-        "submitit's question before the time limit: stop the run; what shall run next, none when there is no use."
+        """submitit's question before the time limit: stop the run; what shall run next, none when there is no
+        use."""
         from submitit.helpers import DelayedSubmission
         if self.worker:
             self.stop.set()
@@ -250,11 +295,13 @@ class Task:
 
     def _got_nowhere(self) -> bool:
         "Whether the time is up without a new checkpoint; then that is what the status says."
-        early = _warning(self.minutes) + 90                                   # Slurm may signal a minute earlier still
+        # Slurm may signal a minute earlier still
+        early = _warning(self.minutes) + 90
         late = time.monotonic() - self.begin > 60 * self.minutes - early
         if self.said["state"] == "done" or not late or _last_checkpoint(self.job.out) != self.before:
             return False
-        error = f"no new checkpoint within the task's {self.minutes} min; ask for more, or lower train.checkpoint_every"
+        error = (f"no new checkpoint within the task's {self.minutes} min; ask for more, or lower "
+                 "train.checkpoint_every")
         write_json(Path(self.job.out) / "status.json", self.said | {"state": "timeout", "error": error})
         return True
 
@@ -266,7 +313,7 @@ class Queued:
     state: str                     # PENDING, RUNNING, COMPLETING ...
     reason: str                    # why it waits, in Slurm's words
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #640bf414
 def read_queue(text: str,          # of `squeue --array --format=%i|%F|%T|%r|%o`
                ) -> dict[str, Queued]:
     "The runs that are in the queue, by folder; jobs that are none of ours are left out."
@@ -281,14 +328,15 @@ def read_queue(text: str,          # of `squeue --array --format=%i|%F|%T|%r|%o`
             found[folder] = Queued(task, state, reason)
     return found
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #16742d67
 def in_queue() -> dict[str, Queued]:
-    "The runs of this user that are in Slurm's queue, by folder; none where there is no Slurm. Raises `SlurmError`."
+    """The runs of this user that are in Slurm's queue, by folder; none where there is no Slurm. Raises
+    `SlurmError`."""
     if not shutil.which("squeue"):
         return {}
     return read_queue(ask("squeue", "--me", "--noheader", "--array", "--format=%i|%F|%T|%r|%o"))
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #c57f6cd8
 def queue_states() -> dict[str, str]:
     "Slurm's word on every run in the queue, by folder."
     return {folder: task.state for folder, task in in_queue().items()}
@@ -302,7 +350,9 @@ def _left_to_do(jobs: list[Job], again: bool, say: Callable[[str], None]) -> lis
         if runs.finished(job):
             continue
         if task and runs.status(job.out).get("key") != job.key:
-            raise SlurmError(f"{job.out} is in Slurm's queue with other settings; cancel that first: scancel {task.id}")
+            raise SlurmError(
+                f"{job.out} is in Slurm's queue with other settings; cancel that first: scancel {task.id}"
+            )
         if task:
             say(f"{job.name} is in the queue already as {task.id}, {task.state}")
         elif failed_for_good(job) and not again:
@@ -312,7 +362,7 @@ def _left_to_do(jobs: list[Job], again: bool, say: Callable[[str], None]) -> lis
             todo.append(job)
     return todo
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #3603a92a
 def _most_tasks() -> int:
     "How many tasks an array may have here."
     found = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"))
@@ -324,7 +374,9 @@ def _wanted(jobs, partition, time_minutes, gpus, cpus, memory_gb, at_once, extra
     ask("sbatch", "--version")
     where = choose_partition(read_partitions(ask("scontrol", "--oneliner", "show", "partition")), partition)
     name = "prx-" + "-".join(dict.fromkeys(job.ablation for job in jobs))
-    wanted = settings(name, where.name, time_limit(where, time_minutes, jobs), gpus, cpus, memory_gb, at_once, extra)
+    wanted = settings(
+        name, where.name, time_limit(where, time_minutes, jobs), gpus, cpus, memory_gb, at_once, extra
+    )
     there = ask("sinfo", "--Node", "--noheader", f"--partition={where.name}", "--format=%c|%m|%G")
     check_machines(read_machines(there), where.name, cpus, memory_gb, gpus)
     most = max(job.recipe.get("train", {}).get("processes", 1) for job in jobs)
@@ -334,14 +386,18 @@ def _wanted(jobs, partition, time_minutes, gpus, cpus, memory_gb, at_once, extra
 
 # %% ../../nbs/lab/07_slurm.ipynb #5dbed000
 def _hand_in(todo: list[Job], wanted: Mapping[str, Any], logs: Path, array: bool) -> list[str]:
-    "Give the tasks to sbatch, on hold; their numbers. Raises `SlurmError` when it refuses, with nothing handed in."
+    """Give the tasks to sbatch, on hold; their numbers. Raises `SlurmError` when it refuses, with nothing
+    handed in."""
     import io
     import submitit
     executor, handed = submitit.AutoExecutor(folder=logs, cluster="slurm", slurm_max_num_timeout=10**6), []
     executor.update_parameters(**wanted)
     tasks = [Task(job, wanted["cpus_per_task"], wanted["timeout_min"]) for job in todo]
     try:
-        with contextlib.redirect_stderr(io.StringIO()), executor.batch() if array else contextlib.nullcontext():
+        with (
+            contextlib.redirect_stderr(io.StringIO()),
+            executor.batch() if array else contextlib.nullcontext(),
+        ):
             for task in tasks:
                 handed.append(executor.submit(task))
     except submitit.core.utils.FailedJobError as error:
@@ -350,7 +406,7 @@ def _hand_in(todo: list[Job], wanted: Mapping[str, Any], logs: Path, array: bool
         raise SlurmError(f"sbatch refuses: {_one_line(str(error))}") from None
     return [job.job_id for job in handed]
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #eec1453d
 def _write_down(todo: list[Job], ids: list[str], logs: Path) -> None:
     "Which task is which run: in every run's status, and in a list beside the script."
     for array in dict.fromkeys(id.split("_")[0] for id in ids):
@@ -372,25 +428,30 @@ def _take_back(todo: list[Job], ids: list[str], error: BaseException) -> None:
                 write_json(Path(job.out) / "status.json", said)
 
 # %% ../../nbs/lab/07_slurm.ipynb #7a305d89
-def submit(jobs: list[Job],                      # from `plan`, of one group or several
-           *,
-           partition: str | None = None,         # none: the cluster's default one
-           time_minutes: int | None = None,      # time limit of a task; none: see `time_limit`
-           gpus: int = 0,                        # per task
-           cpus: int = 1,                        # per task; also OMP_NUM_THREADS
-           memory_gb: float | None = None,       # per task
-           at_once: int | None = None,           # tasks side by side; none: as many as there is room for
-           array: bool = True,                   # one job array; else a job each
-           extra: Mapping[str, Any] = {},        # further sbatch settings
-           prepare: Callable | None = prepare_caches,   # called with the recipes to be run; none: nothing is prepared
-           again: bool = False,                  # also what failed before and would again
-           say: Callable[[str], None] = print,
-           ) -> list[str]:                       # the tasks' numbers, `123_0` ...; empty when there is nothing to do
-    "Hand runs in to Slurm and return. Raises `SlurmError`, `AblationError`, `OSError` before anything is handed in."
+def submit(
+    jobs: list[Job],  # from `plan`, of one group or several
+    *,
+    partition: str | None = None,  # none: the cluster's default one
+    time_minutes: int | None = None,  # time limit of a task; none: see `time_limit`
+    gpus: int = 0,  # per task
+    cpus: int = 1,  # per task; also OMP_NUM_THREADS
+    memory_gb: float | None = None,  # per task
+    at_once: int | None = None,  # tasks side by side; none: as many as there is room for
+    array: bool = True,  # one job array; else a job each
+    extra: Mapping[str, Any] = {},  # further sbatch settings
+    # called with the recipes to be run; none: nothing is prepared
+    prepare: Callable | None = prepare_caches,
+    again: bool = False,  # also what failed before and would again
+    say: Callable[[str], None] = print,
+) -> list[str]:  # the tasks' numbers, `123_0` ...; empty when there is nothing to do
+    """Hand runs in to Slurm and return. Raises `SlurmError`, `AblationError`, `OSError` before anything is
+    handed in."""
     if not jobs:
         raise AblationError("nothing to run: the plan is empty")
     if not array and at_once:
-        raise SlurmError("without an array Slurm cannot limit the tasks side by side; leave one of the two out")
+        raise SlurmError(
+            "without an array Slurm cannot limit the tasks side by side; leave one of the two out"
+        )
     wanted = _wanted(jobs, partition, time_minutes, gpus, cpus, memory_gb, at_once, extra)
     logs = require_writable(Path(os.path.commonpath([job.group for job in jobs])) / ".slurm")
     with only_driver(job.group for job in jobs):
@@ -398,7 +459,9 @@ def submit(jobs: list[Job],                      # from `plan`, of one group or 
             say(f"nothing to hand in: {sum(map(runs.finished, jobs))} of {len(jobs)} runs are done")
             return []
         if array and len(todo) > (most := _most_tasks()):
-            raise SlurmError(f"{len(todo)} runs, but an array may have {most} tasks on this cluster; hand them in in parts")
+            raise SlurmError(
+                f"{len(todo)} runs, but an array may have {most} tasks on this cluster; hand them in in parts"
+            )
         for line in outdated(todo):
             say(line)
         if prepare:
@@ -432,7 +495,7 @@ def state_by_slurm(state: str,                  # as in status.json
     by_force = verdict in ("out of memory", "host gone", "timeout")
     return verdict if by_force and state in ("interrupted", "killed", "dead kernel") else None
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #4eee624a
 def _just_ended(known: Mapping[str, str], seconds: float = 30) -> bool:
     try:
         return (datetime.now() - datetime.fromisoformat(known["EndTime"])).total_seconds() < seconds
@@ -441,18 +504,21 @@ def _just_ended(known: Mapping[str, str], seconds: float = 30) -> bool:
 
 # %% ../../nbs/lab/07_slurm.ipynb #6baddf99
 def _known(id: str) -> dict[str, str]:
-    "What Slurm remembers of a task: by scontrol some minutes long, by its accounts (where it keeps any) longer."
+    """What Slurm remembers of a task: by scontrol some minutes long, by its accounts (where it keeps any)
+    longer."""
     try:
         return pairs(ask("scontrol", "--oneliner", "show", "job", id))
     except SlurmError as error:
         if "Invalid job id" not in str(error):
             raise
     with contextlib.suppress(SlurmError):
-        if words := ask("sacct", "--noheader", "--parsable2", "--allocations", "--format=State", "--jobs", id).split():
+        if words := ask(
+            "sacct", "--noheader", "--parsable2", "--allocations", "--format=State", "--jobs", id
+        ).split():
             return {"JobState": words[0]}                                    # "CANCELLED by 1000"
     return {}
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #cb704bab
 def _settle(job: Job, said: dict) -> dict:
     "The status of a run that is not in the queue any more, put right if need be."
     may_change = {*runs.OPEN, "interrupted", "killed", "dead kernel"}
@@ -472,7 +538,7 @@ def reconcile(jobs: Iterable[Job]) -> list[dict]:
     "The status of every run, with Slurm's word where a run could not give its own. Raises `SlurmError`."
     return _look(list(jobs))[1]
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #c19a5d45
 def _look(jobs: list[Job]) -> tuple[set[str], list[dict]]:
     "The folders of the runs that are not through, and all statuses."
     waiting = in_queue()                               # asked first: what ends in between is seen next time
@@ -481,7 +547,7 @@ def _look(jobs: list[Job]) -> tuple[set[str], list[dict]]:
     late = {job.out for job, s in zip(jobs, said) if s.get("state") in runs.OPEN and "slurm" in s}
     return {job.out for job in jobs if job.out in waiting} | late, said
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #d955f683
 def cancel(jobs: Iterable[Job]) -> list[str]:      # the tasks' numbers
     "Take runs out of the queue; those at work are stopped, their checkpoints stay. Raises `SlurmError`."
     waiting, jobs = in_queue(), list(jobs)
@@ -496,7 +562,8 @@ def wait(jobs: list[Job],
          poll_seconds: float = 10,
          say: Callable[[str], None] = print,     # a line whenever a run's state changes
          ) -> list[dict]:                        # the final status of every run, in order
-    "Wait until Slurm is through with the runs. May be stopped and called again at any time. Raises `SlurmError`."
+    """Wait until Slurm is through with the runs. May be stopped and called again at any time. Raises
+    `SlurmError`."""
     told: dict[str, str] = {}
     while True:
         left, said = _look(jobs)
