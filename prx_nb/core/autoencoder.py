@@ -56,12 +56,8 @@ def standardised(
     deviation: Tensor,  # (C,) above 0
 ) -> nn.Module:  # a copy with latents `(z - mean) / deviation` that paints the same images
     "Take a shift and a scale of each channel into the weights."
-    whole = dict(model.config) | {
-        "use_quant_conv": True,
-        "use_post_quant_conv": True,
-        "scaling_factor": 1.0,
-        "shift_factor": None,
-    }
+    whole = dict(model.config) | {"use_quant_conv": True, "use_post_quant_conv": True, "scaling_factor": 1.0,
+                                  "shift_factor": None}
     copy, c = type(model).from_config(whole).to(mean.device).eval(), len(mean)
     weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
     for name, n in (("quant_conv", 2 * c), ("post_quant_conv", c)):
@@ -85,16 +81,10 @@ def fresh(settings: Settings) -> nn.Module:
     n, c = len(settings.blocks), settings.channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(settings.seed, "autoencoder").initial_seed())
-        model = diffusers.AutoencoderKL(
-            block_out_channels=settings.blocks,
-            latent_channels=c,
-            layers_per_block=1,
-            norm_num_groups=1,
-            mid_block_add_attention=False,
-            down_block_types=("DownEncoderBlock2D",) * n,
-            up_block_types=("UpDecoderBlock2D",) * n,
-            scaling_factor=1.0,
-        )
+        model = diffusers.AutoencoderKL(block_out_channels=settings.blocks, latent_channels=c,
+                                        layers_per_block=1, norm_num_groups=1, mid_block_add_attention=False,
+                                        down_block_types=("DownEncoderBlock2D",) * n,
+                                        up_block_types=("UpDecoderBlock2D",) * n, scaling_factor=1.0)
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             layer.weight *= 3 ** 0.5                       # torch draws them this much smaller
@@ -173,7 +163,7 @@ def made(settings: Settings = Settings(), progress: bool = True) -> Path:
                 _make(settings, images, home, progress)
     return home / "model"
 
-# %% ../../nbs/core/12_autoencoder.ipynb #82eea6a0
+# %% ../../nbs/core/12_autoencoder.ipynb #20492f02
 def _make(settings: Settings, images: Images, home: Path, progress: bool) -> None:
     parts = data.split(images, settings.data)
     raw = fit(settings, images, parts.train, progress)
@@ -183,24 +173,16 @@ def _make(settings: Settings, images: Images, home: Path, progress: bool) -> Non
     held = held if len(held) else parts.train
     with torch.no_grad():
         seen = torch.cat(
-            [
-                psnr(model.decode(model.encode(x).latent_dist.mean).sample, x)
-                for x in map(images.batch, held[:512].split(64))
-            ]
+            [psnr(model.decode(model.encode(x).latent_dist.mean).sample, x)
+             for x in map(images.batch, held[:512].split(64))]
         )
     with tempfile.TemporaryDirectory(dir=home) as part:
         model.save_pretrained(Path(part) / "model")
         write_json(
             Path(part) / "model" / "about.json",
-            {
-                "settings": settings.model_dump(mode="json"),
-                "images": images.key,
-                "trained on": len(parts.train),
-                "held out": len(seen),
-                "PSNR": seen.mean().item(),
-                "mean": mean.tolist(),
-                "deviation": deviation.tolist(),
-            },
+            {"settings": settings.model_dump(mode="json"), "images": images.key,
+             "trained on": len(parts.train), "held out": len(seen), "PSNR": seen.mean().item(),
+             "mean": mean.tolist(), "deviation": deviation.tolist()},
         )
         os.replace(Path(part) / "model", home / "model")
 

@@ -55,8 +55,7 @@ def new_average(model: nn.Module,
     # torch's faster one does not take two dtypes
     else:
         average = AveragedModel(
-            model, avg_fn=lambda mean, now, count: mean.lerp(now.to(mean.dtype), 1 - keeps)
-        ).float()
+            model, avg_fn=lambda mean, now, count: mean.lerp(now.to(mean.dtype), 1 - keeps)).float()
     return average.requires_grad_(False)
 
 # %% ../../nbs/core/20_average.ipynb #8d8695d9

@@ -105,12 +105,8 @@ class Batch:
         """(B, *shape) numbers from 0 to 1 of a stream with this name: the same for a sample, however the
         batch is shared out."""
         device = self.x0.device
-        draw = torch.rand(
-            self.size or len(self.x0),
-            *shape,
-            generator=stream(self.seed, name, self.step, device=device),
-            device=device,
-        )
+        draw = torch.rand(self.size or len(self.x0), *shape,
+                          generator=stream(self.seed, name, self.step, device=device), device=device)
         return draw if self.part is None else draw[self.part]
 
 # %% ../../nbs/core/21_batch.ipynb #b8c159a5
@@ -146,14 +142,11 @@ def read_batch(prepared: Prepared, recipe: Recipe, step: int, part: slice = slic
 
 # %% ../../nbs/core/21_batch.ipynb #cf63aadc
 def add_noise(
-    batch: Batch, recipe: Recipe, step: int, device: torch.device, part: slice = slice(None)
-) -> Batch:
+    batch: Batch, recipe: Recipe, step: int, device: torch.device, part: slice = slice(None)) -> Batch:
     "Move a batch to the device and draw its noise and times there."
     n, shape = recipe.train.batch, batch.x0.shape[1:]
     noise = torch.randn(n, *shape, generator=stream(recipe.seed, "noise", step, device=device), device=device)
     t = timesteps(n, stream(recipe.seed, "time", step, device=device), recipe.flow)
-    moved = {
-        k: getattr(batch, k).to(device, non_blocking=True)
-        for k in ("x0", "text", "mask", "dropped", "caption")
-    }
+    moved = {k: getattr(batch, k).to(device, non_blocking=True)
+             for k in ("x0", "text", "mask", "dropped", "caption")}
     return replace(batch, **moved, noise=noise[part], t=t[part])

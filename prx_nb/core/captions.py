@@ -72,13 +72,9 @@ def caption(item: Item,
 
 # %% ../../nbs/core/08_captions.ipynb #93ef820b
 # a kind of caption makes the captions that an image may get: (Item) -> list of texts, as many for every image
-CAPTIONS = Choice(
-    "captions.kind",
-    short=lambda item: [caption(item, "short")],
-    long=lambda item: [caption(item, "long")],
-    dense=lambda item: [caption(item, "dense")],
-    mixed=lambda item: [caption(item, kind) for kind in KINDS],
-)
+CAPTIONS = Choice("captions.kind", short=lambda item: [caption(item, "short")],
+                  long=lambda item: [caption(item, "long")], dense=lambda item: [caption(item, "dense")],
+                  mixed=lambda item: [caption(item, kind) for kind in KINDS])
 
 
 def choices(item: Item,

@@ -99,8 +99,7 @@ def new_state(recipe: Recipe, device: torch.device, techniques: Sequence[nn.Modu
     if recipe.ema.keeps > 0:
         state.ema = average.new_average(model, recipe.ema.keeps)
     state.also = nn.ModuleList(
-        average.new_average(model, average.decay_of(h, recipe.ema.every)) for h in recipe.ema.also
-    )
+        average.new_average(model, average.decay_of(h, recipe.ema.every)) for h in recipe.ema.also)
     return state
 
 # %% ../../nbs/core/23_checkpoint.ipynb #8e72ae63
@@ -115,20 +114,15 @@ def restore(state: State, named: dict[str, Tensor]) -> None:
     called = technique_names(state.techniques)
     if strange := {k.split(".")[1] for k in named if k.startswith("techniques.")} - set(called):
         raise RuntimeError(
-            f"the checkpoint has weights of {', '.join(sorted(strange))}, which is not trained here"
-        )
-    for prefix, module in [
-        ("model.", state.model),
-        ("also.", state.also),
-        *((f"techniques.{n}.", t) for n, t in zip(called, state.techniques)),
-        *([("ema.", state.ema)] if state.ema else []),
-    ]:
+            f"the checkpoint has weights of {', '.join(sorted(strange))}, which is not trained here")
+    for prefix, module in [("model.", state.model), ("also.", state.also),
+                           *((f"techniques.{n}.", t) for n, t in zip(called, state.techniques)),
+                           *([("ema.", state.ema)] if state.ema else [])]:
         module.load_state_dict(part(prefix, module))
     state.optimizer.load_state_dict(
-        {"state": _memory(state, named), "param_groups": state.optimizer.state_dict()["param_groups"]}
-    )
+        {"state": _memory(state, named), "param_groups": state.optimizer.state_dict()["param_groups"]})
 
-# %% ../../nbs/core/23_checkpoint.ipynb #0fb69035
+# %% ../../nbs/core/23_checkpoint.ipynb #27866435
 def _memory(state: State, named: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     "What the optimizer remembers, by the number of the parameter."
     parameters, memory = state.named_parameters(), {}
@@ -139,17 +133,15 @@ def _memory(state: State, named: dict[str, Tensor]) -> dict[int, dict[str, Tenso
             if name not in numbers:
                 raise RuntimeError(f"the checkpoint's optimizer remembers {name}, which is not trained here")
             memory.setdefault(numbers[name], {})[key] = (
-                value if key == "step" else shared(value, parameters[name])
-            )
+                value if key == "step" else shared(value, parameters[name]))
     return memory
 
-# %% ../../nbs/core/23_checkpoint.ipynb #940cbefc
+# %% ../../nbs/core/23_checkpoint.ipynb #2e263572
 def _by_name(state: State, named: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a checkpoint by today's names. Until November 2026 techniques and the optimizer's memory
     were numbered by position."""
     old = sorted(
-        {int(k.split(".")[1]) for k in named if k.startswith("techniques.") and k.split(".")[1].isdigit()}
-    )
+        {int(k.split(".")[1]) for k in named if k.startswith("techniques.") and k.split(".")[1].isdigit()})
     kept = [n for n, t in zip(technique_names(state.techniques), state.techniques) if t.state_dict()]
     called, parameters, found = dict(zip(map(str, old), kept)), list(state.named_parameters()), {}
     for name, value in named.items():
@@ -185,14 +177,9 @@ def save_checkpoint(folder: Path, step: int, state: State, recipe: Recipe, secon
         if main:
             tensors[name] = full.cpu().clone(memory_format=torch.contiguous_format)
     if main:
-        header = {
-            "step": str(step),
-            "seconds": repr(seconds),
-            "joules": json.dumps(joules),
-            "crc32": _checksum(tensors),
-            "data": data,
-            "recipe": json.dumps(recipe.model_dump(mode="json")),
-        }
+        header = {"step": str(step), "seconds": repr(seconds), "joules": json.dumps(joules),
+                  "crc32": _checksum(tensors), "data": data,
+                  "recipe": json.dumps(recipe.model_dump(mode="json"))}
         with atomic(path) as part:
             save_file(tensors, part, header)
         for old in sorted(folder.glob("step-*.safetensors"))[:-recipe.train.keep]:
@@ -203,7 +190,7 @@ def save_checkpoint(folder: Path, step: int, state: State, recipe: Recipe, secon
 class CheckpointError(RuntimeError):
     "A checkpoint is of another recipe, or none can be read."
 
-# %% ../../nbs/core/23_checkpoint.ipynb #14a2fb1e
+# %% ../../nbs/core/23_checkpoint.ipynb #a5b0036d
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     "Tensors and header of a checkpoint. Raises `CheckpointError`, which names the file."
     try:
@@ -213,8 +200,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
     if not {"step", "seconds", "recipe"} <= header.keys():
         raise CheckpointError(
-            f"checkpoint {path} cannot be read: it has no step, seconds and recipe in its header"
-        )
+            f"checkpoint {path} cannot be read: it has no step, seconds and recipe in its header")
     if header.get("crc32", crc := _checksum(tensors)) != crc:
         raise CheckpointError(f"checkpoint {path} cannot be read: its tensors do not match its checksum")
     return tensors, header
@@ -227,8 +213,7 @@ def _same_run(path: Path, header: dict[str, str], recipe: Recipe) -> None:
     except ValidationError:
         raise CheckpointError(
             f"{path.parent} holds a run whose recipe this version does not know; choose another output "
-            "folder "
-            "or delete it"
+            "folder or delete it"
         ) from None
     changed = (
         {}
@@ -237,8 +222,7 @@ def _same_run(path: Path, header: dict[str, str], recipe: Recipe) -> None:
     )
     if changed:
         what = "; ".join(
-            f"{k}: {old!r} there, {new!r} asked for" for k, (old, new) in list(changed.items())[:4]
-        )
+            f"{k}: {old!r} there, {new!r} asked for" for k, (old, new) in list(changed.items())[:4])
         raise CheckpointError(
             f"{path.parent} holds a run of another recipe ({what}); choose another output folder or delete it"
         )
@@ -250,8 +234,7 @@ def same_data(header: dict[str, str], data: str, folder: Path) -> None:
     if header.get("data") and data and header["data"] != data:
         raise CheckpointError(
             f"{folder} holds a run on other data (its images and captions have the key {header['data']}, "
-            f"these have {data}); "
-            "choose another output folder, or put the data back as it was"
+            f"these have {data}); choose another output folder, or put the data back as it was"
         )
 
 # %% ../../nbs/core/23_checkpoint.ipynb #6cd6cabb
@@ -275,10 +258,8 @@ def find_checkpoint(
     elif broken and not mend:
         raise CheckpointError("; ".join(broken.values()) + "; train again, or delete the folder")
     for bad, line in broken.items():
-        say(
-            f"WARNING: {line}; "
-            + (f"going on from {path.name}" if found else "no other is left: training begins again")
-        )
+        say(f"WARNING: {line}; "
+            + (f"going on from {path.name}" if found else "no other is left: training begins again"))
         if mend:
             bad.rename(bad.with_name(f"{bad.name}.broken"))
     return found

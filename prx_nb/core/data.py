@@ -30,18 +30,8 @@ from PIL import Image
 from . import recipe
 from .emoji import NAMES_PACKAGE, PACKAGES, emoji_jobs
 from .files import atomic, cache_dir
-from prx_nb.core.images import (
-    NAMED,
-    PALETTE,
-    DataError,
-    Images,
-    Item,
-    as_images,
-    cached,
-    chance,
-    make_images,
-    thin,
-)
+from .images import NAMED, PALETTE, DataError, Images, Item, as_images, cached, chance, make_images
+from .images import thin
 from .settings import Choice
 
 if TYPE_CHECKING:
@@ -58,20 +48,15 @@ def _caption_in(row: dict) -> str | None:
     "The caption of a row: the first of the usual columns that holds text."
     return next(
         (str(row[c]).strip() for c in _CAPTION_COLUMNS if isinstance(row.get(c), str) and row[c].strip()),
-        None,
-    )
+        None)
 
-# %% ../../nbs/core/07_data.ipynb #84981e52
+# %% ../../nbs/core/07_data.ipynb #bd0e42a8
 def _row_item(key: str, row: dict, stem: str) -> dict:
     "An item from a row of metadata."
     words = stem.replace("_", " ").replace("-", " ").strip()
-    return {
-        "key": key,
-        "concept": str(row.get("concept") or stem),
-        "style": str(row.get("style") or ""),
-        "label": str(row.get("label") if isinstance(row.get("label"), str) else words),
-        "caption": _caption_in(row),
-    }
+    return {"key": key, "concept": str(row.get("concept") or stem), "style": str(row.get("style") or ""),
+            "label": str(row.get("label") if isinstance(row.get("label"), str) else words),
+            "caption": _caption_in(row)}
 
 # %% ../../nbs/core/07_data.ipynb #bbbf4567
 def _metadata(path: Path) -> list[dict]:
@@ -108,8 +93,7 @@ def _folder_jobs(data: recipe.Data) -> tuple[list[dict], str]:
             beside = path.with_suffix(".txt")
             row = {"caption": beside.read_text("utf-8-sig", errors="replace")} if beside.is_file() else {}
             jobs.append(
-                {"item": _row_item(path.relative_to(root).as_posix(), row, path.stem), "path": str(path)}
-            )
+                {"item": _row_item(path.relative_to(root).as_posix(), row, path.stem), "path": str(path)})
     twice = [k for k, n in Counter(j["item"]["key"] for j in jobs).items() if n > 1]
     if twice or not jobs:
         raise DataError(
@@ -130,23 +114,14 @@ def _hf_stream(path: str):
     except ImportError:
         raise DataError("data.source = 'hf' needs the package 'datasets': pip install datasets") from None
     where = Path(path).expanduser()
-    files = (
-        [str(where)]
-        if where.is_file()
-        else sorted(map(str, where.rglob("*.parquet")))
-        if where.is_dir()
-        else []
-    )
+    files = ([str(where)] if where.is_file() else sorted(map(str, where.rglob("*.parquet"))) if where.is_dir()
+             else [])
     if where.is_dir() and not files:
         raise DataError(
-            f"data.path = {path!r}: the folder holds no .parquet files; for images, data.source = 'folder'"
-        )
+            f"data.path = {path!r}: the folder holds no .parquet files; for images, data.source = 'folder'")
     try:
-        rows = (
-            datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
-            if files
-            else datasets.load_dataset(path, split="train", streaming=True)
-        )
+        rows = (datasets.load_dataset("parquet", data_files=files, split="train", streaming=True) if files
+                else datasets.load_dataset(path, split="train", streaming=True))
         for name, kind in (rows.features or {}).items():
             if isinstance(kind, datasets.Image):
                 rows = rows.cast_column(name, datasets.Image(decode=False))
@@ -179,8 +154,7 @@ def _hf_jobs(data: recipe.Data) -> tuple[Iterator[dict], str]:
             "an image column" if image is None else f"a caption column (one of {', '.join(_CAPTION_COLUMNS)})"
         )
         raise DataError(
-            f"data.path = {data.path!r}: did not find {missing}; the columns are {', '.join(first)}"
-        )
+            f"data.path = {data.path!r}: did not find {missing}; the columns are {', '.join(first)}")
 
     def jobs(start: int = 0) -> Iterator[dict]:
         stop, n = None if data.limit is None else max(data.limit - start, 0), start
@@ -260,29 +234,18 @@ def read_pack(settings: recipe.Data,           # source "pack", path
 def _files_under(path: str) -> list[tuple]:
     "Names, sizes and times of local files: when one changes, the set is another."
     root = Path(path).expanduser()
-    found = (
-        sorted(p for p in root.rglob("*") if p.is_file())
-        if root.is_dir()
-        else [root]
-        if root.is_file()
-        else []
-    )
+    found = (sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root] if root.is_file()
+             else [])
     return [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in found]
 
-# %% ../../nbs/core/07_data.ipynb #b9fced98
+# %% ../../nbs/core/07_data.ipynb #3f6fb82f
 def _content_key(data: recipe.Data) -> str:
     "Twelve hex digits for everything that decides the pixels and items."
     known = {"drawing": 3, "source": data.source, "size": data.size, "limit": data.limit}
     if data.source == "emoji":
-        known |= {
-            "styles": data.styles,
-            "background": data.background,
-            "tones": data.skin_tones,
-            "palette": PALETTE,
-            "sets": [PACKAGES[s] for s in data.styles],
-            "names": NAMES_PACKAGE,
-            "named": NAMED,
-        }
+        known |= {"styles": data.styles, "background": data.background, "tones": data.skin_tones,
+                  "palette": PALETTE, "sets": [PACKAGES[s] for s in data.styles], "names": NAMES_PACKAGE,
+                  "named": NAMED}
     else:
         if data.source == "folder" and not Path(data.path).expanduser().is_dir():
             raise DataError(f"data.path = {data.path!r}: there is no such folder")
@@ -349,8 +312,7 @@ def split(images: Images,
         styles[item.concept].add(item.style)
     concepts = _held(styles, data.holdout_concepts, "concept")
     pairs = {
-        f"{c}|{s}": (c, s) for c in styles if c not in concepts and len(styles[c]) > 2 for s in styles[c]
-    }
+        f"{c}|{s}": (c, s) for c in styles if c not in concepts and len(styles[c]) > 2 for s in styles[c]}
     out = set()
     for name in sorted(_held(pairs, data.holdout_pairs, "pair"), key=lambda n: chance("pair", n)):
         concept, style = pairs[name]
@@ -374,11 +336,8 @@ _SEEN: contextvars.ContextVar[dict | None] = contextvars.ContextVar("seen", defa
 def _counts(path: str, source: str) -> bool:
     "Whether a file of a source can change a run: in a folder of images only images and texts do."
     name = Path(path).name.lower()
-    return (
-        source != "folder"
-        or name.endswith((*_SUFFIXES, ".txt"))
-        or name in ("metadata.jsonl", "metadata.csv")
-    )
+    return (source != "folder" or name.endswith((*_SUFFIXES, ".txt"))
+            or name in ("metadata.jsonl", "metadata.csv"))
 
 # %% ../../nbs/core/07_data.ipynb #9b03fbe1
 def _hash_files(root: Path, names: list[str]) -> str:

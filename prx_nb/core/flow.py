@@ -60,11 +60,8 @@ def _logit_normal(flow: recipes.Flow, first: Tensor, second: Tensor, which: Tens
     least = MIN_TIME / (flow.shift - MIN_TIME * (flow.shift - 1))
     low = torch.special.ndtr(torch.logit(torch.tensor(least, dtype=torch.float64)))
     normal = torch.special.ndtri(low.to(first.device) + (1 - low.to(first.device)) * first)
-    return torch.where(
-        which < flow.uniform_mix,
-        MIN_TIME + (1 - MIN_TIME) * second,
-        shifted(torch.sigmoid(normal), flow.shift),
-    )
+    return torch.where(which < flow.uniform_mix, MIN_TIME + (1 - MIN_TIME) * second,
+                       shifted(torch.sigmoid(normal), flow.shift))
 
 # %% ../../nbs/core/13_flow.ipynb #f87fd2dd
 def _uniform(flow: recipes.Flow, first: Tensor, second: Tensor, which: Tensor) -> Tensor:
@@ -128,15 +125,11 @@ class FlowMatching:
         "What the network should answer (B, ...): the recipe's prediction, or another `kind`."
         kind, noise = kind or self.flow.prediction, noise * self.flow.noise_scale
         *_, dalpha, dsigma = coefficients(t, self.flow.path)
-        return (
-            {"x": x0, "eps": noise}[kind]
-            if kind != "v"
-            else spread(dalpha, x0) * x0 + spread(dsigma, x0) * noise
-        )
+        return ({"x": x0, "eps": noise}[kind] if kind != "v"
+                else spread(dalpha, x0) * x0 + spread(dsigma, x0) * noise)
 
     def loss(
-        self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor, space: str | None = None
-    ) -> Tensor:
+        self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor, space: str | None = None) -> Tensor:
         "Mean squared error of each sample (B,), measured in the recipe's loss space or another."
         _, b = conversion(t, self.flow.prediction, space or self.flow.loss, self.flow.path, self.flow.clamp)
         return b**2 * (prediction.float() - self.target(x0, noise, t)).square().flatten(1).mean(1)

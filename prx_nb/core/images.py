@@ -108,20 +108,12 @@ def oklab(rgb: np.ndarray,       # (..., 3) in 0..255
                                     [-0.0040720468, 0.4505937099, -0.8086757660]])
 
 # %% ../../nbs/core/05_images.ipynb #e6be25ea
-NAMED = {
-    "white": ["ffffff", "f2f2f2"],
-    "black": ["000000", "2b2b2b"],
-    "grey": ["808080", "b4b4b4", "555555", "99aab5"],
-    "red": ["dd2e44", "ff0000", "b02020"],
-    "orange": ["f4900c", "ff7a1a", "f79329"],
-    "yellow": ["ffcc4d", "fcea2b", "ffd900"],
-    "green": ["3e9b3e", "77b255", "b1cc33", "1f6b2a"],
-    "blue": ["2a6fd6", "55acee", "92d3f5", "1b3a8c"],
-    "purple": ["8d4fc7", "b48be0", "5a2a82"],
-    "pink": ["f4a6c0", "ff6fa8", "ea596e"],
-    "brown": ["8a5a36", "5c3a22", "a8774e"],
-    "beige": ["f3dcb5", "e8c9a0"],
-}
+NAMED = {"white": ["ffffff", "f2f2f2"], "black": ["000000", "2b2b2b"],
+         "grey": ["808080", "b4b4b4", "555555", "99aab5"], "red": ["dd2e44", "ff0000", "b02020"],
+         "orange": ["f4900c", "ff7a1a", "f79329"], "yellow": ["ffcc4d", "fcea2b", "ffd900"],
+         "green": ["3e9b3e", "77b255", "b1cc33", "1f6b2a"], "blue": ["2a6fd6", "55acee", "92d3f5", "1b3a8c"],
+         "purple": ["8d4fc7", "b48be0", "5a2a82"], "pink": ["f4a6c0", "ff6fa8", "ea596e"],
+         "brown": ["8a5a36", "5c3a22", "a8774e"], "beige": ["f3dcb5", "e8c9a0"]}
 PALETTE = {                            # the flat grounds that images are drawn on
     "white": (255, 255, 255), "grey": (150, 150, 150), "red": (225, 60, 60), "orange": (245, 155, 60),
     "yellow": (250, 225, 90), "green": (80, 175, 80), "blue": (70, 120, 220), "purple": (140, 80, 190),
@@ -187,8 +179,7 @@ def measure(
     return {
         "colours": colours(rgba[..., :3].reshape(-1, 3), alpha.reshape(-1)),
         "fill": round(float(alpha.mean()), 3),
-        "centre": (round(float((xs * alpha).sum() / mass), 3), round(float((ys * alpha).sum() / mass), 3)),
-    }
+        "centre": (round(float((xs * alpha).sum() / mass), 3), round(float((ys * alpha).sum() / mass), 3))}
 
 # %% ../../nbs/core/05_images.ipynb #4a62c853
 def upright(image: Image.Image) -> Image.Image:
@@ -284,8 +275,7 @@ def _helper() -> subprocess.Popen:
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     serve = "from prx_nb.core.images import _serve; _serve()"
     return subprocess.Popen(
-        [sys.executable, "-c", serve], env=env, text=True, start_new_session=True, **pipes
-    )
+        [sys.executable, "-c", serve], env=env, text=True, start_new_session=True, **pipes)
 
 # %% ../../nbs/core/05_images.ipynb #eef4c6db
 def _feed(helper: subprocess.Popen, shards: Iterator[dict], lock: threading.Lock, done) -> None:
@@ -362,8 +352,7 @@ def _assemble(folder: Path, shards: list[Path], key: str, size: int, notice: str
         keep.append(rows)
     with atomic(folder / "pixels.npy") as part:
         pixels = (
-            np.lib.format.open_memmap(part, "w+", np.uint8, (len(items), size, size, 3)) if items else None
-        )
+            np.lib.format.open_memmap(part, "w+", np.uint8, (len(items), size, size, 3)) if items else None)
         start = 0
         for path, rows in zip(shards, keep):
             if rows:
@@ -436,8 +425,7 @@ def _open(folder: Path) -> Images:
             raise ValueError(f"{len(pixels)} images but {len(known['items'])} items")
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"the image cache {folder} is damaged ({error}); delete it and it is made again"
-        ) from None
+            f"the image cache {folder} is damaged ({error}); delete it and it is made again") from None
     return as_images(pixels, known)
 
 # %% ../../nbs/core/05_images.ipynb #1cdeee1a

@@ -51,8 +51,7 @@ def pipeline_for(r: recipe.Recipe) -> str:       # PRXPipeline or PRXPixelPipeli
     if r.sample.guide != "caption":
         raise InteropError(
             f"sample.guide = '{r.sample.guide}' cannot be exported: diffusers' PRX pipelines guide by the "
-            "empty "
-            "caption; export with sample.guide = 'caption'"
+            "empty caption; export with sample.guide = 'caption'"
         )
     if f.path != "linear":
         raise InteropError(
@@ -92,21 +91,15 @@ def denoiser_config(d: recipe.Denoiser | dict) -> dict[str, Any]:
             del config[name]
     return {"_class_name": "PRXTransformer2DModel", "_diffusers_version": _VERSION, **config}
 
-# %% ../../nbs/core/28_interop.ipynb #178f55fc
+# %% ../../nbs/core/28_interop.ipynb #e5f27332
 def denoiser_recipe(config: dict[str, Any]) -> recipe.Denoiser:
     """Our settings from such a config. Raises `InteropError` for one of another class or with keys we do not
     know."""
     if (kind := config.get("_class_name")) != "PRXTransformer2DModel":
         raise InteropError(f"the transformer is a {kind!r}, not a PRXTransformer2DModel")
     mine = {k: v for k, v in config.items() if not k.startswith("_")}
-    defaults = {
-        "in_channels": 16,
-        "patch_size": 2,
-        "context_in_dim": 2304,
-        "hidden_size": 1792,
-        "num_heads": 28,
-        "depth": 16,
-    }
+    defaults = {"in_channels": 16, "patch_size": 2, "context_in_dim": 2304, "hidden_size": 1792,
+                "num_heads": 28, "depth": 16}
     axes = mine.get("axes_dim") or (32, 32)
     try:
         return recipe.Denoiser(**{**defaults, **mine, "axes_dim": axes})
@@ -163,22 +156,14 @@ def _pass_through(half: torch.nn.Module) -> None:
             half.conv_out.weight[c, at, 1, 1] = sign
     half.conv_norm_out.weight.fill_(half.conv_norm_out.eps ** 0.5 / _SHRINK)
 
-# %% ../../nbs/core/28_interop.ipynb #fe53a1d1
+# %% ../../nbs/core/28_interop.ipynb #a7d5e3c2
 def identity_autoencoder() -> torch.nn.Module:
     """A diffusers `AutoencoderKL` (factor 1, 3 channels) that decodes and encodes to what came in, up to fp32
     rounding."""
     from diffusers import AutoencoderKL
-    model = AutoencoderKL(
-        block_out_channels=(6,),
-        norm_num_groups=1,
-        latent_channels=3,
-        layers_per_block=1,
-        scaling_factor=1.0,
-        shift_factor=0.0,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-    )
+    model = AutoencoderKL(block_out_channels=(6,), norm_num_groups=1, latent_channels=3, layers_per_block=1,
+                          scaling_factor=1.0, shift_factor=0.0, use_quant_conv=False,
+                          use_post_quant_conv=False, mid_block_add_attention=False)
     _pass_through(model.encoder)
     _pass_through(model.decoder)
     model.encoder.conv_out.bias.data[3:] = -30.0       # the posterior's log variance: none
@@ -190,16 +175,8 @@ def identity_autoencoder() -> torch.nn.Module:
 def static_as_t5(table: torch.Tensor) -> torch.nn.Module:
     "An encoder of a standard class that returns rows of a table, up to fp32 rounding."
     from transformers import T5Config, T5EncoderModel
-    config = T5Config(
-        vocab_size=len(table),
-        d_model=table.shape[1],
-        num_layers=0,
-        num_heads=1,
-        d_kv=8,
-        d_ff=8,
-        layer_norm_epsilon=1e12,
-        dropout_rate=0.0,
-    )
+    config = T5Config(vocab_size=len(table), d_model=table.shape[1], num_layers=0, num_heads=1, d_kv=8,
+                      d_ff=8, layer_norm_epsilon=1e12, dropout_rate=0.0)
     model = T5EncoderModel(config).eval()
     model.shared.weight.copy_(table)
     model.encoder.final_layer_norm.weight.fill_(1e6)
@@ -214,8 +191,7 @@ def _folder(path: Path) -> Iterator[Path]:
     "Write to the folder that is given; it takes the place of `path` when the block ends without an error."
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / _MARK).is_file())):
         raise InteropError(
-            f"{path} is there and is not an earlier export: choose another place or empty it first"
-        )
+            f"{path} is there and is not an earlier export: choose another place or empty it first")
     files.require_writable(path.parent)
     part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
@@ -263,8 +239,7 @@ def _write_text(folder: Path, encoder: text.TextEncoder, tokens: int) -> dict[st
     kind = type(model).__name__
     if not hasattr(transformers, kind):
         raise InteropError(
-            f"the text encoder '{encoder.name}' is a {kind}, which transformers cannot load by that name"
-        )
+            f"the text encoder '{encoder.name}' is a {kind}, which transformers cannot load by that name")
     with text.quiet():
         # also beside the model: the folder is complete by itself
         for place in ("tokenizer", "text_encoder"):
@@ -278,10 +253,8 @@ def _write_text(folder: Path, encoder: text.TextEncoder, tokens: int) -> dict[st
         # loading would draw one, and warn; it is not used
         if kind == "BertModel" and model.pooler is None:
             width = model.config.hidden_size
-            state |= {
-                "pooler.dense.weight": torch.zeros(width, width),
-                "pooler.dense.bias": torch.zeros(width),
-            }
+            state |= {"pooler.dense.weight": torch.zeros(width, width),
+                      "pooler.dense.bias": torch.zeros(width)}
         model.save_pretrained(folder / "text_encoder", state_dict=state)
     index = {"text_encoder": ["transformers", kind], "tokenizer": ["transformers", _class_of(tokenizer)]}
     _same_states(folder, index, encoder, tokens)
@@ -308,16 +281,14 @@ def load_encoder(folder: str | Path,             # a pipeline's folder, here or 
     kind, tokenizer = (getattr(transformers, index[n][1], None) for n in ("text_encoder", "tokenizer"))
     if kind is None or tokenizer is None:
         raise InteropError(
-            f"{folder}: this transformers has no {index['text_encoder'][1]} or {index['tokenizer'][1]}"
-        )
+            f"{folder}: this transformers has no {index['text_encoder'][1]} or {index['tokenizer'][1]}")
     try:
         with text.quiet():
             model = kind.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
             tokenizer = tokenizer.from_pretrained(folder / "tokenizer")
     except Exception as error:
         raise InteropError(
-            f"{folder}: the text encoder cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+            f"{folder}: the text encoder cannot be loaded: {str(error).splitlines()[0]}") from error
     return text.TextEncoder(str(folder / "text_encoder"), f"folder-{folder}", model, tokenizer)
 
 # %% ../../nbs/core/28_interop.ipynb #33822615
@@ -332,8 +303,7 @@ def _write_autoencoder(folder: Path, space: Pixels | Autoencoder) -> dict[str, l
         raise InteropError("AutoencoderKLFlux2 cannot be exported: PRXPipeline does not know its batch norm")
     if kind == "AutoencoderDC" and shift != 0:
         raise InteropError(
-            f"latents.shift = {shift} cannot be exported: an AutoencoderDC has no place for it"
-        )
+            f"latents.shift = {shift} cannot be exported: an AutoencoderDC has no place for it")
     shift = {} if kind == "AutoencoderDC" else {"shift_factor": float(shift)}
     model.register_to_config(scaling_factor=scale, **shift)
     model.save_pretrained(folder / "vae")
@@ -362,7 +332,8 @@ pipeline_tag: text-to-image
 tags: [{kind}, prx]
 ---
 A text-to-image model trained with the PRX workbook: recipe `{key}`, {size} px, `{prediction}`-prediction
-in {space}, text encoder `{encoder}` with {tokens} tokens, {parameters:,} parameters. The whole recipe is in `{mark}`.
+in {space}, text encoder `{encoder}` with {tokens} tokens, {parameters:,} parameters. The whole
+recipe is in `{mark}`.
 
 ```python
 from diffusers import {kind}
@@ -373,8 +344,8 @@ With guidance, diffusers 0.42 takes one prompt a call.
 {note}"""
 _NOTES = {
     "PRXPixelPipeline": "",
-    "PRXPipeline": "Without `skip_text_cleaning=True` the pipeline lower-cases prompts and removes words and\n"
-                   "signs before they are encoded; the captions of the training were not changed.\n",
+    "PRXPipeline": "Without `skip_text_cleaning=True` the pipeline lower-cases prompts and removes words\n"
+                   "and signs before they are encoded; the captions of the training were not changed.\n",
 }
 
 
@@ -384,20 +355,9 @@ def _card(r: recipe.Recipe, kind: str, parameters: int) -> str:
             "use_resolution_binning=False")
     call += ", skip_text_cleaning=True" if kind == "PRXPipeline" else ""
     space = "pixels" if r.latents.autoencoder == "pixels" else f"latents of factor {r.latents.factor}"
-    return _CARD.format(
-        kind=kind,
-        key=r.key,
-        size=r.data.size,
-        prediction=r.flow.prediction,
-        space=space,
-        mark=_MARK,
-        call=call,
-        encoder=r.text.encoder,
-        tokens=r.text.tokens,
-        parameters=parameters,
-        prompt="red heart",
-        note=_NOTES[kind],
-    )
+    return _CARD.format(kind=kind, key=r.key, size=r.data.size, prediction=r.flow.prediction, space=space,
+                        mark=_MARK, call=call, encoder=r.text.encoder, tokens=r.text.tokens,
+                        parameters=parameters, prompt="red heart", note=_NOTES[kind])
 
 # %% ../../nbs/core/28_interop.ipynb #85071f1f
 # a `Run`, its folder, or `Parts`: has .model and .recipe
@@ -524,7 +484,7 @@ def _recipe_of(folder: Path, index: dict[str, Any], denoiser: recipe.Denoiser) -
         r = r.replace("text.encoder", str(folder / "text_encoder"))
     return r if r.latents.autoencoder == "pixels" else r.replace("latents.autoencoder", str(folder))
 
-# %% ../../nbs/core/28_interop.ipynb #bfd2807c
+# %% ../../nbs/core/28_interop.ipynb #5de48ea9
 def from_diffusers(name: str | Path,        # a pipeline's folder or hub id
                    ) -> Parts:              # .model, in evaluation mode, and .recipe
     """Load a PRX pipeline's denoiser into ours, strictly, with the recipe as far as it is known. Raises
@@ -532,13 +492,11 @@ def from_diffusers(name: str | Path,        # a pipeline's folder or hub id
     folder = _at(str(name))
     if not (folder / "model_index.json").is_file() or not (folder / "transformer" / "config.json").is_file():
         raise InteropError(
-            f"{folder} is not a pipeline's folder: model_index.json or transformer/config.json is missing"
-        )
+            f"{folder} is not a pipeline's folder: model_index.json or transformer/config.json is missing")
     index = files.read_json(folder / "model_index.json")
     if index.get("_class_name") not in ("PRXPipeline", "PRXPixelPipeline"):
         raise InteropError(
-            f"{folder} holds a {index.get('_class_name')}; PRXPipeline and PRXPixelPipeline can be read"
-        )
+            f"{folder} holds a {index.get('_class_name')}; PRXPipeline and PRXPixelPipeline can be read")
     denoiser = denoiser_recipe(files.read_json(folder / "transformer" / "config.json"))
     try:
         r = _recipe_of(folder, index, denoiser)

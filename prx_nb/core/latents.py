@@ -54,7 +54,7 @@ def _local(folder: Path) -> Path:
             return folder / name
     raise LatentsError(f"latents.autoencoder = '{folder}': the folder holds neither {' nor '.join(_CONFIGS)}")
 
-# %% ../../nbs/core/11_latents.ipynb #2ad32c70
+# %% ../../nbs/core/11_latents.ipynb #c05f75aa
 def _remote(name: str, seconds: float = 5.0) -> Path:
     "The config of a hub id: from the hub's cache, else asked for once."
     from huggingface_hub import get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -71,8 +71,7 @@ def _remote(name: str, seconds: float = 5.0) -> Path:
     except Exception as error:
         why = f"the hub cannot be reached ({type(error).__name__})"
     raise LatentsError(
-        f"latents.autoencoder = '{name}' is neither a local folder nor in the hub's cache, and {why}"
-    )
+        f"latents.autoencoder = '{name}' is neither a local folder nor in the hub's cache, and {why}")
 
 # %% ../../nbs/core/11_latents.ipynb #f3e899cc
 # one of `autoencoder.NAMED` (trained now if it is not there), local folder or hub id; also of a whole
@@ -126,12 +125,11 @@ def _sliced(call: Callable, x: torch.Tensor, size: int) -> Any:
     parts = [call(s) for s in x.split(size)]
     return torch.cat(parts) if torch.is_tensor(parts[0]) else tuple(torch.cat(p) for p in zip(*parts))
 
-# %% ../../nbs/core/11_latents.ipynb #b0f65530
+# %% ../../nbs/core/11_latents.ipynb #6e1c77eb
 def _norm(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     "Mean and deviation stored in FLUX.2's batch norm, each (1, C, 1, 1)."
     return model.bn.running_mean.view(1, -1, 1, 1), (model.bn.running_var + model.bn.eps).sqrt().view(
-        1, -1, 1, 1
-    )
+        1, -1, 1, 1)
 
 # %% ../../nbs/core/11_latents.ipynb #28425756
 def _fingerprint(model: torch.nn.Module) -> str:
@@ -241,7 +239,7 @@ def load_latents(latents: recipe.Latents,
                                f"has {name} {got}")
     return Autoencoder(_read(latents.autoencoder), latents, slice).to(device)
 
-# %% ../../nbs/core/11_latents.ipynb #a005fa0f
+# %% ../../nbs/core/11_latents.ipynb #eae1a498
 def _read(name: str) -> torch.nn.Module:
     "The model, in float32. Only safetensors weights: nothing is unpickled."
     import diffusers
@@ -249,8 +247,7 @@ def _read(name: str) -> torch.nn.Module:
     kind = getattr(diffusers, json.loads(path.read_text())["_class_name"], None)
     if kind is None:
         raise LatentsError(
-            f"latents.autoencoder = '{name}' needs a newer diffusers than {diffusers.__version__}"
-        )
+            f"latents.autoencoder = '{name}' needs a newer diffusers than {diffusers.__version__}")
     local = name in autoencoder.NAMED or Path(name).expanduser().is_dir()
     try:
         inside = {} if local or path.parent.name != "vae" else {"subfolder": "vae"}
@@ -260,8 +257,7 @@ def _read(name: str) -> torch.nn.Module:
         why = str(error).strip().splitlines() or [type(error).__name__]
         hint = f"; delete {path.parent} and it is made again" if name in autoencoder.NAMED else ""
         raise LatentsError(
-            f"latents.autoencoder = '{name}': the weights cannot be read: {why[0]}{hint}"
-        ) from error
+            f"latents.autoencoder = '{name}': the weights cannot be read: {why[0]}{hint}") from error
 
 # %% ../../nbs/core/11_latents.ipynb #aba4abde
 @dataclass(frozen=True)
@@ -321,8 +317,7 @@ class Cached:
         "Latents as the flow wants them."
         if generator is not None and not self.deviation:
             raise LatentsError(
-                "only the posterior's mean is stored; make the cache with deviation=True to draw samples"
-            )
+                "only the posterior's mean is stored; make the cache with deviation=True to draw samples")
         mean, *deviation = torch.from_numpy(self.shards.rows(index.tolist())).float().unbind(1)
         device = next(self.space.model.parameters()).device
         deviation = deviation[0].to(device) if deviation else None
@@ -345,12 +340,10 @@ def latents_of(images,
     key = f"{space.key}-{images.key}-{dtype}-{'posterior' if deviation else 'mean'}-{shard}"
     folder = files.cache_dir("latents", hashlib.sha256(key.encode()).hexdigest()[:24])
     tell = lambda done: (
-        print(f"latents: {done} of {len(images)} images encoded", flush=True) if progress else None
-    )
+        print(f"latents: {done} of {len(images)} images encoded", flush=True) if progress else None)
     try:
         rows = files.keep_rows(
-            folder, len(images), lambda which: _encoded(space, images, which, dtype, deviation), shard, tell
-        )
+            folder, len(images), lambda which: _encoded(space, images, which, dtype, deviation), shard, tell)
     except ValueError as error:
         # a damaged file
         raise (LatentsError(str(error)) if type(error) is ValueError else error) from None

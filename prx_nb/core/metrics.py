@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,7 @@ def gaussian_total(a: torch.Tensor, b: torch.Tensor,    # (n, d), (m, d)
     # |a-b|^2 = 2 - 2ab
     return sum(torch.exp((rows @ b.T - 1) / sigma**2).sum().item() for rows in a.split(1024))
 
-# %% ../../nbs/core/27_metrics.ipynb #0746c674
+# %% ../../nbs/core/27_metrics.ipynb #586ef137
 def mmd(real: torch.Tensor,       # (n, d)
         fake: torch.Tensor,       # (m, d)
         sigma: float = 10.0,
@@ -113,8 +114,7 @@ def mmd(real: torch.Tensor,       # (n, d)
     n, m, skip = len(real), len(fake), 0 if biased else 1
     own = gaussian_total(real, real, sigma) if own is None else own
     same = (own - skip * n) / (n * (n - skip)) + (gaussian_total(fake, fake, sigma) - skip * m) / (
-        m * (m - skip)
-    )
+        m * (m - skip))
     return scale * (same - 2 * gaussian_total(real, fake, sigma) / (n * m))
 
 # %% ../../nbs/core/27_metrics.ipynb #9cbcc358
@@ -189,7 +189,7 @@ def _readable(path: Path) -> dict[str, float] | None:
         found if isinstance(found, dict) and all(isinstance(v, int | float) for v in found.values()) else None
     )
 
-# %% ../../nbs/core/27_metrics.ipynb #07791b39
+# %% ../../nbs/core/27_metrics.ipynb #e12877dd
 class Reference:
     """Features of real images. `.encoder`, `.real` (training), `.drawings` and `.shown` (held-out concepts),
     `.limits`, `.chance`."""
@@ -211,33 +211,14 @@ class Reference:
         self.centre = self.real["pooled"].mean(0)
         styles = [images.items[i].style for i in self.index.tolist()]
         self.style = StyleClassifier(self.early(self.real), styles) if len(set(styles)) > 1 else None
-        self.held, self.drawings = (
-            split.concepts,
-            self._features(split.concepts) if len(split.concepts) else None,
-        )
+        self.held, self.drawings = (split.concepts,
+                                    self._features(split.concepts) if len(split.concepts) else None)
         self.shown = [images.items[i] for i in self.held.tolist()]
 
     @functools.cached_property
     def own(self) -> float:
         "The Gaussian kernel's total over pairs of real images."
         return gaussian_total(self.real["pooled"], self.real["pooled"])
-
-    def _features(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        return pooled_features(self.encoder, self.images, index, self.taps, progress=self.progress)
-
-    def early(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
-        "The features that style is told from, side by side."
-        return torch.cat([features[t] for t in self.strokes], 1)
-
-    def gallery(self, items: list[Item]) -> tuple[torch.Tensor, list[Item]]:
-        "Features and items of all drawings of held-out concepts, and of the concepts of `items`."
-        new = {i.concept for i in items} - {i.concept for i in self.shown}
-        more = [n for n, i in enumerate(self.images.items) if i.concept in new] if new else []
-        parts = [self.drawings["pooled"]] if self.drawings else []
-        parts += [self._features(torch.tensor(more))["pooled"]] if more else []
-        if not parts:
-            raise MetricError("no real image shows any of the items' concepts")
-        return torch.cat(parts), self.shown + [self.images.items[n] for n in more]
 
     @functools.cached_property
     def limits(self) -> dict[str, float]:
@@ -253,24 +234,47 @@ class Reference:
             write_json(path, found)
         return found
 
-    @property
-    def key(self) -> str:
-        "A hash of all that `limits` depends on: encoder, images, which of them, and the code that measures."
-        code = [
-            (Path(seeds.__file__).parent / f"{room}.py").read_bytes()
-            for room in ("metrics", "images", "show")
-        ]
-        index = [np.ascontiguousarray(i.numpy(), "<i8").tobytes() for i in (self.index, self.held)]
-        parts = [self.encoder.key.encode(), self.images.key.encode(), *index, *code]
-        return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()[:24]
+# %% ../../nbs/core/27_metrics.ipynb #67d817fe
+@patch
+def _features(self: Reference, index: torch.Tensor) -> dict[str, torch.Tensor]:
+    return pooled_features(self.encoder, self.images, index, self.taps, progress=self.progress)
 
-    @property
-    def chance(self) -> dict[str, float]:
-        "What guessing scores."
-        name, concepts = self.encoder.name, len({i.concept for i in self.shown}) or 1
-        return {f"retrieval@1[{name}]": 1 / concepts, f"retrieval@5[{name}]": min(1.0, 5 / concepts),
-                f"retrieval-rank[{name}]": 0.5, "background": 1 / len(PALETTE)} | (
-                    {f"style[{name}]": 1 / len(self.style.names)} if self.style else {})
+# %% ../../nbs/core/27_metrics.ipynb #3bb127c2
+@patch
+def early(self: Reference, features: dict[str, torch.Tensor]) -> torch.Tensor:
+    "The features that style is told from, side by side."
+    return torch.cat([features[t] for t in self.strokes], 1)
+
+# %% ../../nbs/core/27_metrics.ipynb #23fce34c
+@patch
+def gallery(self: Reference, items: list[Item]) -> tuple[torch.Tensor, list[Item]]:
+    "Features and items of all drawings of held-out concepts, and of the concepts of `items`."
+    new = {i.concept for i in items} - {i.concept for i in self.shown}
+    more = [n for n, i in enumerate(self.images.items) if i.concept in new] if new else []
+    parts = [self.drawings["pooled"]] if self.drawings else []
+    parts += [self._features(torch.tensor(more))["pooled"]] if more else []
+    if not parts:
+        raise MetricError("no real image shows any of the items' concepts")
+    return torch.cat(parts), self.shown + [self.images.items[n] for n in more]
+
+# %% ../../nbs/core/27_metrics.ipynb #4025a1d2
+@patch(as_prop=True)
+def key(self: Reference) -> str:
+    "A hash of all that `limits` depends on: encoder, images, which of them, and the code that measures."
+    code = [(Path(seeds.__file__).parent / f"{room}.py").read_bytes()
+            for room in ("metrics", "images", "show")]
+    index = [np.ascontiguousarray(i.numpy(), "<i8").tobytes() for i in (self.index, self.held)]
+    parts = [self.encoder.key.encode(), self.images.key.encode(), *index, *code]
+    return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()[:24]
+
+# %% ../../nbs/core/27_metrics.ipynb #2d4d589e
+@patch(as_prop=True)
+def chance(self: Reference) -> dict[str, float]:
+    "What guessing scores."
+    name, concepts = self.encoder.name, len({i.concept for i in self.shown}) or 1
+    return {f"retrieval@1[{name}]": 1 / concepts, f"retrieval@5[{name}]": min(1.0, 5 / concepts),
+            f"retrieval-rank[{name}]": 0.5, "background": 1 / len(PALETTE)} | (
+                {f"style[{name}]": 1 / len(self.style.names)} if self.style else {})
 
 # %% ../../nbs/core/27_metrics.ipynb #d20e676b
 def score(features: dict[str, torch.Tensor],     # by tap, as in `Reference.real`
@@ -328,14 +332,12 @@ def evaluate(samples: torch.Tensor,
     for rows in torch.tensor(new).split(batch or (256 if reference.encoder.on_gpu else 16)) if new else ():
         with torch.no_grad():
             found = reference.encoder.means(from_uint8(pixels[rows]), reference.taps)
-        seen |= {
-            names[i]: {t: found[t][k].float().cpu() for t in reference.taps}
-            for k, i in enumerate(rows.tolist())
-        }
+        seen |= {names[i]: {t: found[t][k].float().cpu() for t in reference.taps}
+                 for k, i in enumerate(rows.tolist())}
     features = {t: torch.stack([seen[name][t] for name in names]) for t in reference.taps}
     return score(features, from_uint8(pixels), items, reference)
 
-# %% ../../nbs/core/27_metrics.ipynb #90ba918c
+# %% ../../nbs/core/27_metrics.ipynb #17d5377f
 _last: list[Reference] = []
 
 
@@ -344,33 +346,17 @@ def prepare(recipe: Any, prepared: Any,      # a `Recipe`; anything with .images
     """The reference that a recipe asks for; real features are computed now if they are not on disk. The last
     one is kept."""
     for known in _last:
-        if (
-            known.images is prepared.images
-            and known.split is prepared.split
-            and known.encoder.name == recipe.evaluate.features
-        ):
+        if (known.images is prepared.images and known.split is prepared.split
+            and known.encoder.name == recipe.evaluate.features):
             return known
     _last[:] = [Reference(prepared.images, prepared.split, recipe.evaluate.features, progress=progress)]
     return _last[0]
 
 # %% ../../nbs/core/27_metrics.ipynb #9907a819
-_BETTER = {
-    "KID": False,
-    "FD": False,
-    "MMD": False,
-    "MMD-biased": False,
-    "retrieval@1": True,
-    "retrieval@5": True,
-    "retrieval-rank": False,
-    "style": True,
-    "background": True,
-    "duplicates": False,
-    "images/s": True,
-    "val": False,
-    "loss": False,
-    "seconds": False,
-    "memory": False,
-}
+_BETTER = {"KID": False, "FD": False, "MMD": False, "MMD-biased": False, "retrieval@1": True,
+           "retrieval@5": True, "retrieval-rank": False, "style": True, "background": True,
+           "duplicates": False, "images/s": True, "val": False, "loss": False, "seconds": False,
+           "memory": False}
 
 
 def higher_is_better(name: str,       # as `evaluate` gives it, e.g. "KID[effnet-lite0]"

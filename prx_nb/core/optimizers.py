@@ -118,7 +118,7 @@ def by_rate(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
     groups = itertools.groupby(parameters, lambda p: getattr(p, "initial_lr", None))
     return [{"params": list(ps)} | ({} if lr is None else {"initial_lr": lr}) for lr, ps in groups]
 
-# %% ../../nbs/core/18_optimizers.ipynb #23956ef0
+# %% ../../nbs/core/18_optimizers.ipynb #59b5793d
 def _muon(recipe: Recipe, chosen: dict[str, nn.Parameter]) -> RowMuon:
     "Muon for these matrices; one group for each number of maps in a matrix."
     o, m = recipe.optimizer, recipe.optimizer.muon
@@ -127,22 +127,20 @@ def _muon(recipe: Recipe, chosen: dict[str, nn.Parameter]) -> RowMuon:
         bands.setdefault(maps(name) if m.split_qkv else 1, []).append(p)
     groups = [{"params": ps, "parts": parts, "initial_lr": m.lr or o.lr} for parts, ps in bands.items()]
     return RowMuon(
-        groups, m.lr or o.lr, o.weight_decay, m.momentum, ns_steps=m.steps, adjust_lr_fn="match_rms_adamw"
-    )
+        groups, m.lr or o.lr, o.weight_decay, m.momentum, ns_steps=m.steps, adjust_lr_fn="match_rms_adamw")
 
 # %% ../../nbs/core/18_optimizers.ipynb #c253168e
 def _adamw(recipe: Recipe, parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
     o = recipe.optimizer
     return torch.optim.AdamW(by_rate(parameters), o.lr, o.betas, o.eps, o.weight_decay, fused=True)
 
-# %% ../../nbs/core/18_optimizers.ipynb #adede9a2
+# %% ../../nbs/core/18_optimizers.ipynb #f0158298
 def _muon_and_adamw(recipe: Recipe, model: nn.Module, parameters: Sequence[nn.Parameter]) -> Together:
     "Muon for the matrices of the blocks, AdamW for the rest."
     chosen = matrices(model, recipe.optimizer.muon.modulation)
     taken = set(chosen.values())
     return Together(
-        parameters, [_muon(recipe, chosen), _adamw(recipe, [p for p in parameters if p not in taken])]
-    )
+        parameters, [_muon(recipe, chosen), _adamw(recipe, [p for p in parameters if p not in taken])])
 
 
 # an optimizer is made of (recipe, model, all parameters); its memory is numbered in their order
@@ -150,14 +148,13 @@ OPTIMIZERS = Choice(
     "optimizer.name", adamw=lambda recipe, model, parameters: _adamw(recipe, parameters), muon=_muon_and_adamw
 )
 
-# %% ../../nbs/core/18_optimizers.ipynb #4e435e50
+# %% ../../nbs/core/18_optimizers.ipynb #e377f41d
 def new_optimizer(recipe: Recipe, model: nn.Module,
                   others: nn.Module | None = None,       # whose parameters are trained beside the denoiser's
                   ) -> torch.optim.Optimizer | Together:
     "The optimizer that the recipe asks for; memory is numbered from the model's first parameter on."
     return OPTIMIZERS[recipe.optimizer.name](
-        recipe, model, [*model.parameters(), *(others.parameters() if others else ())]
-    )
+        recipe, model, [*model.parameters(), *(others.parameters() if others else ())])
 
 # %% ../../nbs/core/18_optimizers.ipynb #41b9d3f9
 @torch.no_grad()

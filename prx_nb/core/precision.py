@@ -18,8 +18,7 @@ from .recipe import Recipe
 def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
     "A block in which the network computes in the recipe's precision; on a CPU always in float32."
     return torch.autocast(
-        device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16" and device.type != "cpu"
-    )
+        device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16" and device.type != "cpu")
 
 # %% ../../nbs/core/19_precision.ipynb #2a91a2ad
 def spacing(x: Tensor,
@@ -28,10 +27,8 @@ def spacing(x: Tensor,
     "Distance from |x| to the next larger number of a dtype (for normal numbers): one unit in the last place."
     _, exponent = torch.frexp(x.double())
     return torch.where(
-        x == 0,
-        0.0,
-        torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2, dtype=torch.float64), exponent),
-    )
+        x == 0, 0.0,
+        torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2, dtype=torch.float64), exponent))
 
 # %% ../../nbs/core/19_precision.ipynb #a8878c6d
 def lost(weights: Tensor, updates: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -74,12 +71,11 @@ def store(model: nn.Module, recipe: Recipe) -> nn.Module:
         round_(model.parameters())
     return model
 
-# %% ../../nbs/core/19_precision.ipynb #4ae0426d
+# %% ../../nbs/core/19_precision.ipynb #1e534417
 def emulated(recipe: Recipe, model: nn.Module) -> list[nn.Parameter]:
     "The parameters that `step` must round: all of the denoiser's, or none."
     return (
-        [p for p in model.parameters() if p.dtype == torch.float32] if recipe.train.weights == "bf16" else []
-    )
+        [p for p in model.parameters() if p.dtype == torch.float32] if recipe.train.weights == "bf16" else [])
 
 # %% ../../nbs/core/19_precision.ipynb #b5bd3f79
 def directions(

@@ -104,8 +104,7 @@ def spread(state: State, place: Place, recipe: Recipe) -> nn.Module:
     if recipe.train.parallel == "ddp":
         from torch.nn.parallel import DistributedDataParallel
         return DistributedDataParallel(
-            state.model, device_ids=[place.device.index] if place.device.type == "cuda" else None
-        )
+            state.model, device_ids=[place.device.index] if place.device.type == "cuda" else None)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(place.device.type, (place.count,))
@@ -120,21 +119,9 @@ def spread(state: State, place: Place, recipe: Recipe) -> nn.Module:
 def settings(processes: int, threads: int) -> list[str]:
     """What `accelerate launch` is told. (`multi_gpu` is its word for several processes; on a CPU they speak
     through gloo.)"""
-    return [
-        "--multi_gpu",
-        "--num_processes",
-        str(processes),
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        "--num_cpu_threads_per_process",
-        str(threads),
-    ]
+    return ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision",
+            "no", "--dynamo_backend", "no", "--main_process_port", "0", "--num_cpu_threads_per_process",
+            str(threads)]
 
 # %% ../../nbs/core/24_processes.ipynb #dffc4a61
 def places(recipe: Recipe, device: str | torch.device | None) -> str:
@@ -156,22 +143,13 @@ def places(recipe: Recipe, device: str | torch.device | None) -> str:
 class ProcessDied(RuntimeError):
     "One of a run's processes was killed, or ended without a word."
 
-# %% ../../nbs/core/24_processes.ipynb #9acf813c
+# %% ../../nbs/core/24_processes.ipynb #861dac18
 def leave_fault(folder: Path, rank: int, error: BaseException) -> None:
     "Write down what went wrong in this process."
-    parts = (
-        [error.errno, error.strerror, error.filename]
-        if isinstance(error, OSError) and error.errno
-        else [str(error)]
-    )
-    what = {
-        "rank": rank,
-        "at": time.time(),
-        "module": type(error).__module__,
-        "kind": type(error).__name__,
-        "parts": parts,
-        "trace": "".join(traceback.format_exception(error)),
-    }
+    parts = ([error.errno, error.strerror, error.filename] if isinstance(error, OSError) and error.errno
+             else [str(error)])
+    what = {"rank": rank, "at": time.time(), "module": type(error).__module__, "kind": type(error).__name__,
+            "parts": parts, "trace": "".join(traceback.format_exception(error))}
     part = folder / f"{rank}.part"
     part.write_text(json.dumps(what, default=str))
     part.rename(folder / f"{rank}.json")
@@ -253,25 +231,11 @@ def launch(recipe: Recipe, out: Path,
     with tempfile.TemporaryDirectory() as d, open(f"{d}/launcher.txt", "w+") as words:
         recipe.save(f"{d}/recipe.json")
         os.mkdir(f"{d}/faults")
-        command = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            *settings(n, max(1, torch.get_num_threads() // n)),
-            "-m",
-            "prx_nb.core.train",
-            f"{d}/recipe.json",
-            str(out),
-            json.dumps({**options, "faults": f"{d}/faults"}),
-        ]
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=words,
-            text=True,
-            start_new_session=True,
-        )
+        command = [sys.executable, "-m", "accelerate.commands.launch",
+                   *settings(n, max(1, torch.get_num_threads() // n)), "-m", "prx_nb.core.train",
+                   f"{d}/recipe.json", str(out), json.dumps({**options, "faults": f"{d}/faults"})]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words,
+                                 text=True, start_new_session=True)
         try:
             for line in child.stdout:
                 print(line, end="", flush=True)

@@ -34,11 +34,7 @@ class Data(Node):
     source: named_in("prx_nb.core.data:SOURCES", "emoji", "folder", "hf", "pack") = "emoji"
     path: str | None = None                       # folder, hub id or pack file; none for emoji
     styles: tuple[Literal["noto", "twemoji", "openmoji", "fluent"], ...] = (
-        "noto",
-        "twemoji",
-        "openmoji",
-        "fluent",
-    )
+        "noto", "twemoji", "openmoji", "fluent")
     size: int = Field(32, ge=8, le=2048)          # side of the square image, pixels
     background: Literal["white", "colours"] = "colours"
     skin_tones: bool = False                      # also the skin-tone variants of each emoji
@@ -53,8 +49,7 @@ class Data(Node):
     @model_validator(mode="after")
     def _consistent(self):
         if self.source in ("emoji", "folder", "hf", "pack") and (self.source == "emoji") != (
-            self.path is None
-        ):
+            self.path is None):
             raise ValueError(f"data.path = {self.path!r} with data.source = '{self.source}': "
                              "emoji takes no path; folder, hf and pack need one")
         if not self.styles or len(set(self.styles)) != len(self.styles):
@@ -73,7 +68,7 @@ class Text(Node):
     encoder: str = "minilm-l6"                    # minilm-l6, minilm-l3, static, or a hub id / local folder
     tokens: int = Field(24, ge=2, le=512)
 
-# %% ../../nbs/core/01_recipe.ipynb #dce5b94a
+# %% ../../nbs/core/01_recipe.ipynb #5da9b859
 class Latents(Node):
     "The space the flow lives in: pixels, or an autoencoder's latents, `(z - shift) * scale`."
     # pixels, emoji-kl-f4 (trained on first use), or a hub id / local folder of a diffusers one
@@ -86,11 +81,7 @@ class Latents(Node):
     @model_validator(mode="after")
     def _consistent(self):
         if self.autoencoder == "pixels" and (self.channels, self.factor, self.scale, self.shift) != (
-            3,
-            1,
-            1.0,
-            0.0,
-        ):
+            3, 1, 1.0, 0.0):
             raise ValueError("latents.autoencoder = 'pixels' means channels 3, factor 1, scale 1, shift 0; "
                              f"got {self.channels}, {self.factor}, {self.scale}, {self.shift}")
         return self
@@ -145,8 +136,7 @@ class Denoiser(Node):
         axes = self.axes_dim or (head // 2, head // 2)
         if sum(axes) != head or any(a % 2 or a <= 0 for a in axes):
             raise ValueError(
-                f"denoiser.axes_dim = {axes}: rotary axes must be even and add up to the head width {head}"
-            )
+                f"denoiser.axes_dim = {axes}: rotary axes must be even and add up to the head width {head}")
         if self.fusion and (self.fusion[0] < 1 or self.depth < 2):
             raise ValueError(
                 f"denoiser.fusion = {self.fusion}: the fused stream begins at block 1 or later, after at "
@@ -207,16 +197,13 @@ class _BranchError(ValueError):
         super().__init__(str(inner))
         self.name, self.inner = name, inner
 
-# %% ../../nbs/core/01_recipe.ipynb #29e9c1e0
+# %% ../../nbs/core/01_recipe.ipynb #db09e2bf
 def _branch(name: str, value: Any) -> Acts:
     "A technique's settings from what was given for them. Raises `RecipeError`, `_BranchError`."
     kind = settings_of(name)
     try:
-        return (
-            value
-            if isinstance(value, kind)
-            else kind.model_validate(value.model_dump() if isinstance(value, Node) else value)
-        )
+        return (value if isinstance(value, kind)
+                else kind.model_validate(value.model_dump() if isinstance(value, Node) else value))
     except ValidationError as error:
         raise _BranchError(name, error) from None
 
@@ -256,11 +243,8 @@ class Techniques(Node):
 # %% ../../nbs/core/01_recipe.ipynb #13cc85e3
 def _refuse_routes(r: "Recipe") -> None:
     "Raise `ValueError` where two techniques route tokens, or guidance needs a route and none does."
-    routing = [
-        f"techniques.{n}.{node.switch} = {getattr(node, node.switch)}"
-        for n, node in r.techniques.on.items()
-        if node.routes
-    ]
+    routing = [f"techniques.{n}.{node.switch} = {getattr(node, node.switch)}"
+               for n, node in r.techniques.on.items() if node.routes]
     if len(routing) > 1:
         raise ValueError(f"{' and '.join(routing)}: both route tokens and only one can; set one to 0")
     if r.sample.guide != "caption" and not routing:
@@ -270,17 +254,14 @@ def _refuse_routes(r: "Recipe") -> None:
             f"{' or '.join(able)}"
         )
 
-# %% ../../nbs/core/01_recipe.ipynb #d40239fd
+# %% ../../nbs/core/01_recipe.ipynb #f240365a
 def _refuse_shares(r: "Recipe") -> None:
     "Raise `ValueError` for what fsdp2 cannot share out among processes."
     if r.train.parallel != "fsdp2" or r.train.processes == 1:
         return
     one = f"train.parallel = 'fsdp2' in train.processes = {r.train.processes}"
-    if trained := [
-        f"techniques.{n}.{node.switch} = {getattr(node, node.switch)}"
-        for n, node in r.techniques.on.items()
-        if node.trains
-    ]:
+    if trained := [f"techniques.{n}.{node.switch} = {getattr(node, node.switch)}"
+                   for n, node in r.techniques.on.items() if node.trains]:
         raise ValueError(
             f"{' and '.join(trained)} with {one}: fsdp2 does not share out a technique's own weights; set "
             "train.parallel = 'ddp'"
@@ -448,18 +429,47 @@ def _run_file(path: Path) -> None:
     sys.modules[module.__name__] = module
     exec(compile(_source(path), str(path), "exec"), module.__dict__)
 
-# %% ../../nbs/core/01_recipe.ipynb #a02279dc
+# %% ../../nbs/core/01_recipe.ipynb #b4465265
 def _source(path: Path) -> str:
     "The code of a file; of a notebook its exported cells. Raises `RecipeError`."
     if path.suffix == ".py":
         return path.read_text()
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
     kept = [
-        text for c in cells if (text := "".join(c["source"])).lstrip().startswith(("#| export", "#|export"))
-    ]
+        text for c in cells if (text := "".join(c["source"])).lstrip().startswith(("#| export", "#|export"))]
     if not kept:
         raise RecipeError(f"recipe.uses names '{path}', of which no cell begins with '#| export'")
     return "\n\n".join(kept)
+
+# %% ../../nbs/core/01_recipe.ipynb #00d55063
+def _refuse_parts(recipe: "Recipe") -> None:
+    "Raise `ValueError` for parts that do not fit together."
+    if recipe.denoiser.in_channels != recipe.latents.channels:
+        raise ValueError(
+            f"denoiser.in_channels = {recipe.denoiser.in_channels} but latents.channels = "
+            f"{recipe.latents.channels}"
+        )
+    side = recipe.latents.factor * recipe.denoiser.patch_size
+    if recipe.data.size % side:
+        raise ValueError(
+            f"data.size = {recipe.data.size} does not divide into latents.factor {recipe.latents.factor} x "
+            f"denoiser.patch_size {recipe.denoiser.patch_size} = {side} pixels"
+        )
+    if recipe.data.augment and recipe.latents.autoencoder != "pixels":
+        raise ValueError(
+            f"data.augment = {recipe.data.augment} with latents.autoencoder = "
+            f"'{recipe.latents.autoencoder}': latents are computed once from the images as they are; set "
+            "latents.autoencoder = 'pixels', or data.augment to []"
+        )
+
+# %% ../../nbs/core/01_recipe.ipynb #8d0492b2
+def _refuse_guidance(recipe: "Recipe") -> None:
+    "Raise `ValueError` for guidance by an empty caption that was never shown."
+    if recipe.captions.dropout == 0 and recipe.sample.guidance > 1 and recipe.sample.guide != "route":
+        raise ValueError(
+            f"sample.guidance = {recipe.sample.guidance} with captions.dropout = 0: guidance needs a model "
+            "that has also seen the empty caption; set sample.guidance to 1 or a dropout above 0"
+        )
 
 # %% ../../nbs/core/01_recipe.ipynb #83a355b4
 class Recipe(Node):
@@ -490,29 +500,9 @@ class Recipe(Node):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.denoiser.in_channels != self.latents.channels:
-            raise ValueError(
-                f"denoiser.in_channels = {self.denoiser.in_channels} but latents.channels = "
-                f"{self.latents.channels}"
-            )
-        side = self.latents.factor * self.denoiser.patch_size
-        if self.data.size % side:
-            raise ValueError(
-                f"data.size = {self.data.size} does not divide into latents.factor {self.latents.factor} x "
-                f"denoiser.patch_size {self.denoiser.patch_size} = {side} pixels"
-            )
-        if self.data.augment and self.latents.autoencoder != "pixels":
-            raise ValueError(
-                f"data.augment = {self.data.augment} with latents.autoencoder = "
-                f"'{self.latents.autoencoder}': latents are computed once "
-                "from the images as they are; set latents.autoencoder = 'pixels', or data.augment to []"
-            )
+        _refuse_parts(self)
         _refuse_pairs(self)
-        if self.captions.dropout == 0 and self.sample.guidance > 1 and self.sample.guide != "route":
-            raise ValueError(
-                f"sample.guidance = {self.sample.guidance} with captions.dropout = 0: guidance needs a model "
-                "that has also seen the empty caption; set sample.guidance to 1 or a dropout above 0"
-            )
+        _refuse_guidance(self)
         return self
 
     @property
@@ -522,8 +512,7 @@ class Recipe(Node):
         # what is off changes nothing
         tree["techniques"] = {name: tree["techniques"][name] for name in self.techniques.on}
         text = json.dumps(
-            {k: v for k, v in tree.items() if v or k not in ("uses", "by_hand")}, sort_keys=True
-        )
+            {k: v for k, v in tree.items() if v or k not in ("uses", "by_hand")}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 # %% ../../nbs/core/01_recipe.ipynb #b3a2d56c
@@ -531,16 +520,13 @@ def routing(r: Recipe) -> Routing | None:
     "The route that a recipe trains with; none for plain training."
     return next((node.routing(r) for node in r.techniques.on.values() if node.routes), None)
 
-# %% ../../nbs/core/01_recipe.ipynb #9741d467
+# %% ../../nbs/core/01_recipe.ipynb #0660245c
 def in_steps(r: Recipe) -> Recipe:
     "The same recipe with the techniques' `start` and `stop` as steps, where they are shares."
     spans = {name: node.span(r.train.steps) for name, node in r.techniques.given.items()}
     return r.replace(
-        {
-            f"techniques.{name}.{when}": step
-            for name, both in spans.items()
-            for when, step in zip(("start", "stop"), both)
-        }
+        {f"techniques.{name}.{when}": step for name, both in spans.items()
+         for when, step in zip(("start", "stop"), both)}
     )
 
 # %% ../../nbs/core/01_recipe.ipynb #a5580c4d
@@ -550,8 +536,7 @@ def fields(node: type[Node] | None = None,      # a branch; none: the whole reci
     if node not in (None, Recipe):
         return settings.fields(node)
     added = [
-        f"techniques.{name}.{field}" for name, kind in known().items() for field in settings.fields(kind)
-    ]
+        f"techniques.{name}.{field}" for name, kind in known().items() for field in settings.fields(kind)]
     return settings.fields(Recipe) + added
 
 # %% ../../nbs/core/01_recipe.ipynb #1e1e86e5
@@ -561,13 +546,10 @@ def explain(error: ValidationError,  # what pydantic says
     "Put a validation error in plain words."
     return "\n".join(_line(fault, prefix) for fault in error.errors())
 
-# %% ../../nbs/core/01_recipe.ipynb #6d990b86
+# %% ../../nbs/core/01_recipe.ipynb #12b1e68f
 def _line(fault: dict, prefix: str) -> str:
-    where, value, inner = (
-        prefix + ".".join(map(str, fault["loc"])),
-        fault["input"],
-        fault.get("ctx", {}).get("error"),
-    )
+    where, value, inner = (prefix + ".".join(map(str, fault["loc"])), fault["input"],
+                           fault.get("ctx", {}).get("error"))
     if isinstance(inner, _BranchError):
         return explain(inner.inner, f"techniques.{inner.name}.")
     if isinstance(inner, RecipeError):
@@ -670,87 +652,30 @@ Recipe.save, Recipe.load = save, staticmethod(load)
 
 # %% ../../nbs/core/01_recipe.ipynb #59f34eb3
 _PRESETS = {
-    "smoke": {
-        "data.size": 16,
-        "data.limit": 256,
-        "text.encoder": "static",
-        "text.tokens": 12,
-        "denoiser.hidden_size": 32,
-        "denoiser.num_heads": 2,
-        "denoiser.depth": 2,
-        "optimizer.lr": 1e-3,
-        "train.steps": 12,
-        "train.batch": 8,
-        "train.validate_every": 6,
-        "train.validate_samples": 16,
-        "train.checkpoint_every": 6,
-        "optimizer.warmup": 4,
-        "ema.decay": 0.8,
-        "sample.steps": 4,
-        "evaluate.samples": 16,
-        "evaluate.batch": 16,
-        "evaluate.pictures": 8,
-    },
+    "smoke": {"data.size": 16, "data.limit": 256, "text.encoder": "static", "text.tokens": 12,
+              "denoiser.hidden_size": 32, "denoiser.num_heads": 2, "denoiser.depth": 2, "optimizer.lr": 1e-3,
+              "train.steps": 12, "train.batch": 8, "train.validate_every": 6, "train.validate_samples": 16,
+              "train.checkpoint_every": 6, "optimizer.warmup": 4, "ema.decay": 0.8, "sample.steps": 4,
+              "evaluate.samples": 16, "evaluate.batch": 16, "evaluate.pictures": 8},
     "cpu": {},
-    "gpu": {
-        "data.size": 64,
-        "data.skin_tones": True,
-        "text.tokens": 48,
-        "denoiser.hidden_size": 384,
-        "denoiser.num_heads": 6,
-        "denoiser.depth": 6,
-        "optimizer.lr": 1e-3,
-        "optimizer.warmup": 100,
-        "ema.decay": 0.995,
-        "train.steps": 1500,
-        "train.batch": 256,
-        "train.precision": "bf16",
-        "train.compile": True,
-        "train.validate_every": 250,
-        "train.validate_samples": 512,
-        "train.checkpoint_every": 500,
-        "sample.steps": 30,
-        "evaluate.samples": 1024,
-        "evaluate.batch": 256,
-    },
-    "paper": {
-        "data.source": "hf",
-        "data.path": "brivangl/midjourney-v6-llava",
-        "data.size": 256,
-        "captions.kind": "long",
-        "text.encoder": "google/t5gemma-2b-2b-ul2",
-        "text.tokens": 256,
-        "latents.autoencoder": "black-forest-labs/FLUX.1-dev",
-        "latents.channels": 16,
-        "latents.factor": 8,
-        "latents.scale": 0.3611,
-        "latents.shift": 0.1159,
-        "denoiser.in_channels": 16,
-        "denoiser.patch_size": 2,
-        "denoiser.context_in_dim": 2304,
-        "denoiser.hidden_size": 1792,
-        "denoiser.num_heads": 28,
-        "denoiser.depth": 16,
-        "denoiser.axes_dim": (32, 32),
-        "optimizer.lr": 1e-4,
-        "optimizer.eps": 1e-15,
-        "optimizer.warmup": 1000,
-        "optimizer.cooldown": 0.0,
-        "optimizer.clip": 0.2,
-        "ema.decay": 0.0,
-        "train.steps": 100_000,
-        "train.batch": 256,
-        "train.precision": "bf16",
-        "train.compile": True,
-        "train.validate_every": 10_000,
-        "train.validate_samples": 2048,
-        "train.checkpoint_every": 10_000,
-        "sample.steps": 50,
-        "sample.guidance": 3.5,
-        "evaluate.samples": 10_000,
-        "evaluate.batch": 64,
-        "evaluate.captions": "long",
-    },
+    "gpu": {"data.size": 64, "data.skin_tones": True, "text.tokens": 48, "denoiser.hidden_size": 384,
+            "denoiser.num_heads": 6, "denoiser.depth": 6, "optimizer.lr": 1e-3, "optimizer.warmup": 100,
+            "ema.decay": 0.995, "train.steps": 1500, "train.batch": 256, "train.precision": "bf16",
+            "train.compile": True, "train.validate_every": 250, "train.validate_samples": 512,
+            "train.checkpoint_every": 500, "sample.steps": 30, "evaluate.samples": 1024,
+            "evaluate.batch": 256},
+    "paper": {"data.source": "hf", "data.path": "brivangl/midjourney-v6-llava", "data.size": 256,
+              "captions.kind": "long", "text.encoder": "google/t5gemma-2b-2b-ul2", "text.tokens": 256,
+              "latents.autoencoder": "black-forest-labs/FLUX.1-dev", "latents.channels": 16,
+              "latents.factor": 8, "latents.scale": 0.3611, "latents.shift": 0.1159,
+              "denoiser.in_channels": 16, "denoiser.patch_size": 2, "denoiser.context_in_dim": 2304,
+              "denoiser.hidden_size": 1792, "denoiser.num_heads": 28, "denoiser.depth": 16,
+              "denoiser.axes_dim": (32, 32), "optimizer.lr": 1e-4, "optimizer.eps": 1e-15,
+              "optimizer.warmup": 1000, "optimizer.cooldown": 0.0, "optimizer.clip": 0.2, "ema.decay": 0.0,
+              "train.steps": 100_000, "train.batch": 256, "train.precision": "bf16", "train.compile": True,
+              "train.validate_every": 10_000, "train.validate_samples": 2048,
+              "train.checkpoint_every": 10_000, "sample.steps": 50, "sample.guidance": 3.5,
+              "evaluate.samples": 10_000, "evaluate.batch": 64, "evaluate.captions": "long"},
 }
 
 # %% ../../nbs/core/01_recipe.ipynb #3c5bde7b

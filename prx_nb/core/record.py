@@ -55,7 +55,7 @@ def git_commit() -> str | None:
         return None
     return done.stdout.strip() + dirty if done.returncode == 0 else None
 
-# %% ../../nbs/core/17_record.ipynb #4050ac1b
+# %% ../../nbs/core/17_record.ipynb #c1260282
 def peak_memory(device: torch.device) -> float:
     "Most memory held so far, MB: of the GPU, or of this process."
     if device.type == "cuda":
@@ -63,15 +63,11 @@ def peak_memory(device: torch.device) -> float:
     # Linux: getrusage would count the parent's memory before exec too
     try:
         line = next(
-            line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")
-        )
+            line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024 / 1e6
     except (OSError, StopIteration):
-        return (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            * (1 if sys.platform == "darwin" else 1024)
-            / 1e6
-        )
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+                / 1e6)
 
 # %% ../../nbs/core/17_record.ipynb #f76d409c
 def now() -> str:
@@ -98,8 +94,7 @@ class Curves:
         if until and self.path.exists():
             import pandas as pd
             self.rows = [
-                r for r in pd.read_parquet(self.path).itertuples(index=False, name=None) if r[0] <= until
-            ]
+                r for r in pd.read_parquet(self.path).itertuples(index=False, name=None) if r[0] <= until]
 
     def add(self, step: int, **values: float) -> None:
         self.rows += [(step, name, float(value)) for name, value in values.items()]
@@ -127,6 +122,5 @@ class Progress:
         self.said, part = time.monotonic(), self.path.with_name(f".progress.{os.getpid()}.part")
         with contextlib.suppress(OSError):
             part.write_text(
-                json.dumps({"step": step, "steps": self.steps, "seconds": round(seconds, 2), "at": now()})
-            )
+                json.dumps({"step": step, "steps": self.steps, "seconds": round(seconds, 2), "at": now()}))
             os.replace(part, self.path)

@@ -131,15 +131,13 @@ def draw(
         n = len(text[part])
         start = noise(seed, range(at, at + n), shape).to(device) * recipe.flow.noise_scale
         words = [
-            v.to(device) for v in (text[part], mask[part], null.expand(n, -1, -1), null_mask.expand(n, -1))
-        ]
+            v.to(device) for v in (text[part], mask[part], null.expand(n, -1, -1), null_mask.expand(n, -1))]
         # the same captions on both branches
         words = words if s.guide != "route" else words[:2] * 2
         weak = None if s.guide == "caption" else routes(recipe, range(at, at + n), tokens, times, seed)
         with precision.autocast(recipe, device):
             done.append(
                 SAMPLERS[s.sampler](
-                    guided(model, flow, *words, s.guidance, weak=weak), start, times, watch
-                ).cpu()
+                    guided(model, flow, *words, s.guidance, weak=weak), start, times, watch).cpu()
             )
     return torch.cat(done)

@@ -127,12 +127,8 @@ class Acts(Node):
     @classmethod
     def _moment(cls, value, info):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if (
-            value is None
-            and info.field_name == "stop"
-            or number
-            and (0 < value < 1 or value >= 0 and float(value).is_integer())
-        ):
+        if (value is None and info.field_name == "stop" or number
+            and (0 < value < 1 or value >= 0 and float(value).is_integer())):
             return int(value) if number and float(value).is_integer() else value
         raise ValueError("should be a step (0, 1, 2, ...), or a share of all steps between 0 and 1")
 

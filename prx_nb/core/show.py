@@ -63,8 +63,7 @@ def show_images(images: torch.Tensor,          # (B, 3, H, W) in [-1, 1]
     rows = math.ceil(len(images) / columns)
     height = side * (1.55 if titles else 1.05)
     fig, axes = plt.subplots(
-        rows, columns, figsize=(columns * side * 1.05, rows * height), dpi=72, squeeze=False
-    )
+        rows, columns, figsize=(columns * side * 1.05, rows * height), dpi=72, squeeze=False)
     pixels = to_uint8(images.detach().float().cpu()).permute(0, 2, 3, 1).numpy()
     for i, ax in enumerate(axes.flat):
         ax.axis("off")

@@ -119,21 +119,13 @@ def objective(
     other noise."""
     active = [k for k in techniques if k.acts(number)]
     wishes = [k.needs(batch, number) for k in active]
-    route, clean = (
-        _one([w.route for w in wishes], "route tokens"),
-        _one([w.clean for w in wishes], "choose what is learnt"),
-    )
+    route, clean = (_one([w.route for w in wishes], "route tokens"),
+                    _one([w.clean for w in wishes], "choose what is learnt"))
     noise = _one([w.noise for w in wishes], "choose the noise")
     batch = replace(batch, **{k: v for k, v in (("x0", clean), ("noise", noise)) if v is not None})
     x_t = flow.mix(batch.x0, batch.noise, batch.t)
-    output = model(
-        x_t,
-        batch.t,
-        batch.text,
-        batch.mask,
-        route=route,
-        taps=tuple(sorted({i for w in wishes for i in w.taps})),
-    )
+    output = model(x_t, batch.t, batch.text, batch.mask, route=route,
+                   taps=tuple(sorted({i for w in wishes for i in w.taps})))
     losses = {"flow": flow.loss(output.prediction, batch.x0, batch.noise, batch.t).mean()}
     for k in active:
         if (extra := k.loss(Step(batch, x_t, output, flow, number, model))) is not None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
 import numpy as np
 import torch
 from torch import nn
@@ -79,7 +80,7 @@ def _onnx_bert(path: Path) -> dict[str, torch.Tensor]:
                 state[f"{layer}.weight"] = arrays[name].T
     return {k: torch.from_numpy(np.array(v)) for k, v in state.items()}
 
-# %% ../../nbs/core/09_text.ipynb #c89cf14d
+# %% ../../nbs/core/09_text.ipynb #d10a2af4
 def _minilm_l3() -> nn.Module:
     "MiniLM-L3 as a `BertModel`."
     from safetensors.torch import load_file, save_file
@@ -90,14 +91,8 @@ def _minilm_l3() -> nn.Module:
         with atomic(kept) as part:
             save_file({k: v.contiguous() for k, v in state.items() if v.is_floating_point()}, part)
     model = BertModel(
-        BertConfig(
-            vocab_size=30522,
-            hidden_size=384,
-            num_hidden_layers=3,
-            num_attention_heads=12,
-            intermediate_size=1536,
-            max_position_embeddings=512,
-        ),
+        BertConfig(vocab_size=30522, hidden_size=384, num_hidden_layers=3, num_attention_heads=12,
+                   intermediate_size=1536, max_position_embeddings=512),
         add_pooling_layer=False,
     )
     model.load_state_dict(load_file(kept), strict=True)
@@ -141,14 +136,8 @@ def locate(name: str,                            # a folder or a hub id
                     f"{why[0][:120]}{hint}; {allowed}") from None
 
 # %% ../../nbs/core/09_text.ipynb #6a84a4ca
-_HALF = {
-    "t5": "T5EncoderModel",
-    "mt5": "MT5EncoderModel",
-    "umt5": "UMT5EncoderModel",
-    "t5gemma": "T5GemmaEncoderModel",
-    "clip": "CLIPTextModel",
-    "clip_text_model": "CLIPTextModel",
-}
+_HALF = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel",
+         "t5gemma": "T5GemmaEncoderModel", "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"}
 
 
 @contextlib.contextmanager
@@ -165,7 +154,7 @@ def quiet() -> Iterator[None]:
         if bars:
             logging.enable_progress_bar()
 
-# %% ../../nbs/core/09_text.ipynb #5493153b
+# %% ../../nbs/core/09_text.ipynb #5c94edd5
 def _load_any(name: str) -> tuple[nn.Module, Any]:
     """A text model and its tokenizer through transformers: encoder half, text half, or the whole. Raises
     `TextError`."""
@@ -180,8 +169,7 @@ def _load_any(name: str) -> tuple[nn.Module, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
         raise TextError(
-            f"text encoder '{name}' cannot be loaded: {str(error).splitlines()[0][:300]}"
-        ) from None
+            f"text encoder '{name}' cannot be loaded: {str(error).splitlines()[0][:300]}") from None
     if model.config.is_encoder_decoder and hasattr(model, "get_encoder"):
         model = model.get_encoder()
     return getattr(model, "language_model", model), tokenizer
@@ -195,19 +183,8 @@ class TextEncoder:
         self.model = model.eval().requires_grad_(False)
         config = getattr(model, "config", None)
         self.limit = min(
-            getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length
-        )
+            getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)
         self.dim = self.ragged([""], 2)[0].shape[1]               # configs call the width by many names
-
-    def tokenize(self, texts: list[str], tokens: int) -> list[list[int]]:
-        "Word-piece numbers, at most `tokens` a caption, at least one."
-        ids = self.tokenizer(texts, truncation=True, max_length=min(tokens, self.limit))["input_ids"]
-        return [i or [self._filler()] for i in ids]
-
-    def _filler(self) -> int:
-        "The number that pads: never attended to, except as the only token of an empty caption."
-        marks = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, 0)
-        return next(m for m in marks if m is not None)
 
     @torch.no_grad()
     def ragged(self, texts: list[str], tokens: int, batch: int = 64) -> list[torch.Tensor]:
@@ -220,27 +197,39 @@ class TextEncoder:
             rows = by_length[start:start + batch]
             width = max(len(ids[i]) for i in rows)
             padded = torch.tensor(
-                [ids[i] + [self._filler()] * (width - len(ids[i])) for i in rows], device=device
-            )
+                [ids[i] + [self._filler()] * (width - len(ids[i])) for i in rows], device=device)
             keep = torch.tensor(
-                [[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in rows], device=device
-            )
+                [[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in rows], device=device)
             states = self.model(input_ids=padded, attention_mask=keep).last_hidden_state.float().cpu()
             for i, s in zip(rows, states):
                 found[i] = s[:len(ids[i])].clone()
         return found
 
-    def encode(
-        self, texts: list[str], tokens: int, batch: int = 64
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # states (B, tokens, dim) float32, mask (B, tokens) boolean
-        "States and mask of captions, padded on the right with zeros to `tokens`."
-        states, mask = (
-            torch.zeros(len(texts), tokens, self.dim),
-            torch.zeros(len(texts), tokens, dtype=torch.bool),
-        )
-        for i, s in enumerate(self.ragged(texts, tokens, batch)):
-            states[i, :len(s)], mask[i, :len(s)] = s, True
-        return states, mask
+# %% ../../nbs/core/09_text.ipynb #888f951b
+@patch
+def tokenize(self: TextEncoder, texts: list[str], tokens: int) -> list[list[int]]:
+    "Word-piece numbers, at most `tokens` a caption, at least one."
+    ids = self.tokenizer(texts, truncation=True, max_length=min(tokens, self.limit))["input_ids"]
+    return [i or [self._filler()] for i in ids]
+
+
+@patch
+def _filler(self: TextEncoder) -> int:
+    "The number that pads: never attended to, except as the only token of an empty caption."
+    marks = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, 0)
+    return next(m for m in marks if m is not None)
+
+# %% ../../nbs/core/09_text.ipynb #86b24c92
+@patch
+def encode(
+    self: TextEncoder, texts: list[str], tokens: int, batch: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:  # states (B, tokens, dim) float32, mask (B, tokens) boolean
+    "States and mask of captions, padded on the right with zeros to `tokens`."
+    states, mask = (torch.zeros(len(texts), tokens, self.dim),
+                    torch.zeros(len(texts), tokens, dtype=torch.bool))
+    for i, s in enumerate(self.ragged(texts, tokens, batch)):
+        states[i, :len(s)], mask[i, :len(s)] = s, True
+    return states, mask
 
 # %% ../../nbs/core/09_text.ipynb #a6f40bc2
 @dataclass(frozen=True)
@@ -290,8 +279,7 @@ def encoder_key(name: str) -> str:
         source, commit = locate(name)
         files = sorted(p for p in Path(source).iterdir() if p.is_file()) if commit is None else []
         facts = [
-            f"{p.name}:{sha256(p)}" for p in files if p.suffix in (".json", ".safetensors", ".txt", ".model")
-        ]
+            f"{p.name}:{sha256(p)}" for p in files if p.suffix in (".json", ".safetensors", ".txt", ".model")]
         facts = facts or [source, str(commit)]
     return hashlib.sha256("|".join(["states 1", *facts]).encode()).hexdigest()[:16]
 
@@ -381,43 +369,52 @@ class TextStates:
     def __contains__(self, text: str) -> bool:
         return text in self._index
 
-    def rows(self, texts: list[str]) -> torch.Tensor:   # (B,) whole numbers, for `gather`
-        "Where captions stand. Raises `TextError` for one that was never encoded."
-        try:
-            return torch.tensor([self._index[t] for t in texts], dtype=torch.long)
-        except KeyError as error:
-            raise TextError(f"no text state for the caption {error}; pass it to text_states first") from None
+# %% ../../nbs/core/09_text.ipynb #2923b574
+@patch
+def rows(self: TextStates, texts: list[str]) -> torch.Tensor:   # (B,) whole numbers, for `gather`
+    "Where captions stand. Raises `TextError` for one that was never encoded."
+    try:
+        return torch.tensor([self._index[t] for t in texts], dtype=torch.long)
+    except KeyError as error:
+        raise TextError(f"no text state for the caption {error}; pass it to text_states first") from None
 
-    def gather(
-        self,
-        rows: torch.Tensor,  # (B,) from `rows`
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # states (B, tokens, dim) float32, mask (B, tokens) boolean
-        "States and mask by row number; zeros under the mask."
-        found = [self._rows[i] for i in rows.tolist()]
-        states = np.zeros((len(found), self.tokens, self.dim), np.float16)
-        for i, s in enumerate(found):
-            states[i, :len(s)] = s
-        lengths = torch.tensor([len(s) for s in found])
-        return torch.from_numpy(states).float(), torch.arange(self.tokens) < lengths[:, None]
+# %% ../../nbs/core/09_text.ipynb #72262d48
+@patch
+def gather(
+    self: TextStates,
+    rows: torch.Tensor,  # (B,) from `rows`
+) -> tuple[torch.Tensor, torch.Tensor]:  # states (B, tokens, dim) float32, mask (B, tokens) boolean
+    "States and mask by row number; zeros under the mask."
+    found = [self._rows[i] for i in rows.tolist()]
+    states = np.zeros((len(found), self.tokens, self.dim), np.float16)
+    for i, s in enumerate(found):
+        states[i, :len(s)] = s
+    lengths = torch.tensor([len(s) for s in found])
+    return torch.from_numpy(states).float(), torch.arange(self.tokens) < lengths[:, None]
 
-    def lookup(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        "`gather` by caption."
-        return self.gather(self.rows(texts))
+# %% ../../nbs/core/09_text.ipynb #e50b97cb
+@patch
+def lookup(self: TextStates, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    "`gather` by caption."
+    return self.gather(self.rows(texts))
 
-    def null(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        "States and mask of n empty captions (views of one)."
-        states, mask = self.lookup([""])
-        return states.expand(n, -1, -1), mask.expand(n, -1)
 
-    # tensors, metadata
-    def export(self, texts: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """What a portable file needs so that `text_states(..., pack=path)` finds these captions (and the
-        empty one) in it."""
-        texts = list(dict.fromkeys(["", *texts]))
-        tensors, crc = pack_states(
-            texts, [torch.from_numpy(self._rows[i]) for i in self.rows(texts).tolist()]
-        )
-        return tensors, _metadata(self.encoder, self.key, self.tokens, crc)
+@patch
+def null(self: TextStates, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "States and mask of n empty captions (views of one)."
+    states, mask = self.lookup([""])
+    return states.expand(n, -1, -1), mask.expand(n, -1)
+
+# %% ../../nbs/core/09_text.ipynb #36182596
+# tensors, metadata
+@patch
+def export(self: TextStates, texts: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What a portable file needs so that `text_states(..., pack=path)` finds these captions (and the
+    empty one) in it."""
+    texts = list(dict.fromkeys(["", *texts]))
+    tensors, crc = pack_states(
+        texts, [torch.from_numpy(self._rows[i]) for i in self.rows(texts).tolist()])
+    return tensors, _metadata(self.encoder, self.key, self.tokens, crc)
 
 # %% ../../nbs/core/09_text.ipynb #f86acfdb
 def _metadata(encoder: str, key: str, tokens: int, crc: str) -> dict[str, str]:

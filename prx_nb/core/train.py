@@ -24,31 +24,15 @@ from torch import Tensor, nn
 
 from . import average, cost, precision, processes
 from .batch import Batch, Prepared, add_noise, data_key, prepare, read_batch
-from prx_nb.core.checkpoint import (
-    CheckpointError,
-    State,
-    find_checkpoint,
-    new_state,
-    restore,
-    same_data,
-    save_checkpoint,
-    whole,
-)
+from .checkpoint import CheckpointError, State, find_checkpoint, new_state, restore, same_data
+from .checkpoint import save_checkpoint, whole
 from .denoiser import PRX
 from .files import read_json, require_writable
 from .flow import FlowMatching
 from .processes import Place
 from .recipe import Recipe, flatten
-from prx_nb.core.record import (
-    Curves,
-    Progress,
-    git_commit,
-    hardware,
-    now,
-    peak_memory,
-    update_record,
-    versions,
-)
+from .record import Curves, Progress, git_commit, hardware, now, peak_memory, update_record
+from .record import versions
 from .seeds import stream
 from .technique import Technique, as_learnt, build, described, objective
 
@@ -88,15 +72,12 @@ def validate(model: nn.Module, batches: list[Batch], flow: FlowMatching,
     "Mean squared error of the velocity on fixed batches, overall and by time."
     errors = [
         flow.loss(
-            model(flow.mix(b.x0, b.noise, b.t), b.t, b.text, b.mask).prediction, b.x0, b.noise, b.t, "v"
-        )
+            model(flow.mix(b.x0, b.noise, b.t), b.t, b.text, b.mask).prediction, b.x0, b.noise, b.t, "v")
         for b in batches
     ]
     error, t = torch.cat(errors).cpu(), torch.cat([b.t for b in batches]).cpu()
-    named = {
-        f"val t {low:.1f}-{high:.1f}": error[(t >= low) & (t < high)].mean().item()
-        for low, high in zip(BINS, BINS[1:])
-    }
+    named = {f"val t {low:.1f}-{high:.1f}": error[(t >= low) & (t < high)].mean().item()
+             for low, high in zip(BINS, BINS[1:])}
     return {"val": error.mean().item()} | named
 
 # %% ../../nbs/core/25_train.ipynb #3571fff9
@@ -120,8 +101,7 @@ class Run:
         `LatentsError`."""
         from prx_nb.core.latents import describe, load_latents
         kept = next(
-            (node.autoencoder for node in self.recipe.techniques.on.values() if node.autoencoder), None
-        )
+            (node.autoencoder for node in self.recipe.techniques.on.values() if node.autoencoder), None)
         return load_latents(describe(str(self.dir / kept)) if kept else self.recipe.latents)
 
     @staticmethod
@@ -136,8 +116,7 @@ class Run:
         prefix = "ema.module." if recipe.ema.keeps > 0 else "model."
         model = PRX(**recipe.denoiser.model_dump())
         model.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in found[0].items() if k.startswith(prefix)}
-        )
+            {k.removeprefix(prefix): v for k, v in found[0].items() if k.startswith(prefix)})
         record = read_json(folder / "record.json") if (folder / "record.json").exists() else {}
         return Run(folder, recipe, model.to(device).eval(), record)
 
@@ -172,8 +151,7 @@ def learning_rate(recipe: Recipe, step: int,
 
 # %% ../../nbs/core/25_train.ipynb #e6772abb
 def optimise(
-    state: State, losses: dict[str, Tensor], recipe: Recipe, step: int, place: Place | None = None
-) -> Tensor:
+    state: State, losses: dict[str, Tensor], recipe: Recipe, step: int, place: Place | None = None) -> Tensor:
     """Backward, clip by the norm over all processes' shares, warm-up, step, average. Returns the norm before
     clipping."""
     sum(losses.values()).backward()
@@ -200,8 +178,8 @@ def _check_finite(losses: dict[str, float], step: int, recipe: Recipe, out: Path
     if bad:
         raise NonFiniteLoss(
             f"loss not finite, {', '.join(f'{v} ({k})' for k, v in bad.items())}, at step {step} of recipe "
-            f"{recipe.key} "
-            f"({out / 'recipe.json'}); checkpoints from before it are kept in {out / 'checkpoint'}"
+            f"{recipe.key} ({out / 'recipe.json'}); checkpoints from before it are kept in "
+            f"{out / 'checkpoint'}"
         )
 
 # %% ../../nbs/core/25_train.ipynb #7f6600d0
@@ -283,38 +261,26 @@ def _look(s: Session, fixed: list[Batch], done: int, latest: dict[str, float]) -
     with precision.autocast(s.recipe, s.place.device):
         now = as_learnt(fixed, s.state.techniques)
         errors = validate(s.state.ema.module if s.state.ema else s.state.model, now, s.flow)
-        errors |= {
-            f"ema {h:g} val": validate(a.module, now, s.flow)["val"]
-            for h, a in zip(s.recipe.ema.also, s.state.also)
-        }
+        errors |= {f"ema {h:g} val": validate(a.module, now, s.flow)["val"]
+                   for h, a in zip(s.recipe.ema.also, s.state.also)}
     s.curves.add(done, **errors, seconds=s.clock.seconds())
     s.tracker.log(latest | errors, step=done)
 
-# %% ../../nbs/core/25_train.ipynb #d09d04a5
+# %% ../../nbs/core/25_train.ipynb #95e2bc25
 def _keep(s: Session, done: int) -> None:
     "Save the state after so many steps."
     if s.place.main:
         s.curves.save()
-    save_checkpoint(
-        s.out / "checkpoint",
-        done,
-        s.state,
-        s.recipe,
-        s.clock.seconds(),
-        s.clock.joules(),
-        s.place.main,
-        s.data,
-    )
+    save_checkpoint(s.out / "checkpoint", done, s.state, s.recipe, s.clock.seconds(), s.clock.joules(),
+                    s.place.main, s.data)
 
 # %% ../../nbs/core/25_train.ipynb #9c8e9f1f
 def _loop(s: Session) -> None:
     "Steps `first` to the last."
     c, device, late = s.recipe.train, s.place.device, []
     s.model = torch.compile(s.model) if c.compile and device.type == "cuda" else s.model
-    fixed, (tell, tick) = (
-        validation_set(s.prepared, s.recipe, device),
-        progress_bar(s.first, c.steps, s.progress),
-    )
+    fixed, (tell, tick) = (validation_set(s.prepared, s.recipe, device),
+                           progress_bar(s.first, c.steps, s.progress))
     far = Progress(s.out, c.steps) if s.place.main else None
     read = lambda step: read_batch(s.prepared, s.recipe, step, s.place.part(c.batch))
     for step, batch in enumerate(ahead(read, range(s.first, c.steps), device.type == "cuda"), s.first):
@@ -338,22 +304,12 @@ def _begin(s: Session) -> None:
     s.recipe.save(s.out / "recipe.json")
     started = {} if s.first else {"started": now()}
     by_hand = {"by_hand": list(s.recipe.by_hand)} if s.recipe.by_hand else {}
-    update_record(
-        s.out,
-        status="running",
-        cause=None,
-        recipe_key=s.recipe.key,
-        data_key=s.data,
-        seed=s.recipe.seed,
-        git_commit=git_commit(),
-        versions=versions(),
-        hardware=hardware(s.place.device),
-        cost={"flops_step": cost.flops_step(s.recipe)},
-        **by_hand,
-        **started,
-    )
+    update_record(s.out, status="running", cause=None, recipe_key=s.recipe.key, data_key=s.data,
+                  seed=s.recipe.seed, git_commit=git_commit(), versions=versions(),
+                  hardware=hardware(s.place.device), cost={"flops_step": cost.flops_step(s.recipe)},
+                  **by_hand, **started)
 
-# %% ../../nbs/core/25_train.ipynb #390616e5
+# %% ../../nbs/core/25_train.ipynb #9964dec4
 def _run(s: Session) -> None:
     "Train from where the checkpoint left off and keep the record, whatever happens."
     if s.place.main:
@@ -365,11 +321,9 @@ def _run(s: Session) -> None:
         if s.place.main:
             with contextlib.suppress(OSError):                     # a full disk must not hide what went wrong
                 s.curves.save()
-                update_record(
-                    s.out,
-                    status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
-                    cause=f"{type(error).__name__}: {error}".removesuffix(": "),
-                )
+                update_record(s.out,
+                              status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
+                              cause=f"{type(error).__name__}: {error}".removesuffix(": "))
         raise
     if s.place.main:
         _finish(s)
@@ -387,15 +341,10 @@ def _finish(s: Session) -> None:
         status="done",
         finished=now(),
         metrics=s.curves.last("val"),
-        cost={
-            "train_seconds": clock.total,
-            "step_seconds": clock.total / c.steps,
-            "images_seen": c.steps * c.batch,
-            "peak_memory_mb": peak_memory(s.place.device),
-            "parameters": sum(p.numel() for p in s.state.model.parameters()),
-            "energy_joules": clock.spent,
-            "energy_source": clock.meter.source if clock.spent is not None else None,
-        },
+        cost={"train_seconds": clock.total, "step_seconds": clock.total / c.steps,
+              "images_seen": c.steps * c.batch, "peak_memory_mb": peak_memory(s.place.device),
+              "parameters": sum(p.numel() for p in s.state.model.parameters()), "energy_joules": clock.spent,
+              "energy_source": clock.meter.source if clock.spent is not None else None},
     )
 
 # %% ../../nbs/core/25_train.ipynb #5b939059
@@ -417,8 +366,7 @@ def _with_hand(recipe: Recipe, techniques: Sequence[Technique]) -> Recipe:
     if recipe.by_hand and recipe.by_hand != said:
         raise ValueError(
             f"recipe.by_hand names {', '.join(recipe.by_hand)}, but techniques = [{', '.join(said)}] were "
-            "passed: "
-            "pass the same objects again"
+            "passed: pass the same objects again"
         )
     return recipe.replace("by_hand", said) if said else recipe
 
@@ -455,20 +403,9 @@ def train(recipe: Recipe,
         restore(state, found[0])
     header = found[1] if found else {}
     first = int(header.get("step", 0))
-    session = Session(
-        recipe,
-        out,
-        prepared,
-        place,
-        state,
-        model,
-        first,
-        Clock(place, header),
-        Curves(out, first),
-        progress and place.main,
-        _tracker(trackers, out, recipe, place),
-        data,
-    )
+    session = Session(recipe, out, prepared, place, state, model, first, Clock(place, header),
+                      Curves(out, first), progress and place.main, _tracker(trackers, out, recipe, place),
+                      data)
     _run(session)
     return place.after_main(lambda: Run.load(out, place.device))   # when all is written
 
@@ -481,7 +418,7 @@ def _find(out: Path, recipe: Recipe, place: Place) -> tuple[dict[str, Tensor], d
         update_record(out, broken_checkpoints=broken)
     return found
 
-# %% ../../nbs/core/25_train.ipynb #be114f15
+# %% ../../nbs/core/25_train.ipynb #aafe06ac
 def _launch(
     recipe: Recipe, out: Path, progress: bool, prepared: Prepared | None, device, trackers: Sequence[str]
 ) -> Run:
@@ -490,11 +427,8 @@ def _launch(
     found = _find(out, recipe, Place(torch.device("cpu")))
     prepared = prepared or prepare(recipe, progress)               # fetched and encoded once, not by each
     same_data(found[1] if found else {}, data_key(prepared), out)
-    if (
-        found
-        and int(found[1]["step"]) == recipe.train.steps
-        and read_json(out / "record.json").get("status") == "done"
-    ):
+    if (found and int(found[1]["step"]) == recipe.train.steps
+        and read_json(out / "record.json").get("status") == "done"):
         return Run.load(out, kind)
     try:
         processes.launch(recipe, out, device=kind, progress=progress, trackers=list(trackers))

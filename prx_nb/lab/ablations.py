@@ -45,7 +45,7 @@ class Published:
 class AblationError(ValueError):
     "An ablation, a variant or a choice of them that does not exist."
 
-# %% ../../nbs/lab/01_ablations.ipynb #9476d00b
+# %% ../../nbs/lab/01_ablations.ipynb #cdb711a1
 @dataclass(frozen=True)
 class Ablation:
     "A question, a baseline and what the variants change."
@@ -69,11 +69,9 @@ class Ablation:
         for what, name in ((what, name) for what, names in named.items() for name in names):
             if name not in self.variants:
                 raise AblationError(
-                    f"ablation '{self.name}': {what} '{name}' is none of {', '.join(self.variants)}"
-                )
+                    f"ablation '{self.name}': {what} '{name}' is none of {', '.join(self.variants)}")
         frozen = MappingProxyType(
-            {name: MappingProxyType(dict(changes)) for name, changes in self.variants.items()}
-        )
+            {name: MappingProxyType(dict(changes)) for name, changes in self.variants.items()})
         object.__setattr__(self, "variants", frozen)
         for mapping in ("base", "seed_shift"):
             object.__setattr__(self, mapping, MappingProxyType(dict(getattr(self, mapping))))
@@ -83,8 +81,7 @@ def _unknown(kind: str, name: str, allowed: list[str]) -> AblationError:
     near = difflib.get_close_matches(name, allowed, 1, 0.4)
     hint = f"; did you mean '{near[0]}'?" if near and near[0] != name else ""
     return AblationError(
-        f"no {kind} '{name}'; there {'is' if len(allowed) == 1 else 'are'} {', '.join(allowed)}{hint}"
-    )
+        f"no {kind} '{name}'; there {'is' if len(allowed) == 1 else 'are'} {', '.join(allowed)}{hint}")
 
 # %% ../../nbs/lab/01_ablations.ipynb #05d2e1e1
 def shift(ablation: str | Ablation,   # a name, or a declaration
@@ -114,7 +111,7 @@ def changes(ablation: Ablation,
         raise _unknown("variant", variant, list(ablation.variants))
     return dict(ablation.base) | dict(ablation.variants[variant])
 
-# %% ../../nbs/lab/01_ablations.ipynb #8abfb4b7
+# %% ../../nbs/lab/01_ablations.ipynb #51538070
 def recipe(ablation: Ablation,
            variant: str,                                # one of `ablation.variants`
            preset: str = "smoke",                       # smoke, cpu, gpu or paper
@@ -126,8 +123,7 @@ def recipe(ablation: Ablation,
     own = {"seed"}.union(*(changes(ablation, name) for name in ablation.variants))
     if clash := sorted(own & set(overrides)):
         raise AblationError(
-            f"'{clash[0]}' is what the ablation '{ablation.name}' sets itself; it cannot be overridden"
-        )
+            f"'{clash[0]}' is what the ablation '{ablation.name}' sets itself; it cannot be overridden")
     return recipes.preset(preset).replace(overrides | ours | {"seed": _shifted(ablation, variant, seed)})
 
 # %% ../../nbs/lab/01_ablations.ipynb #f656055b
@@ -135,17 +131,13 @@ def _tagged(path: Path) -> list[str]:
     "The sources of the cells tagged `ablation`. Raises `AblationError`."
     try:
         cells = json.loads(path.read_text())["cells"]
-        return [
-            "".join(c["source"])
-            for c in cells
-            if "ablation" in c.get("metadata", {}).get("tags", []) and c["cell_type"] == "code"
-        ]
+        return ["".join(c["source"]) for c in cells
+                if "ablation" in c.get("metadata", {}).get("tags", []) and c["cell_type"] == "code"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AblationError(
-            f"{path} is not a notebook that can be read: {type(error).__name__}: {error}"
-        ) from None
+            f"{path} is not a notebook that can be read: {type(error).__name__}: {error}") from None
 
-# %% ../../nbs/lab/01_ablations.ipynb #4610630a
+# %% ../../nbs/lab/01_ablations.ipynb #e1101326
 def _declared(path: Path) -> Ablation:
     sources = _tagged(path)
     if len(sources) != 1:
@@ -158,28 +150,23 @@ def _declared(path: Path) -> Ablation:
         exec(compile(sources[0], str(path), "exec"), room.__dict__)
     except Exception as error:
         raise AblationError(
-            f"{path}: the cell tagged 'ablation' fails with {type(error).__name__}: {error}"
-        ) from error
+            f"{path}: the cell tagged 'ablation' fails with {type(error).__name__}: {error}") from error
     found = room.__dict__.get("ablation")
     # by name: a notebook may hold a second copy of the class
     if type(found).__name__ != "Ablation":
         raise AblationError(f"{path}: the cell tagged 'ablation' leaves no `ablation = Ablation(...)`")
     return _with_uses(replace(found, notebook=str(path)), path.parent)
 
-# %% ../../nbs/lab/01_ablations.ipynb #48e7a1b3
+# %% ../../nbs/lab/01_ablations.ipynb #dfe9b45b
 def _with_uses(ablation: Ablation, folder: Path) -> Ablation:
     """The declaration with the paths of `uses` whole, as seen from its notebook; they are imported, so that
     settings in them can be named."""
     whole = lambda name: str((folder / name).resolve()) if name.endswith((".py", ".ipynb")) else name
     mend = lambda changes: (
-        dict(changes) | ({"uses": [whole(name) for name in changes["uses"]]} if "uses" in changes else {})
-    )
+        dict(changes) | ({"uses": [whole(name) for name in changes["uses"]]} if "uses" in changes else {}))
     try:
-        mended = replace(
-            ablation,
-            base=mend(ablation.base),
-            variants={name: mend(changes) for name, changes in ablation.variants.items()},
-        )
+        mended = replace(ablation, base=mend(ablation.base),
+                         variants={name: mend(changes) for name, changes in ablation.variants.items()})
         for changes in (mended.base, *mended.variants.values()):
             for name in changes.get("uses", ()):
                 recipes.use(name)
@@ -243,20 +230,15 @@ def get(name: str) -> Ablation:
                             "give it another name, or their runs would be mixed up")
     return found
 
-# %% ../../nbs/lab/01_ablations.ipynb #5f1c87fe
+# %% ../../nbs/lab/01_ablations.ipynb #08b87b17
 def of_run(folder: str | Path) -> Ablation:
     """The ablation of a run's folder: of the notebook that its job.json names, else by the name there. Raises
     `AblationError`."""
     said = {}
     for name in ("job.json", "record.json"):
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            said = said or {
-                k: v
-                for k, v in json.loads((Path(folder) / name).read_text()).items()
-                if k in ("ablation", "notebook")
-            }
-    path, name = (
-        str(said.get("notebook") or ""),
-        str(said.get("ablation") or Path(folder).absolute().parents[1].name),
-    )
+            said = said or {k: v for k, v in json.loads((Path(folder) / name).read_text()).items()
+                            if k in ("ablation", "notebook")}
+    path, name = (str(said.get("notebook") or ""),
+                  str(said.get("ablation") or Path(folder).absolute().parents[1].name))
     return from_notebook(path) if Path(path).is_file() and name not in names() else get(name)

@@ -33,12 +33,7 @@ def failed_for_good(job: Job) -> bool:
     "Whether this very run has failed before, and would again."
     said = runs.status(job.out)
     return said.get("key") == job.key and said.get("state") not in {
-        None,
-        "done",
-        "interrupted",
-        *runs.OPEN,
-        *runs.MAY_PASS,
-    }
+        None, "done", "interrupted", *runs.OPEN, *runs.MAY_PASS}
 
 # %% ../../nbs/lab/06_batch.ipynb #56789281
 def at_work(job: Job) -> bool:
@@ -56,24 +51,17 @@ def outdated(jobs: Iterable[Job]) -> list[str]:
         if said.get("state") == "done" and said.get("key") != job.key and runs.record(job.out):
             why = identity.differences(_parts(job.out), job.parts) or ["another key"]
             groups.setdefault(tuple(why[:6] + ["and more"] * (len(why) > 6)), []).append(
-                float(said.get("seconds") or 0)
-            )
+                float(said.get("seconds") or 0))
     return [
         f"{len(took)} finished run{'s' * (len(took) > 1)} no longer count{'s' * (len(took) == 1)} and will "
-        "be trained again: "
-        f"{'; '.join(why)} (estimated {_length(sum(took))})"
+        f"be trained again: {'; '.join(why)} (estimated {_length(sum(took))})"
         for why, took in groups.items()
     ]
 
-# %% ../../nbs/lab/06_batch.ipynb #1bdbed90
+# %% ../../nbs/lab/06_batch.ipynb #95f68de2
 def _length(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )
+    return (f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400
+            else f"{seconds / 3600:.1f} h")
 
 # %% ../../nbs/lab/06_batch.ipynb #28da3a79
 def _parts(folder: str) -> dict:
@@ -96,7 +84,7 @@ def set_aside(job: Job) -> Path | None:
     place.parent.mkdir(exist_ok=True)
     return Path(shutil.move(folder, place))
 
-# %% ../../nbs/lab/06_batch.ipynb #777f57df
+# %% ../../nbs/lab/06_batch.ipynb #1e41e0cf
 def queue(jobs: Iterable[Job]) -> None:
     "Write down what is to be done. Runs at work are left as they are."
     for job in jobs:
@@ -104,8 +92,7 @@ def queue(jobs: Iterable[Job]) -> None:
             set_aside(job)
             said = runs.status(job.out)
             before = said.pop("history", []) + (
-                [said] if said.get("state", "queued") not in runs.OPEN else []
-            )
+                [said] if said.get("state", "queued") not in runs.OPEN else [])
             write_json(Path(job.out) / "job.json", asdict(job))
             write_json(Path(job.out) / "status.json", {"state": "queued", "key": job.key, "history": before})
 
@@ -132,11 +119,8 @@ class Places:
         if per_device < 1 or (at_once is not None and at_once < 1):
             name, value = ("jobs", at_once) if per_device >= 1 else ("per-device", per_device)
             raise AblationError(f"{name} = {value}: at least one is needed")
-        self.gpus, self.free, self.changed = (
-            gpus,
-            [g for _ in range(per_device) for g in gpus],
-            threading.Condition(),
-        )
+        self.gpus, self.free, self.changed = (gpus, [g for _ in range(per_device) for g in gpus],
+                                              threading.Condition())
         self.at_once = at_once or len(self.free) or 1
         self.threads = max(1, cores() // self.at_once)
 
@@ -159,8 +143,7 @@ class Places:
             before = (runs.status(job.out).get("device") or "").split(",") if at_work(job) else []
             self.changed.wait_for(lambda: len(set(self.free)) >= wanted)
             mine = sorted(dict.fromkeys(self.free), key=lambda g: (g not in before, self.free.index(g)))[
-                :wanted
-            ]
+                :wanted]
             for gpu in mine:
                 self.free.remove(gpu)
         try:
@@ -184,8 +167,7 @@ def prepare_caches(recipes: Iterable[Recipe],
     for recipe in recipes:
         kind = json.dumps(
             recipe.model_dump(mode="json", include={"data", "captions", "text", "latents", "evaluate"}),
-            sort_keys=True,
-        )
+            sort_keys=True)
         if kind not in seen:
             seen.add(kind)
             begin = time.monotonic()
@@ -247,13 +229,8 @@ def _rest(took: list[float], left: int, at_once: int) -> str:
     return f"  (about {seconds / 60:.0f} min left)" if seconds > 90 else ""
 
 # %% ../../nbs/lab/06_batch.ipynb #20887b88
-def _drive(
-    waiting: list[Job],
-    jobs: list[Job],
-    places: Places,
-    say: Callable[[str], None],
-    fork_server: warm.ForkServer | None = None,
-) -> None:
+def _drive(waiting: list[Job], jobs: list[Job], places: Places, say: Callable[[str], None],
+           fork_server: warm.ForkServer | None = None) -> None:
     """Keep the workers busy until all runs are through. On an interrupt every run is stopped and the
     interrupt goes on."""
     stop, numbers, took = threading.Event(), iter(range(len(jobs) - len(waiting) + 1, len(jobs) + 1)), []
@@ -314,33 +291,24 @@ def run(jobs: list[Job],                        # from `plan`, of one group or s
         places.check(job)
     with only_driver(job.group for job in jobs), _terminate_is_interrupt():
         done = sum(map(runs.finished, jobs))
-        say(
-            f"{_names(jobs)}: {len(jobs)} runs, {done} of them done already, {places.at_once} at a time with "
-            f"{places.threads} threads"
-            + (f" on {len(places.gpus)} GPUs" if places.gpus else "")
-            + f"; in {_where(jobs)}"
-        )
+        gpus = f" on {len(places.gpus)} GPUs" if places.gpus else ""
+        say(f"{_names(jobs)}: {len(jobs)} runs, {done} of them done already, {places.at_once} at a time with "
+            f"{places.threads} threads{gpus}; in {_where(jobs)}")
         for line in outdated(jobs):
             say(line)
         todo = _sort_out(jobs, again, say)
         fresh = [job for job in todo if not at_work(job)]
         try:
-            with (
-                warm.ForkServer([job.notebook for job in fresh], places.threads)
-                if fresh
-                else contextlib.nullcontext() as fork_server
-            ):
+            with (warm.ForkServer([job.notebook for job in fresh], places.threads) if fresh
+                  else contextlib.nullcontext() as fork_server):
                 if fresh:
                     if prepare:
                         prepare([parse(job.recipe) for job in fresh], say=say)
                     queue(fresh)
                 _drive(todo, jobs, places, say, fork_server)
         except KeyboardInterrupt:
-            say(
-                f"Interrupted; the runs were stopped, {sum(map(runs.finished, jobs))} of {len(jobs)} are "
-                "done. "
-                "The same command again does the rest."
-            )
+            say(f"Interrupted; the runs were stopped, {sum(map(runs.finished, jobs))} of {len(jobs)} are "
+                "done. The same command again does the rest.")
             raise
     return _sum_up(jobs, time.monotonic() - begin, say)
 
@@ -353,18 +321,12 @@ def _names(jobs: list[Job]) -> str:
 def _where(jobs: list[Job]) -> str:
     return os.path.commonpath([job.group for job in jobs])
 
-# %% ../../nbs/lab/06_batch.ipynb #3984dce7
+# %% ../../nbs/lab/06_batch.ipynb #90a18e27
 def _sum_up(jobs: list[Job], seconds: float, say: Callable[[str], None]) -> list[dict]:
     said = [runs.status(job.out) for job in jobs]
-    failed = [
-        f"{_label(job, jobs)} {s.get('state', 'not run')}"
-        for job, s in zip(jobs, said)
-        if s.get("state") != "done"
-    ]
+    failed = [f"{_label(job, jobs)} {s.get('state', 'not run')}" for job, s in zip(jobs, said)
+              if s.get("state") != "done"]
     some = ", ".join(failed[:10]) + (" ..." if failed[10:] else "")
-    say(
-        f"{len(jobs)} runs: {len(jobs) - len(failed)} done"
-        + (f", {len(failed)} failed ({some})" if failed else "")
-        + f"; {seconds:.0f} s in all"
-    )
+    say(f"{len(jobs)} runs: {len(jobs) - len(failed)} done"
+        + (f", {len(failed)} failed ({some})" if failed else "") + f"; {seconds:.0f} s in all")
     return said

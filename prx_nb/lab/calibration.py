@@ -33,8 +33,7 @@ def blur(images: torch.Tensor, items: list[Item], strength: float, generator: to
     weight = (weight / weight.sum()).expand(channels, 1, 1, -1)
     across = F.conv2d(F.pad(images, (reach, reach, 0, 0), "replicate"), weight, groups=channels)
     return F.conv2d(
-        F.pad(across, (0, 0, reach, reach), "replicate"), weight.transpose(2, 3), groups=channels
-    ), items
+        F.pad(across, (0, 0, reach, reach), "replicate"), weight.transpose(2, 3), groups=channels), items
 
 # %% ../../nbs/lab/11_calibration.ipynb #0d308e24
 def noise(images: torch.Tensor, items: list[Item], strength: float, generator: torch.Generator) -> Samples:
@@ -45,26 +44,23 @@ def noise(images: torch.Tensor, items: list[Item], strength: float, generator: t
 def _chosen(n: int, share: float, generator: torch.Generator) -> list[int]:
     return torch.randperm(n, generator=generator)[:round(share * n)].tolist()
 
-# %% ../../nbs/lab/11_calibration.ipynb #17159c05
+# %% ../../nbs/lab/11_calibration.ipynb #17b7ad76
 def wrong_captions(
-    images: torch.Tensor, items: list[Item], strength: float, generator: torch.Generator
-) -> Samples:
+    images: torch.Tensor, items: list[Item], strength: float, generator: torch.Generator) -> Samples:
     """A share of the pictures stands for captions of other concepts. Raises `MetricError` where there is one
     concept only."""
     if len({i.concept for i in items}) < 2:
         raise metrics.MetricError(
-            f"wrong captions need two concepts at least, all {len(items)} items show '{items[0].concept}'"
-        )
+            f"wrong captions need two concepts at least, all {len(items)} items show '{items[0].concept}'")
     asked, numbers = list(items), torch.rand(len(items), generator=generator).tolist()
     for k in _chosen(len(items), strength, generator):
         others = [i for i in items if i.concept != items[k].concept]
         asked[k] = others[int(numbers[k] * len(others))]
     return images, asked
 
-# %% ../../nbs/lab/11_calibration.ipynb #b65ef89d
+# %% ../../nbs/lab/11_calibration.ipynb #822de243
 def mode_drop(
-    images: torch.Tensor, items: list[Item], strength: float, generator: torch.Generator
-) -> Samples:
+    images: torch.Tensor, items: list[Item], strength: float, generator: torch.Generator) -> Samples:
     "A share of the pictures is replaced by copies of those of a few concepts, captions included."
     concepts = sorted({i.concept for i in items})
     few = {
@@ -73,10 +69,8 @@ def mode_drop(
     }
     source = [k for k, i in enumerate(items) if i.concept in few]
     others = [k for k, i in enumerate(items) if i.concept not in few]
-    row, copy = (
-        list(range(len(items))),
-        torch.randint(len(source), (len(items),), generator=generator).tolist(),
-    )
+    row, copy = (list(range(len(items))),
+                 torch.randint(len(source), (len(items),), generator=generator).tolist())
     for k in _chosen(len(others), strength, generator):
         row[others[k]] = source[copy[k]]
     return images[row], [items[k] for k in row]
@@ -109,8 +103,7 @@ def grade(reference: metrics.Reference,
         for name, damage in damages.items():
             for strength in strengths:
                 spoiled, asked = damage(
-                    images[pick], [items[k] for k in pick], strength, stream(repeat, "calibration", name)
-                )
+                    images[pick], [items[k] for k in pick], strength, stream(repeat, "calibration", name))
                 found = metrics.evaluate(spoiled, asked, reference, seen=seen)
                 rows += [(metric, name, strength, repeat, value) for metric, value in found.items()]
     return pd.DataFrame(rows, columns=["metric", "damage", "strength", "repeat", "value"])
@@ -132,14 +125,11 @@ def _judged(values: pd.DataFrame,        # one row a repeat, one column a streng
     whole = step(names[0], names[-1])
     if len(flat) == len(steps) and not (whole.low > 0 or whole.high < 0):
         return "does not notice", ""
-    parts = [
-        f"{words} {', '.join(some)}"
-        for words, some in (("better between", back), ("cannot tell", flat))
-        if some
-    ]
+    parts = [f"{words} {', '.join(some)}" for words, some in (("better between", back), ("cannot tell", flat))
+             if some]
     return "not monotonic", "; ".join(parts)
 
-# %% ../../nbs/lab/11_calibration.ipynb #f0647bce
+# %% ../../nbs/lab/11_calibration.ipynb #a7bd6493
 def monotonic(frame: pd.DataFrame,       # of `grade`, with two repeats at least
               confidence: float = 0.99,  # of the interval of each step
               ) -> pd.DataFrame:         # metric, damage, verdict, rho, change (worse is positive), why
@@ -151,8 +141,7 @@ def monotonic(frame: pd.DataFrame,       # of `grade`, with two repeats at least
         wide = worse.pivot(index="repeat", columns="strength", values="value")
         if len(wide) < 2:
             raise metrics.MetricError(
-                "verdicts need two repeats at least: one measurement of a grade says nothing of its noise"
-            )
+                "verdicts need two repeats at least: one measurement of a grade says nothing of its noise")
         rho = spearmanr(worse.strength, worse.value).statistic if worse.value.nunique() > 1 else 0.0
         verdict, why = _judged(wide, confidence)
         rows.append((metric, damage, verdict, rho, (wide.iloc[:, -1] - wide.iloc[:, 0]).mean(), why))
@@ -164,16 +153,8 @@ def figure(graded: pd.DataFrame, verdicts: pd.DataFrame):       # -> matplotlib 
     import matplotlib.pyplot as plt
     rows, columns = (list(dict.fromkeys(verdicts[k])) for k in ("metric", "damage"))
     colours = dict(zip(VERDICTS, ("tab:green", "0.6", "tab:red")))
-    fig, axes = plt.subplots(
-        len(rows),
-        len(columns),
-        figsize=(1.4 * len(columns), 0.8 * len(rows)),
-        dpi=72,
-        sharex=True,
-        sharey="row",
-        squeeze=False,
-        layout="constrained",
-    )
+    fig, axes = plt.subplots(len(rows), len(columns), figsize=(1.4 * len(columns), 0.8 * len(rows)), dpi=72,
+                             sharex=True, sharey="row", squeeze=False, layout="constrained")
     for row in verdicts.itertuples():
         ax = axes[rows.index(row.metric), columns.index(row.damage)]
         some = graded[(graded.metric == row.metric) & (graded.damage == row.damage)]
@@ -187,8 +168,7 @@ def figure(graded: pd.DataFrame, verdicts: pd.DataFrame):       # -> matplotlib 
     for ax, name in zip(axes[:, 0], rows):
         ax.set_ylabel(name.replace("[", "\n["), fontsize=6, rotation=0, ha="right", va="center")
     fig.supxlabel(
-        "strength of the damage      green: notices, grey: does not notice, red: not monotonic", fontsize=8
-    )
+        "strength of the damage      green: notices, grey: does not notice, red: not monotonic", fontsize=8)
     return fig
 
 # %% ../../nbs/lab/11_calibration.ipynb #db2dcb10
@@ -215,29 +195,20 @@ def seed_spread(folder: str | Path,            # of a published ablation: record
     "How much a metric varies from seed to seed. Empty where no variant has two seeds."
     from prx_nb.core.files import read_json
     records = [read_json(p) for p in sorted(Path(folder).glob("records/*-s*.json"))]
-    frame = pd.DataFrame(
-        [(r["variant"], m, v) for r in records for m, v in r.get("metrics", {}).items()],
-        columns=["variant", "metric", "value"],
-    )
-    groups = (
-        frame.groupby(["metric", "variant"], sort=False)
-        .value.agg(["var", "count"])
-        .query("count > 1")
-        .reset_index()
-    )
+    frame = pd.DataFrame([(r["variant"], m, v) for r in records for m, v in r.get("metrics", {}).items()],
+                         columns=["variant", "metric", "value"])
+    groups = (frame.groupby(["metric", "variant"], sort=False) .value.agg(["var", "count"])
+              .query("count > 1") .reset_index())
     free = groups["count"] - 1
-    sums = (
-        groups.assign(total=groups["var"] * free, free=free)
-        .groupby("metric", sort=False)[["total", "free"]]
-        .sum()
-    )
+    sums = (groups.assign(total=groups["var"] * free, free=free)
+            .groupby("metric", sort=False)[["total", "free"]] .sum())
     return ((sums.total / sums.free) ** 0.5).to_dict()
 
 # %% ../../nbs/lab/11_calibration.ipynb #1013e477
 class CalibrationError(ValueError):
     "A calibration table that cannot be read."
 
-# %% ../../nbs/lab/11_calibration.ipynb #583d836c
+# %% ../../nbs/lab/11_calibration.ipynb #2448f124
 def known(out: str | Path = "outputs",     # where `published/calibration/calibration.csv` lies
           ) -> pd.DataFrame | None:        # metric, damage, verdict, rho, change, why; none: never calibrated
     "The published verdicts. Raises `CalibrationError`, which names the file and what is wrong in it."
@@ -250,8 +221,7 @@ def known(out: str | Path = "outputs",     # where `published/calibration/calibr
         raise CalibrationError(f"{path} cannot be read: {error}") from None
     if missing := [c for c in ("metric", "damage", "verdict") if c not in frame]:
         raise CalibrationError(
-            f"{path} has no column '{missing[0]}'; its columns are {', '.join(map(str, frame))}"
-        )
+            f"{path} has no column '{missing[0]}'; its columns are {', '.join(map(str, frame))}")
     if len(bad := frame[~frame.verdict.isin(VERDICTS)]):
         raise CalibrationError(
             f"{path}, line {bad.index[0] + 2}: verdict {bad.verdict.iloc[0]!r}; there are "

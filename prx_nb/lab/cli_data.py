@@ -32,8 +32,7 @@ def settings(pairs: list[str] | None,     # e.g. ["train.steps=50", "flow.predic
 Preset = Annotated[str, typer.Option(help="smoke, cpu, gpu or paper: how big")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="change a setting of the recipe; may be repeated"),
-]
+    typer.Option("--set", metavar="PATH=VALUE", help="change a setting of the recipe; may be repeated")]
 
 
 def _recipe(preset: str, pairs: list[str] | None):
@@ -61,16 +60,13 @@ def _describe(r, images, split) -> str:
     from prx_nb.core import captions
     count = lambda values: ", ".join(f"{k} {n}" for k, n in Counter(values).most_common(8))
     item = images.items[int(split.train[0])]
-    lines = [
-        f"{len(images)} images of {images.size} x {images.size} px from {r.data.source}"
-        + (f" {r.data.path}" if r.data.path else ""),
-        f"  to train on     {len(split.train)}",
-        f"  held out        {len(split.concepts)} images of concepts never seen, "
-        f"{len(split.pairs)} of concepts seen in other styles only",
-        f"  styles          {count(i.style for i in images.items)}",
-        f"  groups          {count(i.group for i in images.items)}",
-        f"  unreadable      {len(images.bad)}",
-    ]
+    lines = [f"{len(images)} images of {images.size} x {images.size} px from {r.data.source}"
+             + (f" {r.data.path}" if r.data.path else ""), f"  to train on     {len(split.train)}",
+             f"  held out        {len(split.concepts)} images of concepts never seen, "
+             f"{len(split.pairs)} of concepts seen in other styles only",
+             f"  styles          {count(i.style for i in images.items)}",
+             f"  groups          {count(i.group for i in images.items)}",
+             f"  unreadable      {len(images.bad)}",]
     lines += [f"    {name}: {reason}" for name, reason in images.bad[:5]]
     lines += [f"  caption, {kind:6} {captions.caption(item, kind)}" for kind in captions.KINDS]
     return "\n".join(lines + ["", images.notice.strip()])
@@ -90,8 +86,7 @@ def data(context: typer.Context, preset: Preset = "cpu", set_: Set = None,
     if picture:
         some = torch.linspace(0, len(ready.images) - 1, min(64, len(ready.images))).long()
         show.picture(ready.images.batch(some), columns=8, zoom=max(1, 64 // ready.images.size)).save(
-            picture, format="PNG"
-        )
+            picture, format="PNG")
         typer.echo(f"\nwrote {picture}")
 
 # %% ../../nbs/lab/18_cli_data.ipynb #c7a8dc50
@@ -116,8 +111,7 @@ def sample(
     out: Annotated[Path, typer.Option(help="the PNG to write")] = Path("samples.png"),
     seed: Annotated[int, typer.Option(help="of the starting noise")] = 0,
     steps: Annotated[int | None, typer.Option(help="of the sampler (default: the recipe's)")] = None,
-    guidance: Annotated[float | None, typer.Option(help="1 is none (default: the recipe's)")] = None,
-) -> None:
+    guidance: Annotated[float | None, typer.Option(help="1 is none (default: the recipe's)")] = None) -> None:
     """Draw pictures with a trained run.
 
     \b

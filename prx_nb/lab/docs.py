@@ -32,36 +32,26 @@ def root() -> Path:
                 return folder
     raise FileNotFoundError("no checkout of the workbook here: no folder with settings.ini and nbs/")
 
-# %% ../../nbs/lab/17_docs.ipynb #e84ed187
+# %% ../../nbs/lab/17_docs.ipynb #a309ec15
 def notebooks(home: Path) -> list[Path]:
     "All notebooks in reading order."
     rooms = ["core", "techniques", "architectures", "lab", "ablations", "benchmarks"]
-    found = [
-        p
-        for p in (home / "nbs").rglob("*.ipynb")
-        if ".ipynb_checkpoints" not in p.parts and p.name != "index.ipynb"
-    ]
+    found = [p for p in (home / "nbs").rglob("*.ipynb")
+             if ".ipynb_checkpoints" not in p.parts and p.name != "index.ipynb"]
     place = lambda p: (rooms.index(p.parent.name) if p.parent.name in rooms else len(rooms), p.as_posix())
     return sorted(found, key=place)
 
-# %% ../../nbs/lab/17_docs.ipynb #e07dd688
+# %% ../../nbs/lab/17_docs.ipynb #b77a66db
 def heading(path: Path) -> tuple[str, str]:
     "A notebook's title and the line under it."
     text = "\n\n".join(
-        "".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown"
-    )
+        "".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown")
     title, line = re.search(r"^# (.+)$", text, re.M), re.search(r"^> (.+)$", text, re.M)
     return title[1] if title else path.stem, line[1] if line else ""
 
 # %% ../../nbs/lab/17_docs.ipynb #abaf69b9
-_NOT_FOR_PAGES = (
-    "add_show_docs",
-    "exec_show_docs",
-    "FrontmatterProc",
-    "populate_language",
-    "insert_warning",
-    "rm_export",
-)
+_NOT_FOR_PAGES = ("add_show_docs", "exec_show_docs", "FrontmatterProc", "populate_language", "insert_warning",
+                  "rm_export")
 
 # %% ../../nbs/lab/17_docs.ipynb #d93688c3
 def processed(path: Path):            # -> a notebook as nbformat has it
@@ -81,16 +71,12 @@ def processed(path: Path):            # -> a notebook as nbformat has it
             # what nbconvert's templates look for
             cell["metadata"]["transient"] = {"remove_source": True}
         cell["source"] = "\n".join(line for line in source.split("\n") if not line.startswith("#|")).strip(
-            "\n"
-        )
+            "\n")
         cell.pop("idx_", None)
         if cell["source"] or cell.get("outputs"):
             cells.append(
-                {
-                    k: v
-                    for k, v in cell.items()
-                    if k in ("cell_type", "source", "metadata", "outputs", "execution_count", "id")
-                }
+                {k: v for k, v in cell.items()
+                 if k in ("cell_type", "source", "metadata", "outputs", "execution_count", "id")}
             )
     nb = nbformat.from_dict({"cells": cells, "nbformat": 4, "nbformat_minor": 5,
                              "metadata": {"language_info": {"name": "python"}}})
@@ -108,15 +94,14 @@ def moved_links(text: str, folder: str) -> str:
     move = lambda m: m[1] + os.path.normpath(os.path.join(folder, m[2])).replace(os.sep, "/") + m[3]
     return re.sub(r"(\]\()(?![a-z]+:|#|/)([^)\s]+)(\))", move, text)
 
-# %% ../../nbs/lab/17_docs.ipynb #a321ab59
+# %% ../../nbs/lab/17_docs.ipynb #d74048b4
 def as_markdown(path: Path) -> str:
     "A notebook as Markdown that stands in the folder above it."
     from nbconvert import MarkdownExporter
     text, resources = MarkdownExporter().from_notebook_node(processed(path))
     if resources.get("outputs"):
         raise ValueError(
-            f"{path} has pictures among its outputs; a README needs them as files, linked from Markdown"
-        )
+            f"{path} has pictures among its outputs; a README needs them as files, linked from Markdown")
     note = f"<!-- Made from {path.parent.name}/{path.name} by `make docs`; edit the notebook. -->\n\n"
     return note + re.sub(r"\n{3,}", "\n\n", moved_links(text, path.parent.name)).strip() + "\n"
 
@@ -124,10 +109,8 @@ def as_markdown(path: Path) -> str:
 def result_table(folder: Path, heading: str = "Verdict") -> str:
     "The first table below a heading of a published report.md."
     lines = (folder / "report.md").read_text().splitlines()
-    start = next(
-        (i for i, line in enumerate(lines) if line.lstrip("# ") == heading and line.startswith("#")),
-        len(lines),
-    )
+    start = next((i for i, line in enumerate(lines) if line.lstrip("# ") == heading and line.startswith("#")),
+                 len(lines))
     first = next((i for i, line in enumerate(lines) if i > start and line.startswith("|")), len(lines))
     return "\n".join(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
 
@@ -150,8 +133,7 @@ def published(name: str,                     # an ablation
     first, others = rows.iloc[0], "; ".join(map(str, ablation.published))
     parts = [
         f"**{ablation.question}** Preset {first.preset}, {_images_seen(folder)}{int(rows.seeds.max())} "
-        f"seeds, {first.hardware}; "
-        f"{rows.groupby('variant').seconds.first().mean():.0f} s a run.",
+        f"seeds, {first.hardware}; {rows.groupby('variant').seconds.first().mean():.0f} s a run.",
         "\n".join(f"- {line}" for line in results.sentences(rows, ablation)) if heading == "Verdict" else "",
         f"![{_PICTURES[picture]}]({link}/{picture}.png)",
         result_table(folder, heading),
@@ -161,7 +143,7 @@ def published(name: str,                     # an ablation
     ]
     return Markdown("\n\n".join(part for part in parts if part))
 
-# %% ../../nbs/lab/17_docs.ipynb #832e9bf0
+# %% ../../nbs/lab/17_docs.ipynb #b8944fc4
 def _images_seen(folder: Path) -> str:
     "Of a run of a published result: it may have been made longer or shorter than its preset."
     seen = {
@@ -173,8 +155,7 @@ def _images_seen(folder: Path) -> str:
 _PICTURES = {
     "samples": "Samples side by side: one row a variant, one column a prompt",
     "chance": "Share of tests that called a difference where there is none, by metric, beside the 5% "
-              "expected",
-}
+              "expected"}
 
 # %% ../../nbs/lab/17_docs.ipynb #78314889
 def compared(names: list[str],               # ablations
@@ -189,16 +170,11 @@ def compared(names: list[str],               # ablations
     link = lambda name: f"[{name.replace('_', ' ')}]({home}/outputs/published/{place(name)}/report.md)"
     missing = [f"`{name}`" for name in names if name not in set(found.ablation)]
     table = found.assign(ablation=found.ablation.map(link)).rename(
-        columns={"ablation": "question", "needed": "seeds needed"}
-    )
-    lines = [
-        " | ".join(map(str, row))
-        for row in (table.columns, ["---"] * len(table.columns), *table.itertuples(index=False))
-    ]
-    parts = [
-        "\n".join(f"| {line} |" for line in lines) if len(table) else "",
-        f"Not published yet: {', '.join(missing)}." if missing else "",
-    ]
+        columns={"ablation": "question", "needed": "seeds needed"})
+    lines = [" | ".join(map(str, row))
+             for row in (table.columns, ["---"] * len(table.columns), *table.itertuples(index=False))]
+    parts = ["\n".join(f"| {line} |" for line in lines) if len(table) else "",
+             f"Not published yet: {', '.join(missing)}." if missing else ""]
     return Markdown("\n\n".join(filter(None, parts)))
 
 # %% ../../nbs/lab/17_docs.ipynb #87bbec78
@@ -227,15 +203,14 @@ def write_page(path: Path, home: Path, out: Path) -> Path:
         part.write_text(body)
     return to
 
-# %% ../../nbs/lab/17_docs.ipynb #5a2aaa5a
+# %% ../../nbs/lab/17_docs.ipynb #7bac107d
 def index_page(home: Path, out: Path) -> Path:
     "The list of all pages, room by room."
     rooms: dict[str, list[str]] = {}
     for path in notebooks(home):
         (title, line), link = heading(path), path.relative_to(home / "nbs").with_suffix(".html").as_posix()
         rooms.setdefault(path.parent.name, []).append(
-            f'<li><a href="{link}">{html.escape(title)}</a> {html.escape(line)}</li>'
-        )
+            f'<li><a href="{link}">{html.escape(title)}</a> {html.escape(line)}</li>')
     lists = "".join(f"<h2>{room}</h2><ul>{''.join(items)}</ul>" for room, items in rooms.items())
     style = "body{font:16px/1.6 system-ui,sans-serif;max-width:48rem;margin:auto;padding:1rem;color:#222}"
     with atomic(out / "contents.html") as part:
@@ -255,13 +230,9 @@ def _run_again(path: Path) -> None:
     from traitlets.config import Config
     nb, scratch = nbformat.read(path, 4), scratch_folder()
     try:
-        NotebookClient(
-            nb,
-            timeout=300,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(path.parent)}},
-            config=Config({"KernelManager": {"transport": "ipc", "ip": f"{scratch}/k"}}),
-        ).execute()
+        NotebookClient(nb, timeout=300, kernel_name="python3",
+                       resources={"metadata": {"path": str(path.parent)}},
+                       config=Config({"KernelManager": {"transport": "ipc", "ip": f"{scratch}/k"}})).execute()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     with atomic(path) as part:

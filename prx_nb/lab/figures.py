@@ -31,10 +31,8 @@ DOTS = 60
 def look(ablation: Ablation) -> dict[str, tuple[str, str]]:     # variant -> (colour, mark)
     "The baseline first, the others as declared."
     order = [ablation.baseline, *(v for v in ablation.variants if v != ablation.baseline)]
-    return {
-        v: (COLOURS[i % len(COLOURS)], MARKS[(i + i // len(COLOURS)) % len(MARKS)])
-        for i, v in enumerate(order)
-    }
+    return {v: (COLOURS[i % len(COLOURS)], MARKS[(i + i // len(COLOURS)) % len(MARKS)])
+            for i, v in enumerate(order)}
 
 # %% ../../nbs/lab/13_figures.ipynb #cc7514fa
 def _panel(title: str, xlabel: str, **more):
@@ -59,15 +57,13 @@ def band(values: pd.DataFrame,     # rows x seeds
     half = values.std(axis=1) / np.sqrt(n) * stats.t.ppf(0.975, np.maximum(n - 1, 1))
     return pd.DataFrame({"mean": mean, "low": mean - half, "high": mean + half})
 
-# %% ../../nbs/lab/13_figures.ipynb #c32ffd3f
+# %% ../../nbs/lab/13_figures.ipynb #18f66605
 def _by(lines: pd.DataFrame, variant: str, name: str, clock: str, smooth: int) -> pd.DataFrame:
     "A curve of a variant on a grid of steps or seconds: rows x seeds."
     mine = lines[(lines.variant == variant) & (lines.name == name) & lines[clock].notna()].sort_values("step")
     width = lambda c: max(1, min(smooth, len(c) // 8))
-    of = {
-        seed: c.set_index(clock).value.rolling(width(c), min_periods=1).mean()
-        for seed, c in mine.groupby("seed")
-    }
+    of = {seed: c.set_index(clock).value.rolling(width(c), min_periods=1).mean()
+          for seed, c in mine.groupby("seed")}
     if not of or clock == "step":
         values = pd.DataFrame(of)
         return values.iloc[::max(1, len(values) // 300)]
@@ -92,27 +88,13 @@ def curve_figure(lines: pd.DataFrame,      # from `results.curves`
     for variant, c in drawn.items():
         (colour, mark), b = look(ablation)[variant], band(c)
         ax.plot(c.index, c, color=colour, lw=0.6, alpha=0.5)
-        ax.plot(
-            c.index,
-            b["mean"],
-            color=colour,
-            lw=2,
-            label=variant,
-            marker=mark,
-            ms=4,
-            markevery=max(1, len(c) // 8),
-        )
+        ax.plot(c.index, b["mean"], color=colour, lw=2, label=variant, marker=mark, ms=4,
+                markevery=max(1, len(c) // 8))
     limits = ax.get_ylim()
     for variant, c in drawn.items():
         b = band(c)
-        ax.fill_between(
-            c.index,
-            b.low.clip(lower=limits[0] / 10),
-            b.high,
-            color=look(ablation)[variant][0],
-            alpha=0.15,
-            lw=0,
-        )
+        ax.fill_between(c.index, b.low.clip(lower=limits[0] / 10), b.high, color=look(ablation)[variant][0],
+                        alpha=0.15, lw=0)
     ax.set_ylim(limits)
     if not math.isnan(moment):
         ax.axvline(moment, color="0.5", lw=1, ls=":")
@@ -172,15 +154,14 @@ def _one_metric(ax, runs: pd.DataFrame, ablation: Ablation, metric: str) -> None
     ax.set_title(f"{metric}\n{'up' if better_up(metric) else 'down'} is better", fontsize=9)
     _tidy(ax, "y")
 
-# %% ../../nbs/lab/13_figures.ipynb #50e2c4ed
+# %% ../../nbs/lab/13_figures.ipynb #4ea5dbdd
 def metrics_figure(runs: pd.DataFrame, results: pd.DataFrame, ablation: Ablation, columns: int = 4):
     "Every main metric, seed by seed: a matplotlib figure."
     import matplotlib.pyplot as plt
     names = main_metrics(results)
     rows, columns = math.ceil(len(names) / columns), min(columns, len(names))
     fig, axes = plt.subplots(
-        rows, columns, figsize=(2.6 * columns, 2.6 * rows), dpi=DOTS, squeeze=False, constrained_layout=True
-    )
+        rows, columns, figsize=(2.6 * columns, 2.6 * rows), dpi=DOTS, squeeze=False, constrained_layout=True)
     for ax, name in zip(axes.flat, names):
         _one_metric(ax, runs, ablation, name)
     for ax in axes.flat[len(names):]:
@@ -198,8 +179,7 @@ def pareto_figure(runs: pd.DataFrame, ablation: Ablation, metric: str, cost: str
     if not points:
         return None
     front = pareto(
-        [c.mean for c, _ in points.values()], [q.mean for _, q in points.values()], better_up(metric)
-    )
+        [c.mean for c, _ in points.values()], [q.mean for _, q in points.values()], better_up(metric))
     fig, ax = _panel(f"{metric}, {'up' if better_up(metric) else 'down'} is better", "training seconds a run")
     for on, (variant, (c, q)) in zip(front, points.items()):
         colour, mark = look(ablation)[variant]
@@ -212,10 +192,8 @@ def pareto_figure(runs: pd.DataFrame, ablation: Ablation, metric: str, cost: str
         ax.plot([c.low, c.high], [q.mean] * 2, color=colour, lw=1, zorder=2)
         ax.plot([c.mean] * 2, [q.low, q.high], color=colour, lw=1, zorder=2)
     costs, qualities = zip(*points.values())
-    ax.set(
-        xlim=_span([c.mean for c in costs], costs, 0.15),
-        ylim=_span([q.mean for q in qualities], qualities, 0.15),
-    )
+    ax.set(xlim=_span([c.mean for c in costs], costs, 0.15),
+           ylim=_span([q.mean for q in qualities], qualities, 0.15))
     fig.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3)
     return fig
 
@@ -226,14 +204,8 @@ def chance_figure(rates: pd.DataFrame):
         return None
     fig, ax = _panel("called a difference, though nothing differs", "share of tests")
     y = np.arange(len(rates))[::-1]
-    ax.errorbar(
-        rates.rate,
-        y,
-        xerr=[rates.rate - rates.low, rates.high - rates.rate],
-        fmt="o",
-        color=COLOURS[1],
-        capsize=3,
-    )
+    ax.errorbar(rates.rate, y, xerr=[rates.rate - rates.low, rates.high - rates.rate], fmt="o",
+                color=COLOURS[1], capsize=3)
     ax.axvline(0.05, color=COLOURS[2], lw=1.5, ls="--", label="5%")
     ax.set(yticks=y, yticklabels=rates.metric, xlim=(0, None), ylim=(-0.6, len(rates) - 0.4))
     ax.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
@@ -268,10 +240,8 @@ def read_samples(folder: str | Path) -> dict | None:
     try:
         with safe_open(path, "numpy") as f:
             tensors, words = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-        return tensors | {
-            "prompts": json.loads(words.get("prompts", "[]")),
-            "notice": words.get("notice", ""),
-        }
+        return tensors | {"prompts": json.loads(words.get("prompts", "[]")),
+                          "notice": words.get("notice", "")}
     except (OSError, ValueError, SafetensorError):
         return None
 
@@ -290,16 +260,13 @@ def samples_figure(runs: pd.DataFrame, ablation: Ablation, seed: int = 0, count:
         return None
     any_ = next(iter(found.values()))
     rows = ([("held out", any_["reference"])] if "reference" in any_ else []) + [
-        (v, s["images"]) for v, s in found.items()
-    ]
+        (v, s["images"]) for v, s in found.items()]
     count = min(count, len(any_["images"]) - first)
     prompts = [
-        textwrap.fill(p, 20, max_lines=4, placeholder=" ...") for p in any_["prompts"][first : first + count]
-    ]
+        textwrap.fill(p, 20, max_lines=4, placeholder=" ...") for p in any_["prompts"][first : first + count]]
     top = 0.1 + 0.14 * max((p.count("\n") + 1 for p in prompts), default=0)          # inches for the words
     fig, axes = plt.subplots(
-        len(rows), figsize=(1.25 * count + 0.4, 1.25 * len(rows) + top), dpi=DOTS, squeeze=False
-    )
+        len(rows), figsize=(1.25 * count + 0.4, 1.25 * len(rows) + top), dpi=DOTS, squeeze=False)
     for ax, (name, images) in zip(axes[:, 0], rows):
         ax.imshow(_strip(images[first:first + count]), interpolation="nearest")
         ax.set(xticks=[], yticks=[])
@@ -308,9 +275,7 @@ def samples_figure(runs: pd.DataFrame, ablation: Ablation, seed: int = 0, count:
     width = (any_["images"].shape[-1] + 2)
     for i, words in enumerate(prompts):
         axes[0, 0].text(
-            i * width + width / 2 - 1, -2, words, fontsize=7, ha="center", va="bottom", parse_math=False
-        )
+            i * width + width / 2 - 1, -2, words, fontsize=7, ha="center", va="bottom", parse_math=False)
     fig.subplots_adjust(
-        left=0.3 / fig.get_figwidth(), right=1, bottom=0.01, top=1 - top / fig.get_figheight(), hspace=0.04
-    )
+        left=0.3 / fig.get_figwidth(), right=1, bottom=0.01, top=1 - top / fig.get_figheight(), hspace=0.04)
     return fig

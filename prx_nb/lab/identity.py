@@ -25,7 +25,7 @@ from ..core.recipe import Recipe
 def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../../nbs/lab/02_identity.ipynb #0ffa2473
+# %% ../../nbs/lab/02_identity.ipynb #266e03df
 def meaning(source: str) -> str:
     """A hash of what a piece of Python does: comments, docstrings and layout left out. What does not parse
     counts as it is."""
@@ -39,17 +39,11 @@ def meaning(source: str) -> str:
             node.body = [
                 n
                 for n in body
-                if not (
-                    isinstance(n, ast.Expr)
-                    and isinstance(n.value, ast.Constant)
-                    and isinstance(n.value.value, str)
-                )
+                if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)
+                        and isinstance(n.value.value, str))
             ]
-    tree.body = [
-        n
-        for n in tree.body
-        if not (isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__")
-    ]
+    tree.body = [n for n in tree.body
+                 if not (isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__")]
     return _short(ast.dump(tree))
 
 # %% ../../nbs/lab/02_identity.ipynb #b66225a8
@@ -119,17 +113,14 @@ def _undeclared(source: str) -> str:
     serves = lambda n: isinstance(n, ast.ImportFrom) and n.module == "prx_nb.lab.ablations"
     return "\n".join(ast.unparse(n) for n in body if not declares(n) and not serves(n))
 
-# %% ../../nbs/lab/02_identity.ipynb #f3ede299
+# %% ../../nbs/lab/02_identity.ipynb #1eeaa989
 @lru_cache(1024)
 def _notebook(path: Path, changed: int, size: int) -> tuple[str, tuple[str, ...]]:
     """Meaning of a notebook's code and what it imports. The declaration is left out: what it decides is in
     the recipe."""
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-    sources = [
-        _undeclared(s) if "ablation" in c["metadata"].get("tags", []) else s
-        for c in cells
-        for s in ["".join(c["source"])]
-    ]
+    sources = [_undeclared(s) if "ablation" in c["metadata"].get("tags", []) else s for c in cells
+               for s in ["".join(c["source"])]]
     imports = []
     for source in sources:
         try:
@@ -174,11 +165,8 @@ def parts(notebook: Path, parameters: Mapping[str, Any], recipe: Recipe,
     found = {"the notebook's code": cells, "the parameters": _short(chosen), "the recipe": recipe.key}
     found |= {f"library {name}": version for name, version in libraries().items()}
     found |= {f"module {name}": mark for name, mark in _reached(tuple(dict.fromkeys(imported)), root).items()}
-    return (
-        found
-        | _files(recipe.data)
-        | {f"{name}, which the recipe uses": mark for name, (mark, _) in used.items()}
-    )
+    return (found | _files(recipe.data)
+            | {f"{name}, which the recipe uses": mark for name, (mark, _) in used.items()})
 
 # %% ../../nbs/lab/02_identity.ipynb #3e470e58
 _KEPT: dict[tuple, tuple[float, dict[str, str]]] = {}

@@ -34,18 +34,14 @@ class Exam:
     prompts: list[str]                # what each is asked for with, `evaluate.captions`
     reference: Tensor                 # (N, 3, H, W) in [-1, 1]
 
-# %% ../../nbs/lab/10_judge.ipynb #120cddc5
+# %% ../../nbs/lab/10_judge.ipynb #e596d5da
 def exam(prepared: Prepared, recipe: Recipe) -> Exam:
     "The exam of a recipe: the same for all seeds and variants."
     held = prepared.heldout
     index = held[torch.linspace(0, len(held) - 1, min(recipe.evaluate.samples, len(held))).round().long()]
     index = index[torch.randperm(len(index), generator=stream(0, "exam"))]
-    return Exam(
-        index,
-        [prepared.images.items[i] for i in index],
-        [prepared.asked[i] for i in index],
-        prepared.images.batch(index),
-    )
+    return Exam(index, [prepared.images.items[i] for i in index], [prepared.asked[i] for i in index],
+                prepared.images.batch(index))
 
 # %% ../../nbs/lab/10_judge.ipynb #b5ce301c
 def reworded(prepared: Prepared, recipe: Recipe,
@@ -95,7 +91,7 @@ def bounds(prepared: Prepared, recipe: Recipe) -> dict[str, dict[str, float]]:
     reference = metrics.prepare(recipe, prepared)
     return {"real": reference.limits, "guessing": reference.chance}
 
-# %% ../../nbs/lab/10_judge.ipynb #a381890e
+# %% ../../nbs/lab/10_judge.ipynb #3aea99cf
 def complete(run: Run,
              ablation: str | ablations.Ablation, variant: str, preset: str,
              measured: dict[str, float],
@@ -105,16 +101,9 @@ def complete(run: Run,
     "Finish the record of a run. Returns it."
     seed = run.recipe.seed - ablations.shift(ablation, variant)
     name = ablation if isinstance(ablation, str) else ablation.name
-    return train.update_record(
-        run.dir,
-        ablation=name,
-        variant=variant,
-        preset=preset,
-        seed=seed,
-        metrics=measured,
-        cost={"total_seconds": round(time.time() - begin, 2)},
-        **more,
-    )
+    return train.update_record(run.dir, ablation=name, variant=variant, preset=preset, seed=seed,
+                               metrics=measured, cost={"total_seconds": round(time.time() - begin, 2)},
+                               **more)
 
 # %% ../../nbs/lab/10_judge.ipynb #522f199a
 def plot_training(run: Run):                                          # the matplotlib figure

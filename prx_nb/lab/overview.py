@@ -44,23 +44,19 @@ def by_source(said: Iterable[tuple[str, str]]) -> str:
     named = zip(min(names, key=lambda column: max(map(len, column)), default=lines), lines.values())
     return "; ".join(f"{name}: {line}" for name, line in named)
 
-# %% ../../nbs/lab/16_overview.ipynb #9b815fd5
+# %% ../../nbs/lab/16_overview.ipynb #0e54032c
 def theirs(published: Iterable[Published], variant: str) -> str:
     "What others found of a variant, e.g. `FID -20%, CMMD -15%`."
-    return by_source(
-        (p.source, f"{p.metric} {percent(p.value / p.baseline_value - 1)}")
-        for p in published
-        if p.variant == variant
-    )
+    return by_source((p.source, f"{p.metric} {percent(p.value / p.baseline_value - 1)}") for p in published
+                     if p.variant == variant)
 
 # %% ../../nbs/lab/16_overview.ipynb #9dae8423
 def teachers(recipe: Recipe) -> tuple[str, ...]:
     "The frozen encoders that a training learns from."
     return tuple(
-        getattr(node, node.teacher_field) for node in recipe.techniques.on.values() if node.teacher_field
-    )
+        getattr(node, node.teacher_field) for node in recipe.techniques.on.values() if node.teacher_field)
 
-# %% ../../nbs/lab/16_overview.ipynb #854420fe
+# %% ../../nbs/lab/16_overview.ipynb #5de4b476
 def _effect(
     rows: pd.DataFrame, family: str, variant: str, baseline: str, known: tuple[str, ...] = ()
 ) -> dict[str, str]:
@@ -75,13 +71,10 @@ def _effect(
     r, scale = mine.iloc[0], abs(base["mean"].iloc[0]) or math.nan
     open_ = r.verdict == "not distinguishable" and not pd.isna(r.seeds_needed)
     needed = "" if not open_ else str(int(r.seeds_needed)) if r.seeds_needed > r.seeds else f">{r.seeds}"
-    return {
-        family: percent(r.difference / scale, r.difference_low / scale, r.difference_high / scale),
-        "verdict": r.verdict,
-        "needed": needed,
-    }
+    return {family: percent(r.difference / scale, r.difference_low / scale, r.difference_high / scale),
+            "verdict": r.verdict, "needed": needed}
 
-# %% ../../nbs/lab/16_overview.ipynb #7ca1263c
+# %% ../../nbs/lab/16_overview.ipynb #cc145ced
 def _cost(folder: Path, variant: str, baseline: str) -> str:
     "Seconds and operations a step, as multiples of the baseline's."
     if not (folder / "cost.csv").exists():
@@ -89,10 +82,8 @@ def _cost(folder: Path, variant: str, baseline: str) -> str:
     spent = pd.read_csv(folder / "cost.csv").set_index("variant")
     if not {variant, baseline} <= set(spent.index):
         return ""
-    ratio = {
-        word: spent[name][variant] / spent[name][baseline]
-        for word, name in (("time", "step_seconds"), ("FLOPs", "flops_step"))
-    }
+    ratio = {word: spent[name][variant] / spent[name][baseline]
+             for word, name in (("time", "step_seconds"), ("FLOPs", "flops_step"))}
     return ", ".join(f"{word} x{value:.2f}" for word, value in ratio.items() if not math.isnan(value))
 
 # %% ../../nbs/lab/16_overview.ipynb #d088270e
@@ -105,30 +96,18 @@ def overview(folder: Path,                     # outputs/published
     rows = []
     for name in names:
         ablation, home = ablations.get(name), folder / (name if preset == "cpu" else f"{name}/{preset}")
-        found = (
-            pd.read_csv(home / "table.csv")
-            if (home / "table.csv").exists()
-            else pd.DataFrame(columns=results.COLUMNS)
-        )
-        others = (
-            results.published_table(found, ablation)
-            if len(found)
-            else pd.DataFrame(columns=["variant", "source", "agreement"])
-        )
+        found = (pd.read_csv(home / "table.csv") if (home / "table.csv").exists()
+                 else pd.DataFrame(columns=results.COLUMNS))
+        others = (results.published_table(found, ablation) if len(found)
+                  else pd.DataFrame(columns=["variant", "source", "agreement"]))
         for variant in dict.fromkeys(v for v in found.variant if v != ablation.baseline):
             known = teachers(ablations.recipe(ablation, variant, preset, 0))
             effects = {
-                family: _effect(found, family, variant, ablation.baseline, known) for family in FAMILIES
-            }
-            row = {
-                "ablation": name,
-                "variant": f"{variant} against {ablation.baseline}",
-                "published": theirs(ablation.published, variant),
-            }
-            row |= {
-                f"{f}, ours": " ".join(filter(None, (e[f], f"({e['verdict']})" if e["verdict"] else "")))
-                for f, e in effects.items()
-            }
+                family: _effect(found, family, variant, ablation.baseline, known) for family in FAMILIES}
+            row = {"ablation": name, "variant": f"{variant} against {ablation.baseline}",
+                   "published": theirs(ablation.published, variant)}
+            row |= {f"{f}, ours": " ".join(filter(None, (e[f], f"({e['verdict']})" if e["verdict"] else "")))
+                    for f, e in effects.items()}
             rows.append(
                 row
                 | {
@@ -142,14 +121,6 @@ def overview(folder: Path,                     # outputs/published
             )
     return pd.DataFrame(
         rows,
-        columns=[
-            "ablation",
-            "variant",
-            "published",
-            *(f"{f}, ours" for f in FAMILIES),
-            "agreement",
-            "seeds",
-            "needed",
-            "cost",
-        ],
+        columns=["ablation", "variant", "published", *(f"{f}, ours" for f in FAMILIES), "agreement", "seeds",
+                 "needed", "cost"],
     )

@@ -124,18 +124,9 @@ def plan(ablation: str | Ablation,                     # a name, the path of a n
     group = Path(out).absolute() / ablation.name / (f"{preset}@{label}" if label else preset)
     with looked_at_once():
         for (variant, seed), recipe in recipes.items():
-            job = Job(
-                ablation.name,
-                variant,
-                preset,
-                seed,
-                dict(overrides or {}),
-                str(notebook),
-                str(group / f"{variant}-s{seed}"),
-                recipe.model_dump(mode="json"),
-                timeout=timeout,
-                cell_timeout=cell_timeout,
-            )
+            job = Job(ablation.name, variant, preset, seed, dict(overrides or {}), str(notebook),
+                      str(group / f"{variant}-s{seed}"), recipe.model_dump(mode="json"), timeout=timeout,
+                      cell_timeout=cell_timeout)
             made_of = identity.parts(notebook, job.parameters, recipe)
             jobs.append(replace(job, key=identity.key(made_of), parts=made_of))
     return jobs
@@ -145,8 +136,7 @@ def _seeds(seeds: int | Iterable[int]) -> list[int]:
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(dict.fromkeys(seeds))
     if not numbers or any(not isinstance(s, int) or s < 0 for s in numbers):
         raise AblationError(
-            f"seeds = {seeds}: a number of at least one, or a list of whole numbers from 0 up, is needed"
-        )
+            f"seeds = {seeds}: a number of at least one, or a list of whole numbers from 0 up, is needed")
     return numbers
 
 # %% ../../nbs/lab/03_plan.ipynb #08f3ccc8

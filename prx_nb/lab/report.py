@@ -54,22 +54,15 @@ def _calibration(group: Path) -> dict[str, str] | None:
             return results.flags(known(out))
     return None
 
-# %% ../../nbs/lab/15_report.ipynb #21ca78f2
+# %% ../../nbs/lab/15_report.ipynb #53f7daa9
 def read(folder: str | Path, ablation: Ablation | None = None) -> Findings:
     """Read a folder of runs; without an ablation, the one its records name. Raises `ReportError`,
     `AblationError`."""
     group = Path(folder).absolute()
     runs = collect(group)
     ablation = ablation or ablations.of_run(runs.folder.iloc[0])
-    return Findings(
-        group,
-        ablation,
-        runs,
-        table(runs, ablation),
-        results.curves(runs),
-        results.unfinished(group),
-        _calibration(group),
-    )
+    return Findings(group, ablation, runs, table(runs, ablation), results.curves(runs),
+                    results.unfinished(group), _calibration(group))
 
 # %% ../../nbs/lab/15_report.ipynb #a1a0d68f
 def _opening(page: Page, f: Findings) -> None:
@@ -85,20 +78,18 @@ def _opening(page: Page, f: Findings) -> None:
         said += ["not all runs were made alike"] if results.odd_runs(f.runs) else []
         page.text(f"{in_list(said).capitalize()}; see Runs below.", "warn")
 
-# %% ../../nbs/lab/15_report.ipynb #780b2d43
+# %% ../../nbs/lab/15_report.ipynb #35dbcc58
 _HOW = (
     "Differences are paired by seed; the interval is that of the comparison alone (Student's t). p is "
-    "corrected over "
-    "this table (Benjamini-Hochberg), and decides the verdict: a difference where it is below 0.05. "
-    "Seeds needed: to see a difference as large as this one looks in 8 of 10 tries."
+    "corrected over this table (Benjamini-Hochberg), and decides the verdict: a difference where it is below "
+    "0.05. Seeds needed: to see a difference as large as this one looks in 8 of 10 tries."
 )
 
 
 def _verdict(page: Page, f: Findings) -> None:
     page.text("Verdict", "h2")
     for line in sentences(f.table, f.ablation) or [
-        "Only the baseline has been run, so there is nothing to compare it with."
-    ]:
+        "Only the baseline has been run, so there is nothing to compare it with."]:
         page.text(line, "li")
     if len(f.seeds) == 1 and len(f.variants) > 1:
         page.text("One seed says nothing about chance: run more before believing a difference.", "warn")
@@ -109,8 +100,7 @@ def _verdict(page: Page, f: Findings) -> None:
         if f.flags is None:
             page.text(
                 "The metrics were not calibrated here: whether they notice damage to a picture is not known.",
-                "small",
-            )
+                "small")
 
 # %% ../../nbs/lab/15_report.ipynb #20b1dffc
 def _published(page: Page, f: Findings) -> None:
@@ -124,13 +114,11 @@ def _published(page: Page, f: Findings) -> None:
     for p in beside[beside.agreement == "disagrees"].itertuples():
         page.text(
             f"**Disagrees**: {p.variant} was {p.direction} in {p.published.split(' ')[0]} there, and is not "
-            f"in {p.metric} here. "
-            f"Why that may be: {f.ablation.caveat}",
+            f"in {p.metric} here. Why that may be: {f.ablation.caveat}",
             "warn",
         )
     lone = sorted(
-        set(beside[beside.metric.isna() & beside.variant.isin(f.variants)].published.str.split(" ").str[0])
-    )
+        set(beside[beside.metric.isna() & beside.variant.isin(f.variants)].published.str.split(" ").str[0]))
     if lone:
         page.text(f"No metric here is of the kind of {in_list(lone)}.", "small")
     if f.ablation.caveat and "disagrees" not in set(beside.agreement):
@@ -153,18 +141,16 @@ def _samples(page: Page, f: Findings, more: int = 3) -> None:
         for seed in f.seeds[1:1 + more]:
             page.figures((draw(seed), f"samples-s{seed}", alt + str(seed)), colours=256, wide=True)
 
-# %% ../../nbs/lab/15_report.ipynb #b08a8a07
+# %% ../../nbs/lab/15_report.ipynb #ff4e2da4
 def _means(page: Page, f: Findings) -> None:
     page.text("Results", "h2")
     page.frame(results.means(f.table, bounds(f.runs), f.flags),
                "Means with 95% intervals over seeds; real: held-out drawings in place of samples")
     page.figures(
         (
-            figures.metrics_figure(f.runs, f.table, f.ablation),
-            "metrics",
+            figures.metrics_figure(f.runs, f.table, f.ablation), "metrics",
             f"Every metric of {in_list(f.variants)}: a mark a seed, a bar for the mean, a whisker for its "
-            "interval",
-        ),
+            "interval"),
         wide=True,
     )
 
@@ -180,11 +166,8 @@ def _curves(page: Page, f: Findings) -> None:
         (curve(), "curves", f"Validation error over steps {who}"),
         (by_clock, "curves-seconds", f"Validation error over training seconds {who}"),
         (loss, "curves-loss", f"Training loss over steps {who}"),
-        (
-            figures.time_figure(f.runs, f.ablation),
-            "curves-time",
-            f"Final validation error over diffusion time {who.split(',')[0]}",
-        ),
+        (figures.time_figure(f.runs, f.ablation), "curves-time",
+         f"Final validation error over diffusion time {who.split(',')[0]}"),
     ]
     if all(fig is None for fig, *_ in drawn):
         return
@@ -214,12 +197,10 @@ def _cost(page: Page, f: Findings) -> None:
     ]
     page.figures(*drawn)
     if any(fig is not None for fig, *_ in drawn):
-        page.text(
-            "Filled: on the Pareto front, no other variant is better in one and as good in the other.",
-            "small",
-        )
+        page.text("Filled: on the Pareto front, no other variant is better in one and as good in the other.",
+                  "small")
 
-# %% ../../nbs/lab/15_report.ipynb #2cbf8de5
+# %% ../../nbs/lab/15_report.ipynb #931ff367
 def _chance(page: Page, f: Findings) -> None:
     "Of a null check only."
     if not f.ablation.seed_shift:
@@ -237,11 +218,8 @@ def _chance(page: Page, f: Findings) -> None:
     page.frame(pd.DataFrame(words, columns=["metric", "called a difference [95%]", "seeds of each"]),
                "Share of tests of three runs against three, each at 5%, not corrected")
     page.figures(
-        (
-            figures.chance_figure(rates),
-            "chance",
-            "Share of tests that called a difference, by metric, beside the 5% expected",
-        )
+        (figures.chance_figure(rates), "chance",
+         "Share of tests that called a difference, by metric, beside the 5% expected")
     )
 
 # %% ../../nbs/lab/15_report.ipynb #9c47572a
@@ -256,18 +234,14 @@ def _runs(page: Page, f: Findings) -> None:
         page.text(line, "li")
     if not (len(f.failed) or again or odd):
         page.text(
-            f"All {len(f.runs)} finished at their first attempt, on the same machine, versions and commit."
-        )
+            f"All {len(f.runs)} finished at their first attempt, on the same machine, versions and commit.")
 
-# %% ../../nbs/lab/15_report.ipynb #4bdfcd2c
+# %% ../../nbs/lab/15_report.ipynb #8cacb6b7
 def _again(page: Page, f: Findings) -> None:
     "The commands, the versions, the keys."
     page.text("How to make it again", "h2")
-    rows = [
-        (v, results.command(f.runs, f.ablation, v))
-        for v in f.variants
-        if v != f.ablation.baseline or len(f.variants) == 1
-    ]
+    rows = [(v, results.command(f.runs, f.ablation, v)) for v in f.variants
+            if v != f.ablation.baseline or len(f.variants) == 1]
     for variant, line in rows:
         page.text(f"The rows of {variant}:")
         page.text(line, "code")
@@ -283,13 +257,10 @@ def _again(page: Page, f: Findings) -> None:
     with page.folded("Every run"):
         seconds = f.runs.seconds.map(lambda s: "" if s is None or math.isnan(s) else f"{s:.0f}")
         keys = f.runs[["variant", "seed", "recipe_key", "git_commit"]].assign(seconds=seconds)
-        page.frame(
-            keys.rename(columns={"recipe_key": "recipe", "git_commit": "commit"}),
-            "Recipe, commit and seconds of every run",
-        )
+        page.frame(keys.rename(columns={"recipe_key": "recipe", "git_commit": "commit"}),
+                   "Recipe, commit and seconds of every run")
     if notice := next(
-        (s["notice"] for folder in f.runs.folder if (s := read_samples(folder)) and s["notice"]), ""
-    ):
+        (s["notice"] for folder in f.runs.folder if (s := read_samples(folder)) and s["notice"]), ""):
         page.text("Attribution", "h2")
         page.text(notice, "small")
 
@@ -326,8 +297,7 @@ def template() -> Path:
         if (path := place / "report_template.ipynb").is_file():
             return path
     raise ReportError(
-        f"the report notebook report_template.ipynb is not in {package}; install the package again"
-    )
+        f"the report notebook report_template.ipynb is not in {package}; install the package again")
 
 # %% ../../nbs/lab/15_report.ipynb #c00bc1f2
 def make_report(folder: str | Path,                         # of runs, e.g. outputs/prediction_target/cpu
@@ -380,51 +350,30 @@ def _headlines(found: list[Findings], metric: str | None) -> dict[tuple[int, str
                 pairs[i, v] = (name, mine, base)
     return pairs
 
-# %% ../../nbs/lab/15_report.ipynb #3058fde4
+# %% ../../nbs/lab/15_report.ipynb #b1716093
 def _summary_row(f: Findings, variant: str, name: str, c: results.Comparison | None, out: Path) -> tuple:
     alone = "baseline only" if len(f.variants) == 1 else "no pair"
     words = (
-        (
-            results.in_words(c.difference.mean, c.difference.low, c.difference.high, "+"),
-            results.p_words(c.p_corrected),
-            results.verdict_words(c),
-        )
+        (results.in_words(c.difference.mean, c.difference.low, c.difference.high, "+"),
+         results.p_words(c.p_corrected), results.verdict_words(c))
         if c
         else ("", "", alone)
     )
     made = f.group / "report" / "report.html"
-    return (
-        f"{f.ablation.name}, {f.runs.preset[0]}",
-        results.point(f.group),
-        variant,
-        name and results.direction(name),
-        *words,
-        c.difference.n if c else len(f.seeds),
-        len(f.failed),
-        Link("report", os.path.relpath(made, out)) if made.exists() else "",
-    )
+    return (f"{f.ablation.name}, {f.runs.preset[0]}", results.point(f.group), variant,
+            name and results.direction(name), *words, c.difference.n if c else len(f.seeds), len(f.failed),
+            Link("report", os.path.relpath(made, out)) if made.exists() else "")
 
-# %% ../../nbs/lab/15_report.ipynb #acda6ee6
-_SUMMARY = (
-    "ablation",
-    "point",
-    "variant",
-    "metric",
-    "minus baseline [95%]",
-    "p, corrected",
-    "verdict",
-    "seeds",
-    "failed runs",
-    "more",
-)
+# %% ../../nbs/lab/15_report.ipynb #e37b2d24
+_SUMMARY = ("ablation", "point", "variant", "metric", "minus baseline [95%]", "p, corrected", "verdict",
+            "seeds", "failed runs", "more")
 
 
 def _summary_rows(found: list[Findings], metric: str | None, out: Path) -> tuple[pd.DataFrame, list[tuple]]:
     "The rows in words; and what a figure needs: (row's name, difference, verdict, metric)."
     pairs = _headlines(found, metric)
     said = results.compare(
-        {k: (mine, base, results.better_up(name)) for k, (name, mine, base) in pairs.items()}
-    )
+        {k: (mine, base, results.better_up(name)) for k, (name, mine, base) in pairs.items()})
     rows, drawn = [], []
     for i, f in enumerate(found):
         for v in [v for v in f.variants if v != f.ablation.baseline] or f.variants:
@@ -432,12 +381,8 @@ def _summary_rows(found: list[Findings], metric: str | None, out: Path) -> tuple
             rows.append(_summary_row(f, v, name, c, out))
             drawn += (
                 [
-                    (
-                        ", ".join(filter(None, (f.ablation.name, results.point(f.group), v))),
-                        c.difference,
-                        c.verdict,
-                        name,
-                    )
+                    (", ".join(filter(None, (f.ablation.name, results.point(f.group), v))), c.difference,
+                     c.verdict, name)
                 ]
                 if c
                 else []
@@ -451,10 +396,9 @@ def _light(folder: str | Path) -> Findings:
     runs = collect(group)
     ablation = ablations.of_run(runs.folder.iloc[0])
     return Findings(
-        group, ablation, runs, table(runs, ablation), pd.DataFrame(), results.unfinished(group), None
-    )
+        group, ablation, runs, table(runs, ablation), pd.DataFrame(), results.unfinished(group), None)
 
-# %% ../../nbs/lab/15_report.ipynb #dd4c994c
+# %% ../../nbs/lab/15_report.ipynb #81ebd8f2
 def summary(groups: Iterable[str | Path],     # folders of runs
             out: str | Path,                 # where summary.html, summary.md and summary.csv go
             metric: str | None = None,       # to compare on; none: the first main metric of each group
@@ -477,19 +421,13 @@ def summary(groups: Iterable[str | Path],     # folders of runs
               "Differences are from the baseline of the same folder, paired by seed; "
               f"p is corrected over the {compared} comparisons of this page (Benjamini-Hochberg).")
     where = [f"{r.ablation}\n{r.point}" if r.point else r.ablation for r in rows.itertuples()]
-    page.frame(
-        rows.assign(runs=where)[["runs", "variant", *_SUMMARY[3:]]],
-        "One row a folder and variant",
-        cards=True,
-    )
+    page.frame(rows.assign(runs=where)[["runs", "variant", *_SUMMARY[3:]]], "One row a folder and variant",
+               cards=True)
     if len({name for *_, name in drawn}) == 1:
         names, differences, words, (name, *_) = zip(*drawn)
         page.figures(
-            (
-                figures.forest_figure(names, differences, words, name),
-                "summary",
-                f"Difference of {name} from the baseline with its interval, one line a row of the table",
-            ),
+            (figures.forest_figure(names, differences, words, name), "summary",
+             f"Difference of {name} from the baseline with its interval, one line a row of the table"),
             wide=True,
         )
     for line in empty:
@@ -525,15 +463,14 @@ def publish(
     _add_notices(place / "NOTICE", runs)
     return to
 
-# %% ../../nbs/lab/15_report.ipynb #30325e79
+# %% ../../nbs/lab/15_report.ipynb #fe9d4754
 def _add_notices(notice: Path, runs: pd.DataFrame) -> None:
     opening = (
         "The figures in this folder show drawings by others, or images generated by models trained on them.\n"
     )
     before = notice.read_text() if notice.exists() else opening
     for words in dict.fromkeys(
-        s["notice"].strip() for r in runs.folder if (s := read_samples(r)) and s["notice"]
-    ):
+        s["notice"].strip() for r in runs.folder if (s := read_samples(r)) and s["notice"]):
         before += "" if words in before else f"\n{words}\n"
     with atomic(notice) as part:
         part.write_text(before)

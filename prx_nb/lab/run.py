@@ -122,23 +122,17 @@ def why(name: str,        # of the exception's class
         words: str = "",  # what it says
         ) -> str:         # one of `STATES`
     "The state that an exception in a cell, or in papermill, stands for."
-    by_name = {
-        "NonFiniteLoss": "non-finite loss",
-        "MemoryError": "out of memory",
-        "OutOfMemoryError": "out of memory",
-        "CellTimeoutError": "cell timeout",
-        "DeadKernelError": "dead kernel",
-        "ProcessDied": "killed",
-    }
+    by_name = {"NonFiniteLoss": "non-finite loss", "MemoryError": "out of memory",
+               "OutOfMemoryError": "out of memory", "CellTimeoutError": "cell timeout",
+               "DeadKernelError": "dead kernel", "ProcessDied": "killed"}
     if name in by_name:
         return by_name[name]
     if name == "RuntimeError" and words.startswith(("Kernel died", "Kernel didn't respond")):
         return "dead kernel"
     return next(
-        (state for state, marks in _WORDS.items() if any(m in words.lower() for m in marks)), "cell error"
-    )
+        (state for state, marks in _WORDS.items() if any(m in words.lower() for m in marks)), "cell error")
 
-# %% ../../nbs/lab/05_run.ipynb #3edda0b7
+# %% ../../nbs/lab/05_run.ipynb #5f47b4ff
 def memory_kills(groups: Path = Path("/sys/fs/cgroup")) -> int:
     """How many processes the system has killed for want of memory in this control group; 0 where it does not
     say."""
@@ -146,15 +140,11 @@ def memory_kills(groups: Path = Path("/sys/fs/cgroup")) -> int:
         own = [
             line.split(":", 2)[2].strip("/\n") for line in open("/proc/self/cgroup") if line.startswith("0::")
         ]
-        places = (
-            groups / (own or [""])[0] / "memory.events",
-            groups / "memory.events",
-            groups / "memory/memory.oom_control",
-        )
+        places = (groups / (own or [""])[0] / "memory.events", groups / "memory.events",
+                  groups / "memory/memory.oom_control")
         path = next(p for p in places if p.exists())
         return next(
-            int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("oom_kill ")
-        )
+            int(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("oom_kill "))
     except (OSError, StopIteration, ValueError, IndexError):
         return 0
 
@@ -191,20 +181,11 @@ class _Reporter:
         self.folder, self.lock, self.begin = Path(job.out), threading.Lock(), time.time()
         self.reserve, before = self.folder / ".reserve", status(job.out)
         history = before.pop("history", []) + ([before] if before.get("state", "queued") not in OPEN else [])
-        self.status = {
-            "state": "running",
-            "key": job.key,
-            "attempt": len(history) + 1,
-            "pid": os.getpid(),
-            "born": psutil.Process().create_time(),
-            "host": os.uname().nodename,
-            "started": _now(),
-            "scratch": scratch,
-            "threads": os.environ.get("OMP_NUM_THREADS"),
-            "device": os.environ.get("CUDA_VISIBLE_DEVICES"),
-            "memory_kills": memory_kills(),
-            "history": history,
-        } | {k: before[k] for k in ("slurm",) if k in before}
+        self.status = {"state": "running", "key": job.key, "attempt": len(history) + 1, "pid": os.getpid(),
+                       "born": psutil.Process().create_time(), "host": os.uname().nodename, "started": _now(),
+                       "scratch": scratch, "threads": os.environ.get("OMP_NUM_THREADS"),
+                       "device": os.environ.get("CUDA_VISIBLE_DEVICES"), "memory_kills": memory_kills(),
+                       "history": history} | {k: before[k] for k in ("slurm",) if k in before}
         with contextlib.suppress(OSError):
             self.reserve.write_bytes(os.urandom(65536))
         write_json(self.folder / "status.json", self.status)
@@ -217,13 +198,10 @@ class _Reporter:
         if state == "dead kernel" and memory_kills() > self.status["memory_kills"]:
             state, more = (
                 "out of memory",
-                {"error": "the kernel ended while the system was killing processes for want of memory"},
-            )
+                {"error": "the kernel ended while the system was killing processes for want of memory"})
         seconds = round(time.time() - self.begin, 2)
-        write_json(
-            self.folder / "status.json",
-            self.status | {"state": state, "finished": _now(), "seconds": seconds} | more,
-        )
+        write_json(self.folder / "status.json",
+                   self.status | {"state": state, "finished": _now(), "seconds": seconds} | more)
 
     def beat(self) -> None:
         with contextlib.suppress(OSError):
@@ -261,26 +239,15 @@ def execute(notebook: str | Path,             # is copied, then run in the copy
     from traitlets.config import Config
     shutil.copyfile(notebook, copy)
     os.environ["PRX_NB_HERE"] = str(Path(notebook).absolute().parent)      # what its `uses` are relative to
-    os.environ |= {
-        "IPYTHONDIR": f"{scratch}/ipython",
-        "JUPYTER_DATA_DIR": f"{scratch}/jupyter",
-        "JUPYTER_RUNTIME_DIR": f"{scratch}/runtime",
-    }
+    os.environ |= {"IPYTHONDIR": f"{scratch}/ipython", "JUPYTER_DATA_DIR": f"{scratch}/jupyter",
+                   "JUPYTER_RUNTIME_DIR": f"{scratch}/runtime"}
     with open(Path(copy).parent / "log.txt", "a") as log:
         papermill.execute_notebook(
-            str(copy),
-            str(copy),
-            parameters=dict(parameters),
-            kernel_name="python3",
-            cwd=str(Path(copy).parent),
-            progress_bar=False,
-            stdout_file=log,
-            stderr_file=log,
-            start_timeout=120,
-            execution_timeout=cell_timeout,
+            str(copy), str(copy), parameters=dict(parameters), kernel_name="python3",
+            cwd=str(Path(copy).parent), progress_bar=False, stdout_file=log, stderr_file=log,
+            start_timeout=120, execution_timeout=cell_timeout,
             config=Config({"KernelManager": {"transport": "ipc", "ip": f"{scratch}/k"}}),
-            **({"kernel_manager_class": warm.manager(kernel)} if kernel else {}),
-        )
+            **({"kernel_manager_class": warm.manager(kernel)} if kernel else {}))
 
 # %% ../../nbs/lab/05_run.ipynb #7766bae4
 def _outcome(job: Job, call: Callable[[], None]) -> tuple[str, dict]:
@@ -290,11 +257,8 @@ def _outcome(job: Job, call: Callable[[], None]) -> tuple[str, dict]:
         call()
     except PapermillExecutionError as error:
         first = next((line for line in error.source.splitlines() if line.strip()), "")
-        return why(error.ename, error.evalue), {
-            "cell": error.cell_index,
-            "source": first,
-            "error": f"{error.ename}: {error.evalue}",
-        }
+        return why(error.ename, error.evalue), {"cell": error.cell_index, "source": first,
+                                                "error": f"{error.ename}: {error.evalue}"}
     except Exception as error:
         return why(type(error).__name__, str(error)), {"error": f"{type(error).__name__}: {error}".strip()}
     return ("done", {}) if record(job.out) else ("no record", {"error": STATES["no record"] + ".json"})
@@ -317,8 +281,7 @@ def run_job(path: str | Path,      # the job's JSON file
         try:
             copy = Path(job.out) / "notebook.ipynb"
             state, more = _outcome(
-                job, lambda: execute(job.notebook, copy, job.parameters, scratch, job.cell_timeout, kernel)
-            )
+                job, lambda: execute(job.notebook, copy, job.parameters, scratch, job.cell_timeout, kernel))
             kill_tree()
             reporter.finish(state, **more)
         finally:
@@ -347,8 +310,7 @@ class _Child:
         if code in (None, warm.UNKNOWN):
             return "the run's process is gone"
         return (
-            f"the run's process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
-        )
+            f"the run's process ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}")
 
 # %% ../../nbs/lab/05_run.ipynb #9864126d
 _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONUNBUFFERED": "1"}
@@ -371,14 +333,8 @@ def _start(job: Job, threads: int, device: str | None, fork_server: warm.ForkSer
         if fork_server and (born := fork_server.born(folder / "job.json", env, folder / "log.txt")):
             return _Child(born)
         return _Child(
-            subprocess.Popen(
-                [sys.executable, "-m", "prx_nb.lab.run", str(folder / "job.json")],
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+            subprocess.Popen([sys.executable, "-m", "prx_nb.lab.run", str(folder / "job.json")], env=env,
+                             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         )
 
 # %% ../../nbs/lab/05_run.ipynb #c94c30fd
@@ -401,7 +357,7 @@ def stop_process(child: _Child, folder: Path, grace: float = 15) -> None:
             deadline = float("inf")
         time.sleep(0.05)
 
-# %% ../../nbs/lab/05_run.ipynb #217f7a13
+# %% ../../nbs/lab/05_run.ipynb #fa962ce7
 def _close(job: Job, child: _Child, state: str) -> dict:
     "The final status of a run whose process has ended; one that could not write it gets it written."
     said, folder = status(job.out), Path(job.out)
@@ -417,13 +373,8 @@ def _close(job: Job, child: _Child, state: str) -> dict:
     error = (
         f"{child.end()}; see log.txt" if here else f"{said.get('host')} has not been heard of for {SILENCE} s"
     )
-    said |= {
-        "state": state,
-        "key": job.key,
-        "error": error,
-        "finished": _now(),
-        "seconds": round(time.monotonic() - child.begin, 2),
-    }
+    said |= {"state": state, "key": job.key, "error": error, "finished": _now(),
+             "seconds": round(time.monotonic() - child.begin, 2)}
     with contextlib.suppress(OSError):
         write_json(folder / "status.json", said)
     return said

@@ -22,6 +22,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
+
 from ..core.files import read_json, require_writable, write_json
 from ..core.recipe import parse
 from . import run as runs
@@ -87,18 +89,14 @@ class Partition:
     usual: int | None              # minutes of a job that gives no time limit
     most: int | None               # minutes a job may ask for; none: any
 
-# %% ../../nbs/lab/07_slurm.ipynb #f299e831
+# %% ../../nbs/lab/07_slurm.ipynb #f9daa0a2
 def read_partitions(text: str,     # of `scontrol --oneliner show partition`
                     ) -> dict[str, Partition]:
     "The partitions that Slurm lists."
     found = [pairs(line) for line in text.splitlines() if "PartitionName=" in line]
     return {
-        p["PartitionName"]: Partition(
-            p["PartitionName"],
-            p.get("Default") == "YES",
-            minutes(p.get("DefaultTime", "")),
-            minutes(p.get("MaxTime", "")),
-        )
+        p["PartitionName"]: Partition(p["PartitionName"], p.get("Default") == "YES",
+                                      minutes(p.get("DefaultTime", "")), minutes(p.get("MaxTime", "")))
         for p in found
     }
 
@@ -136,15 +134,13 @@ def read_machines(text: str,       # of `sinfo --Node --format=%c|%m|%G`
     gb = lambda mb: round(int(mb.rstrip("+")) / 1024, 1)
     return {Machine(int(cpus.rstrip("+")), gb(memory), gpus(gres)) for cpus, memory, gres in rows}
 
-# %% ../../nbs/lab/07_slurm.ipynb #464cb78c
+# %% ../../nbs/lab/07_slurm.ipynb #1f68de02
 def check_machines(
-    there: Iterable[Machine], partition: str, cpus: int, memory_gb: float | None, gpus: int
-) -> None:
+    there: Iterable[Machine], partition: str, cpus: int, memory_gb: float | None, gpus: int) -> None:
     "Raises `SlurmError` when no machine can hold a task."
     there = sorted(there, key=str)
     if there and not any(
-        m.cpus >= cpus and m.memory_gb >= (memory_gb or 0) and m.gpus >= gpus for m in there
-    ):
+        m.cpus >= cpus and m.memory_gb >= (memory_gb or 0) and m.gpus >= gpus for m in there):
         wanted = Machine(cpus, memory_gb or 0, gpus)
         raise SlurmError(f"no machine of partition '{partition}' holds a task of {wanted}; "
                          f"there are machines with {' or '.join(map(str, there[:5]))}")
@@ -161,8 +157,7 @@ def time_limit(partition: Partition,
         raise SlurmError(f"time limit = {wanted} minutes: at least 1 is needed")
     if wanted and partition.most and wanted > partition.most:
         raise SlurmError(
-            f"time limit = {wanted} minutes, but partition '{partition.name}' allows {partition.most}"
-        )
+            f"time limit = {wanted} minutes, but partition '{partition.name}' allows {partition.most}")
     limit = wanted or by_jobs or partition.usual or partition.most or 24 * 60
     return min(limit, partition.most or limit)
 
@@ -186,18 +181,10 @@ def settings(name: str,                          # of the job, as squeue shows i
         raise SlurmError(f"extra setting '{taken[0]}' is one that is set already, "
                          "by an argument of its own or because the runs need it")
     more = {"hold": True, "requeue": True} | {k.replace("_", "-"): v for k, v in extra.items()}
-    return {
-        "name": name,
-        "slurm_partition": partition,
-        "timeout_min": minutes,
-        "cpus_per_task": cpus,
-        "mem_gb": memory_gb,
-        "gpus_per_node": gpus or None,
-        "slurm_array_parallelism": at_once or 10**6,
-        "slurm_signal_delay_s": _warning(minutes),
-        "slurm_srun_args": [f"--cpus-per-task={cpus}"],
-        "slurm_additional_parameters": more,
-    }
+    return {"name": name, "slurm_partition": partition, "timeout_min": minutes, "cpus_per_task": cpus,
+            "mem_gb": memory_gb, "gpus_per_node": gpus or None, "slurm_array_parallelism": at_once or 10**6,
+            "slurm_signal_delay_s": _warning(minutes), "slurm_srun_args": [f"--cpus-per-task={cpus}"],
+            "slurm_additional_parameters": more}
 
 # %% ../../nbs/lab/07_slurm.ipynb #38e0d664
 def _warning(minutes: int) -> int:
@@ -205,22 +192,8 @@ def _warning(minutes: int) -> int:
     return min(90, 15 * minutes)
 
 
-_OURS = {
-    "partition",
-    "time",
-    "gpus-per-node",
-    "cpus-per-task",
-    "mem",
-    "array",
-    "signal",
-    "hold",
-    "requeue",
-    "no-requeue",
-    "output",
-    "error",
-    "job-name",
-    "ntasks",
-}
+_OURS = {"partition", "time", "gpus-per-node", "cpus-per-task", "mem", "array", "signal", "hold", "requeue",
+         "no-requeue", "output", "error", "job-name", "ntasks"}
 
 # %% ../../nbs/lab/07_slurm.ipynb #2e38195a
 def _last_checkpoint(folder: str | Path) -> str:
@@ -233,15 +206,12 @@ def _own_id() -> str:
     array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID", "")
 
-# %% ../../nbs/lab/07_slurm.ipynb #b844b1b4
+# %% ../../nbs/lab/07_slurm.ipynb #cc15f7da
 def _preempted(known: Mapping[str, str],    # what scontrol says of a job
                ) -> bool:
     "Whether a job is in the grace time before its preemption."
     return known.get("JobState") == "RUNNING" and known.get("PreemptTime", "None") not in (
-        "None",
-        "Unknown",
-        "N/A",
-    )
+        "None", "Unknown", "N/A")
 
 # %% ../../nbs/lab/07_slurm.ipynb #564d5648
 class Task:
@@ -274,36 +244,42 @@ class Task:
                     ask("scontrol", "requeue", own)
         raise SystemExit(1)
 
-    def _attend(self) -> None:
-        # inherited by the run's processes
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-        say = lambda line: print(f"{datetime.now():%H:%M:%S} {line}", flush=True)
-        say(f"{self.job.name} as task {_own_id()} on {os.uname().nodename}")
-        self.said = runs.supervise(self.job, self.threads, stop=self.stop, say=say)
-        say(f"{self.job.name} {runs.end_in_words(self.job, self.said)}")
+# %% ../../nbs/lab/07_slurm.ipynb #cfa75695
+@patch
+def _attend(self: Task) -> None:
+    # inherited by the run's processes
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    say = lambda line: print(f"{datetime.now():%H:%M:%S} {line}", flush=True)
+    say(f"{self.job.name} as task {_own_id()} on {os.uname().nodename}")
+    self.said = runs.supervise(self.job, self.threads, stop=self.stop, say=say)
+    say(f"{self.job.name} {runs.end_in_words(self.job, self.said)}")
 
-    def checkpoint(self):
-        """submitit's question before the time limit: stop the run; what shall run next, none when there is no
-        use."""
-        from submitit.helpers import DelayedSubmission
-        if self.worker:
-            self.stop.set()
-            self.worker.join()
-            if self.said.get("state") not in ("interrupted", "done") or self._got_nowhere():
-                return None
-        return DelayedSubmission(Task(self.job, self.threads, self.minutes))
+# %% ../../nbs/lab/07_slurm.ipynb #649b0f26
+@patch
+def checkpoint(self: Task):
+    """submitit's question before the time limit: stop the run; what shall run next, none when there is no
+    use."""
+    from submitit.helpers import DelayedSubmission
+    if self.worker:
+        self.stop.set()
+        self.worker.join()
+        if self.said.get("state") not in ("interrupted", "done") or self._got_nowhere():
+            return None
+    return DelayedSubmission(Task(self.job, self.threads, self.minutes))
 
-    def _got_nowhere(self) -> bool:
-        "Whether the time is up without a new checkpoint; then that is what the status says."
-        # Slurm may signal a minute earlier still
-        early = _warning(self.minutes) + 90
-        late = time.monotonic() - self.begin > 60 * self.minutes - early
-        if self.said["state"] == "done" or not late or _last_checkpoint(self.job.out) != self.before:
-            return False
-        error = (f"no new checkpoint within the task's {self.minutes} min; ask for more, or lower "
-                 "train.checkpoint_every")
-        write_json(Path(self.job.out) / "status.json", self.said | {"state": "timeout", "error": error})
-        return True
+# %% ../../nbs/lab/07_slurm.ipynb #363e4551
+@patch
+def _got_nowhere(self: Task) -> bool:
+    "Whether the time is up without a new checkpoint; then that is what the status says."
+    # Slurm may signal a minute earlier still
+    early = _warning(self.minutes) + 90
+    late = time.monotonic() - self.begin > 60 * self.minutes - early
+    if self.said["state"] == "done" or not late or _last_checkpoint(self.job.out) != self.before:
+        return False
+    error = (f"no new checkpoint within the task's {self.minutes} min; ask for more, or lower "
+             "train.checkpoint_every")
+    write_json(Path(self.job.out) / "status.json", self.said | {"state": "timeout", "error": error})
+    return True
 
 # %% ../../nbs/lab/07_slurm.ipynb #9547179b
 @dataclass(frozen=True)
@@ -351,8 +327,7 @@ def _left_to_do(jobs: list[Job], again: bool, say: Callable[[str], None]) -> lis
             continue
         if task and runs.status(job.out).get("key") != job.key:
             raise SlurmError(
-                f"{job.out} is in Slurm's queue with other settings; cancel that first: scancel {task.id}"
-            )
+                f"{job.out} is in Slurm's queue with other settings; cancel that first: scancel {task.id}")
         if task:
             say(f"{job.name} is in the queue already as {task.id}, {task.state}")
         elif failed_for_good(job) and not again:
@@ -375,8 +350,7 @@ def _wanted(jobs, partition, time_minutes, gpus, cpus, memory_gb, at_once, extra
     where = choose_partition(read_partitions(ask("scontrol", "--oneliner", "show", "partition")), partition)
     name = "prx-" + "-".join(dict.fromkeys(job.ablation for job in jobs))
     wanted = settings(
-        name, where.name, time_limit(where, time_minutes, jobs), gpus, cpus, memory_gb, at_once, extra
-    )
+        name, where.name, time_limit(where, time_minutes, jobs), gpus, cpus, memory_gb, at_once, extra)
     there = ask("sinfo", "--Node", "--noheader", f"--partition={where.name}", "--format=%c|%m|%G")
     check_machines(read_machines(there), where.name, cpus, memory_gb, gpus)
     most = max(job.recipe.get("train", {}).get("processes", 1) for job in jobs)
@@ -394,10 +368,8 @@ def _hand_in(todo: list[Job], wanted: Mapping[str, Any], logs: Path, array: bool
     executor.update_parameters(**wanted)
     tasks = [Task(job, wanted["cpus_per_task"], wanted["timeout_min"]) for job in todo]
     try:
-        with (
-            contextlib.redirect_stderr(io.StringIO()),
-            executor.batch() if array else contextlib.nullcontext(),
-        ):
+        with (contextlib.redirect_stderr(io.StringIO()),
+              executor.batch() if array else contextlib.nullcontext()):
             for task in tasks:
                 handed.append(executor.submit(task))
     except submitit.core.utils.FailedJobError as error:
@@ -427,6 +399,18 @@ def _take_back(todo: list[Job], ids: list[str], error: BaseException) -> None:
                 said |= {"state": "interrupted", "error": f"was not let go: {error!r}"}
                 write_json(Path(job.out) / "status.json", said)
 
+# %% ../../nbs/lab/07_slurm.ipynb #fbb687a6
+def _hand_in_and_note(jobs: list[Job], wanted: dict, logs: Path, array: bool) -> list[str]:
+    "Hand in, write down which task is which run, and let go; all is taken back where one of these fails."
+    ids = _hand_in(jobs, wanted, logs, array)
+    try:
+        _write_down(jobs, ids, logs)
+        ask("scontrol", "release", ",".join(dict.fromkeys(id.split("_")[0] for id in ids)))
+    except BaseException as error:
+        _take_back(jobs, ids, error)
+        raise
+    return ids
+
 # %% ../../nbs/lab/07_slurm.ipynb #7a305d89
 def submit(
     jobs: list[Job],  # from `plan`, of one group or several
@@ -449,9 +433,8 @@ def submit(
     if not jobs:
         raise AblationError("nothing to run: the plan is empty")
     if not array and at_once:
-        raise SlurmError(
-            "without an array Slurm cannot limit the tasks side by side; leave one of the two out"
-        )
+        raise SlurmError("without an array Slurm cannot limit the tasks side by side; "
+                         "leave one of the two out")
     wanted = _wanted(jobs, partition, time_minutes, gpus, cpus, memory_gb, at_once, extra)
     logs = require_writable(Path(os.path.commonpath([job.group for job in jobs])) / ".slurm")
     with only_driver(job.group for job in jobs):
@@ -459,20 +442,13 @@ def submit(
             say(f"nothing to hand in: {sum(map(runs.finished, jobs))} of {len(jobs)} runs are done")
             return []
         if array and len(todo) > (most := _most_tasks()):
-            raise SlurmError(
-                f"{len(todo)} runs, but an array may have {most} tasks on this cluster; hand them in in parts"
-            )
+            raise SlurmError(f"{len(todo)} runs, but an array may have {most} tasks on this cluster; "
+                             "hand them in in parts")
         for line in outdated(todo):
             say(line)
         if prepare:
             prepare([parse(job.recipe) for job in todo], say=say)
-        ids = _hand_in(todo, wanted, logs, array)
-        try:
-            _write_down(todo, ids, logs)
-            ask("scontrol", "release", ",".join(dict.fromkeys(id.split("_")[0] for id in ids)))
-        except BaseException as error:
-            _take_back(todo, ids, error)
-            raise
+        ids = _hand_in_and_note(todo, wanted, logs, array)
     say(f"{len(ids)} runs handed in to partition '{wanted['slurm_partition']}' as {ids[0]} to {ids[-1]}, "
         f"{wanted['timeout_min']} minutes each; logs in {logs}")
     return ids
@@ -513,8 +489,7 @@ def _known(id: str) -> dict[str, str]:
             raise
     with contextlib.suppress(SlurmError):
         if words := ask(
-            "sacct", "--noheader", "--parsable2", "--allocations", "--format=State", "--jobs", id
-        ).split():
+            "sacct", "--noheader", "--parsable2", "--allocations", "--format=State", "--jobs", id).split():
             return {"JobState": words[0]}                                    # "CANCELLED by 1000"
     return {}
 

@@ -51,8 +51,7 @@ def paired_difference(
     seeds = sorted(set(variant) & set(baseline))
     if not seeds:
         raise ValueError(
-            f"no seed in common: the variant has {sorted(variant)}, the baseline {sorted(baseline)}"
-        )
+            f"no seed in common: the variant has {sorted(variant)}, the baseline {sorted(baseline)}")
     return mean_interval([variant[s] - baseline[s] for s in seeds], confidence)
 
 # %% ../../nbs/lab/00_statistics.ipynb #bcfe8f39
@@ -102,7 +101,7 @@ def power(n: int,                       # seeds of each variant
     edge, shift = stats.t.ppf((1 + confidence) / 2, n - 1), abs(effect) * math.sqrt(n) / spread
     return float(stats.nct.sf(edge, n - 1, shift) + stats.nct.cdf(-edge, n - 1, shift))
 
-# %% ../../nbs/lab/00_statistics.ipynb #42a5ead7
+# %% ../../nbs/lab/00_statistics.ipynb #0ea9878b
 def seeds_needed(effect: float, spread: float, power_wanted: float = 0.8, confidence: float = 0.95,
                  most: int = 10_000,    # give up above this many
                  ) -> int:
@@ -118,8 +117,7 @@ def seeds_needed(effect: float, spread: float, power_wanted: float = 0.8, confid
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (
-            (low, middle) if power(middle, effect, spread, confidence) >= power_wanted else (middle, high)
-        )
+            (low, middle) if power(middle, effect, spread, confidence) >= power_wanted else (middle, high))
     return high
 
 # %% ../../nbs/lab/00_statistics.ipynb #8137d323
@@ -146,8 +144,7 @@ def correct(p_values: Iterable[float],     # in [0, 1]; not-a-number is left alo
     counted = ~np.isnan(p)
     if counted.any():
         p[counted] = (
-            _holm(p[counted]) if method == "holm" else stats.false_discovery_control(p[counted], method="bh")
-        )
+            _holm(p[counted]) if method == "holm" else stats.false_discovery_control(p[counted], method="bh"))
     return p.tolist()
 
 # %% ../../nbs/lab/00_statistics.ipynb #12466754
@@ -179,19 +176,14 @@ def compare(pairs: Mapping[Hashable, tuple],
     differences, p = {}, {}
     for name, (variant, baseline, _) in pairs.items():
         try:
-            differences[name], p[name] = (
-                paired_difference(variant, baseline, confidence),
-                p_value(variant, baseline),
-            )
+            differences[name], p[name] = (paired_difference(variant, baseline, confidence),
+                                          p_value(variant, baseline))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     found = {}
     for (name, (variant, baseline, up)), q in zip(pairs.items(), correct(p.values(), method)):
-        word = (
-            ("better" if (differences[name].mean > 0) == up else "worse")
-            if q < 1 - confidence
-            else "not distinguishable"
-        )
+        word = (("better" if (differences[name].mean > 0) == up else "worse") if q < 1 - confidence
+                else "not distinguishable")
         needed = None if math.isnan(q) else _seeds(variant, baseline, confidence)
         found[name] = Comparison(differences[name], p[name], q, word, needed)
     return found
@@ -218,10 +210,9 @@ def _left_out(seen: np.ndarray,        # (resamples,) 1 where a difference was c
     without = (seen.sum() - seen @ used) / np.maximum(len(seen) - used.sum(0), 1)
     return float((size - 1) / size * ((without - seen.mean()) ** 2).sum())
 
-# %% ../../nbs/lab/00_statistics.ipynb #99481405
+# %% ../../nbs/lab/00_statistics.ipynb #67ad123f
 def _wilson(
-    share: float, variance: float, fewest: float, most: float, z: float = 1.96
-) -> tuple[float, float]:
+    share: float, variance: float, fewest: float, most: float, z: float = 1.96) -> tuple[float, float]:
     "Wilson's interval for a share whose variance is known, counted as `fewest` to `most` independent tests."
     n = min(max(share * (1 - share) / variance, fewest), most) if variance > 0 else fewest
     middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))

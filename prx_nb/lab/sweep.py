@@ -33,7 +33,7 @@ from .ablations import AblationError
 class SweepError(ValueError):
     "A sweep file cannot be used; one line a fault: file, entry, field, value, what is allowed."
 
-# %% ../../nbs/lab/08_sweep.ipynb #ff2874b8
+# %% ../../nbs/lab/08_sweep.ipynb #4c20a011
 class _Yaml(yaml.SafeLoader):
     "Plain values by the rules of YAML 1.2, and no key twice."
     yaml_implicit_resolvers = {}
@@ -51,11 +51,8 @@ for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
     ("merge", r"<<", "<"),
-    (
-        "float",
-        r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+",
-        "-+.0123456789",
-    ),
+    ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+",
+     "-+.0123456789"),
 ):
     _Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
@@ -88,17 +85,14 @@ def word(value: Any,          # of a setting
     head = re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-.")[:longest - 9]
     return f"{head}~{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
-# %% ../../nbs/lab/08_sweep.ipynb #1ac3db89
+# %% ../../nbs/lab/08_sweep.ipynb #cff1a1ef
 def label(values: Mapping[str, Any],   # {axis: value}
           longest: int = 120,          # characters; a file's name may have 255 bytes
           ) -> str:                    # e.g. optimizer.lr=0.002,caption_length=short
     "The name of a point."
     text = ",".join(f"{axis}={word(value)}" for axis, value in values.items())
-    return (
-        text
-        if len(text) <= longest
-        else f"{text[: longest - 9]}~{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    )
+    return (text if len(text) <= longest
+            else f"{text[: longest - 9]}~{hashlib.sha256(text.encode()).hexdigest()[:8]}")
 
 # %% ../../nbs/lab/08_sweep.ipynb #b3e4c9d5
 def _brief(value: Any) -> str:
@@ -114,15 +108,11 @@ def _list(values: Any, what: str, of: type = object) -> list:
         raise ValueError(f"'{twice[0]}' is in the list twice")
     return values
 
-# %% ../../nbs/lab/08_sweep.ipynb #28c07f85
+# %% ../../nbs/lab/08_sweep.ipynb #306da97f
 def _seeds(value: Any) -> Any:
     whole = lambda v, least: isinstance(v, int) and not isinstance(v, bool) and v >= least
-    if whole(value, 1) or (
-        isinstance(value, list)
-        and value
-        and all(whole(v, 0) for v in value)
-        and len(set(value)) == len(value)
-    ):
+    if whole(value, 1) or (isinstance(value, list) and value and all(whole(v, 0) for v in value)
+                           and len(set(value)) == len(value)):
         return value
     raise ValueError("should be how many seeds (1 or more), or a list of different ones (0 or more)")
 
@@ -189,7 +179,7 @@ def _near(name: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), list(allowed), 1, 0.4)
     return f"; did you mean '{near[0]}'?" if near else ""
 
-# %% ../../nbs/lab/08_sweep.ipynb #77638314
+# %% ../../nbs/lab/08_sweep.ipynb #b601af7c
 def _words(fault: dict, model: type[BaseModel]) -> str:
     "One fault of a validation, in words."
     where, kind = ".".join(map(str, fault["loc"])), fault["type"]
@@ -201,11 +191,8 @@ def _words(fault: dict, model: type[BaseModel]) -> str:
         )
     if kind == "missing":
         return f"'{where}' is missing"
-    said = (
-        str(fault["ctx"]["error"])
-        if kind == "value_error"
-        else fault["msg"].replace("Input should be", "should be")
-    )
+    said = (str(fault["ctx"]["error"]) if kind == "value_error"
+            else fault["msg"].replace("Input should be", "should be"))
     said = {"dict_type": "should be a mapping, e.g. {train.steps: 600}", "list_type": "should be a list",
             "string_pattern_mismatch": "may hold letters, digits and . _ + - only"}.get(kind, said)
     return f"{where} = {_brief(fault['input'])}: {said}"
@@ -233,7 +220,7 @@ class Point:
     label: str                   # "" when there are no axes and no label
     overrides: dict[str, Any]    # {recipe path: value}
 
-# %% ../../nbs/lab/08_sweep.ipynb #409b6a80
+# %% ../../nbs/lab/08_sweep.ipynb #2a19ee99
 # each axis: (its name, the value, {recipe path: value})
 def axes(entry: Entry) -> Iterator[list[tuple[str, Any, dict]]]:
     "The axes of an entry; what does not exist changes nothing."
@@ -242,8 +229,7 @@ def axes(entry: Entry) -> Iterator[list[tuple[str, Any, dict]]]:
     for name, variants in entry.pairs.items():
         other = ablations.find(name)
         yield [
-            (name, v, ablations.changes(other, v) if other and v in other.variants else {}) for v in variants
-        ]
+            (name, v, ablations.changes(other, v) if other and v in other.variants else {}) for v in variants]
 
 # %% ../../nbs/lab/08_sweep.ipynb #a4536157
 def points(entry: Entry) -> Iterator[Point]:
@@ -259,8 +245,7 @@ def points(entry: Entry) -> Iterator[Point]:
 def _unknown(field: str, name: str, allowed: Iterable[str]) -> list[str]:
     allowed = list(allowed)
     there = (
-        f"; there {'is' if len(allowed) == 1 else 'are'} {', '.join(allowed)}" if len(allowed) <= 12 else ""
-    )
+        f"; there {'is' if len(allowed) == 1 else 'are'} {', '.join(allowed)}" if len(allowed) <= 12 else "")
     return [] if name in allowed else [f"{field} = {_brief(name)}: not known{there}{_near(name, allowed)}"]
 
 # %% ../../nbs/lab/08_sweep.ipynb #5803191f
@@ -268,7 +253,7 @@ def _variants_of(name: str) -> list[str]:
     found = ablations.find(name)
     return list(found.variants) if found else []
 
-# %% ../../nbs/lab/08_sweep.ipynb #9a43805d
+# %% ../../nbs/lab/08_sweep.ipynb #eecf90fc
 def _unknown_names(entry: Entry) -> list[str]:
     "Names in an entry that nothing goes by."
     paths, known = recipes.fields(Recipe), ablations.names()
@@ -280,12 +265,8 @@ def _unknown_names(entry: Entry) -> list[str]:
         faults += [f"{field}: recipe has no field '{p}'{_near(p, paths)}" for p in names if p not in paths]
     for name, variants in entry.pairs.items():
         faults += [] if ablations.find(name) else _unknown("pairs", name, known)
-        faults += [
-            f
-            for v in variants
-            if ablations.find(name)
-            for f in _unknown(f"pairs.{name}", v, _variants_of(name))
-        ]
+        faults += [f for v in variants if ablations.find(name)
+                   for f in _unknown(f"pairs.{name}", v, _variants_of(name))]
     return faults
 
 # %% ../../nbs/lab/08_sweep.ipynb #42546497
@@ -296,14 +277,11 @@ def _own(entry: Entry) -> set[str]:
         {"seed"}.union(*(ablations.changes(ablation, v) for v in ablation.variants)) if ablation else {"seed"}
     )
 
-# %% ../../nbs/lab/08_sweep.ipynb #91f4da54
+# %% ../../nbs/lab/08_sweep.ipynb #844b4357
 def _clashes(entry: Entry) -> list[str]:
     "Settings that two parts of an entry set."
-    faults, taken = (
-        [],
-        {path: f"the ablation '{entry.ablation}' sets it itself" for path in _own(entry)}
-        | {"seed": "'seeds' sets it"},
-    )
+    faults, taken = ([], {path: f"the ablation '{entry.ablation}' sets it itself" for path in _own(entry)}
+                     | {"seed": "'seeds' sets it"},)
     sources = [(f"set.{p}", {p}) for p in entry.set] + [(f"grid.{p}", {p}) for p in entry.grid]
     for name, axis in zip(entry.pairs, list(axes(entry))[len(entry.grid):]):
         other = ablations.find(name)
@@ -345,15 +323,12 @@ def _bad_values(entry: Entry, same: bool = True) -> list[str]:
                 faults.setdefault(line, f" (at {point.label})" if point.label else "")
     return [line + where for line, where in faults.items()]
 
-# %% ../../nbs/lab/08_sweep.ipynb #ea053977
+# %% ../../nbs/lab/08_sweep.ipynb #eda8baf8
 def _count(entry: Entry) -> int:
     "The runs of an entry."
     seeds = entry.seeds if isinstance(entry.seeds, int) else len(entry.seeds)
-    lists = [
-        *entry.grid.values(),
-        *entry.pairs.values(),
-        entry.variants or _variants_of(entry.ablation) or [None],
-    ]
+    lists = [*entry.grid.values(), *entry.pairs.values(),
+             entry.variants or _variants_of(entry.ablation) or [None]]
     count = seeds
     for values in lists:
         count *= len(values)
@@ -376,7 +351,7 @@ def _folders(entry: Entry) -> set[str]:
     names = [f"{v}-s{s}" for v in entry.variants or _variants_of(entry.ablation) for s in seeds]
     return {f"{group}/{name}" for group in groups for name in names}
 
-# %% ../../nbs/lab/08_sweep.ipynb #f0477920
+# %% ../../nbs/lab/08_sweep.ipynb #625eaef9
 def _shared(entries: dict[int, Entry]) -> list[tuple[int, str]]:
     "(entry, fault) wherever a later entry would write where an earlier one does."
     faults, folders = [], {n: _folders(e) for n, e in entries.items()}
@@ -386,8 +361,7 @@ def _shared(entries: dict[int, Entry]) -> list[tuple[int, str]]:
                 (
                     b,
                     f"would write the same folder as entry {a}, {min(both)}; give one of them a label, or "
-                    "other seeds",
-                )
+                    "other seeds")
             )
     return faults
 
@@ -399,7 +373,7 @@ def _beside(path: Path, raw: dict) -> dict:
         return raw | {"ablation": str((path.parent / name).resolve())}
     return raw
 
-# %% ../../nbs/lab/08_sweep.ipynb #b81c9539
+# %% ../../nbs/lab/08_sweep.ipynb #ccb78c6c
 def read(path: str | Path,     # .yaml, .yml or .toml
          ) -> Sweep:
     "A sweep file, wholly checked. Raises `SweepError`, which lists every fault of the file, a line each."
@@ -408,11 +382,8 @@ def read(path: str | Path,     # .yaml, .yml or .toml
     sweep, found = _parsed(Sweep, tree)
     faults, entries = [(0, fault) for fault in found], {}
     runs = sweep.runs if sweep else []
-    shared = {
-        k: getattr(sweep, k)
-        for k in ("preset", "seeds", "timeout", "cell_timeout")
-        if sweep and k in sweep.model_fields_set
-    }
+    shared = {k: getattr(sweep, k) for k in ("preset", "seeds", "timeout", "cell_timeout")
+              if sweep and k in sweep.model_fields_set}
     for n, raw in enumerate(runs, 1):
         entry, wrong = _parsed(Entry, shared | _beside(path, raw) if isinstance(raw, dict) else raw)
         try:
@@ -448,17 +419,10 @@ def jobs(self: Sweep,
             mine = [
                 job
                 for point in points(entry)
-                for job in plan(
-                    entry.ablation,
-                    entry.preset,
-                    entry.seeds,
-                    entry.variants,
-                    point.overrides,
-                    out or self.out,
-                    point.label,
-                    entry.timeout or timeout or limits.get(entry.preset),
-                    entry.cell_timeout or cell_timeout,
-                )
+                for job in plan(entry.ablation, entry.preset, entry.seeds, entry.variants, point.overrides,
+                                out or self.out, point.label,
+                                entry.timeout or timeout or limits.get(entry.preset),
+                                entry.cell_timeout or cell_timeout)
             ]
         order = {
             seed: n
@@ -486,11 +450,8 @@ class Past:
 
     def for_images(self, images: float) -> float:
         "Seconds if it had trained on so many images."
-        return (
-            self.seconds - self.training + self.training * images / self.images
-            if self.images
-            else self.seconds
-        )
+        return (self.seconds - self.training + self.training * images / self.images if self.images
+                else self.seconds)
 
 # %% ../../nbs/lab/08_sweep.ipynb #576c35dd
 def _past(path: Path, published: bool = False) -> Past | None:
@@ -525,20 +486,14 @@ def _closest(job: Any, past: list[Past]) -> tuple[list[Past], str]:
     same = [p for p in past if p.preset == job.preset]
     mine = [p for p in same if p.ablation == job.ablation]
     own, shown = [p for p in mine if p.group], [p for p in mine if not p.group]
-    choices = [
-        (p for p in own if (p.variant, p.group) == (job.variant, job.group.name)),
-        (p for p in own if p.variant == job.variant),
-        own,
-        (p for p in shown if p.variant == job.variant),
-        shown,
-        same,
-    ]
+    choices = [(p for p in own if (p.variant, p.group) == (job.variant, job.group.name)),
+               (p for p in own if p.variant == job.variant), own,
+               (p for p in shown if p.variant == job.variant), shown, same]
     kinds = (
-        ["earlier runs"] * 3 + ["published runs"] * 2 + [f"runs of other ablations at preset {job.preset}"]
-    )
+        ["earlier runs"] * 3 + ["published runs"] * 2 + [f"runs of other ablations at preset {job.preset}"])
     return next(((found, kind) for choice, kind in zip(choices, kinds) if (found := list(choice))), ([], ""))
 
-# %% ../../nbs/lab/08_sweep.ipynb #9b6e5790
+# %% ../../nbs/lab/08_sweep.ipynb #0fc75fc3
 def seconds_each(
     jobs: Iterable[Any],  # of `Job`
     past: list[Past],  # from `history`
@@ -548,11 +503,8 @@ def seconds_each(
     for job in jobs:
         choice, kind = _closest(job, past)
         train = job.recipe["train"]
-        found.append(
-            statistics.median(p.for_images(train["steps"] * train["batch"]) for p in choice)
-            if choice
-            else None
-        )
+        found.append(statistics.median(p.for_images(train["steps"] * train["batch"]) for p in choice)
+                     if choice else None)
         kinds[kind] += 1
         hardware |= {p.hardware: None for p in choice}
     return found, kinds, list(hardware)
@@ -576,7 +528,7 @@ def in_words(seconds: float) -> str:
         return f"{seconds / 60:.{1 if seconds < 600 else 0}f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
-# %% ../../nbs/lab/08_sweep.ipynb #8c61d2e9
+# %% ../../nbs/lab/08_sweep.ipynb #2eb60861
 def estimate(
     jobs: list,  # of `Job`: those that are still to be run
     out: str | Path = "outputs",  # where earlier runs are
@@ -595,8 +547,5 @@ def estimate(
             f"({in_words(sum(known))} of work), judged by {sources} on {'; '.join(hardware)}"
     words += f"; unknown for {len(missing)} runs of {where}" if missing else ""
     saved = wall - best
-    return wall, words + (
-        f"; {in_words(saved)} less if the longest entries came first in the file"
-        if saved > max(60, wall / 10)
-        else ""
-    )
+    return wall, words + (f"; {in_words(saved)} less if the longest entries came first in the file"
+                          if saved > max(60, wall / 10) else "")

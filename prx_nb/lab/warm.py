@@ -24,6 +24,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
+
 # %% ../../nbs/lab/04_warm.ipynb #b7511f01
 ALWAYS = ("ipykernel.kernelapp", "ipykernel.ipkernel", "papermill", "nbclient", "psutil")
 # module -> what a run that imports it imports later, inside functions
@@ -43,22 +45,17 @@ def imports_of(notebook: str | Path,           # a file; one that cannot be read
         cells = json.loads(Path(notebook).read_text())["cells"]
         return list(
             dict.fromkeys(
-                name for c in cells if c["cell_type"] == "code" for name in _imports("".join(c["source"]))
-            )
+                name for c in cells if c["cell_type"] == "code" for name in _imports("".join(c["source"])))
         )
     return []
 
-# %% ../../nbs/lab/04_warm.ipynb #fef42ec8
+# %% ../../nbs/lab/04_warm.ipynb #3af67119
 def _imports(source: str) -> list[str]:
     with contextlib.suppress(SyntaxError):     # e.g. a magic: the notebook itself will import what it needs
         nodes = list(ast.walk(ast.parse(source)))
         plain = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
-        of = [
-            (node.module, a.name)
-            for node in nodes
-            if isinstance(node, ast.ImportFrom) and not node.level
-            for a in node.names
-        ]
+        of = [(node.module, a.name) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level
+              for a in node.names]
         return plain + [name for module, a in of for name in (module, f"{module}.{a}")]
     return []
 
@@ -207,47 +204,14 @@ class ForkServer:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         command = [sys.executable, "-m", "prx_nb.lab.warm", *dict.fromkeys(map(str, notebooks))]
         with contextlib.suppress(OSError):
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-                start_new_session=True,
-            )
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                             env=environment, start_new_session=True)
             self._ready = None                                     # not known yet
             threading.Thread(target=self._listen, daemon=True, name="fork_server").start()
-
-    def _listen(self) -> None:
-        for line in self._process.stdout:
-            said = json.loads(line)
-            if "ended" in said:
-                self.ended[said["ended"]] = said["code"]
-            else:
-                self._answers.put(said)
-        self._answers.put(None)                                    # it is gone: nobody shall wait for it
 
     @property
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
-
-    def born(
-        self, job: str | Path, environment: Mapping[str, str], log: str | Path, wait: float = 120
-    ) -> ForkedProcess | None:
-        "A run's process; none if there is no fork server, and a fresh process is to be started."
-        asked = {"job": str(job), "environment": dict(environment), "log": str(log)}
-        with self._lock:
-            try:
-                self._ready = bool(self._answers.get(timeout=wait)) if self._ready is None else self._ready
-                if self._ready and self.alive:
-                    self._process.stdin.write((json.dumps(asked) + "\n").encode())
-                    self._process.stdin.flush()
-                    if said := self._answers.get(timeout=wait):
-                        return ForkedProcess(said["born"], self)
-            except (OSError, queue.Empty):
-                # one that does not answer shall not answer late
-                self._process.kill()
-            self._ready = False
-        return None
 
     def __enter__(self) -> "ForkServer":
         return self
@@ -260,6 +224,38 @@ class ForkServer:
                 self._process.wait(5)
             except subprocess.TimeoutExpired:
                 self._process.kill()
+
+# %% ../../nbs/lab/04_warm.ipynb #8a3de9e1
+@patch
+def _listen(self: ForkServer) -> None:
+    for line in self._process.stdout:
+        said = json.loads(line)
+        if "ended" in said:
+            self.ended[said["ended"]] = said["code"]
+        else:
+            self._answers.put(said)
+    self._answers.put(None)                                    # it is gone: nobody shall wait for it
+
+# %% ../../nbs/lab/04_warm.ipynb #e69fd2e3
+@patch
+def born(
+    self: ForkServer, job: str | Path, environment: Mapping[str, str], log: str | Path, wait: float = 120
+) -> ForkedProcess | None:
+    "A run's process; none if there is no fork server, and a fresh process is to be started."
+    asked = {"job": str(job), "environment": dict(environment), "log": str(log)}
+    with self._lock:
+        try:
+            self._ready = bool(self._answers.get(timeout=wait)) if self._ready is None else self._ready
+            if self._ready and self.alive:
+                self._process.stdin.write((json.dumps(asked) + "\n").encode())
+                self._process.stdin.flush()
+                if said := self._answers.get(timeout=wait):
+                    return ForkedProcess(said["born"], self)
+        except (OSError, queue.Empty):
+            # one that does not answer shall not answer late
+            self._process.kill()
+        self._ready = False
+    return None
 
 # %% ../../nbs/lab/04_warm.ipynb #134c4d35
 class Waiting:

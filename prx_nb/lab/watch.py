@@ -39,11 +39,8 @@ def run_folders(folder: str | Path, _seen: frozenset = frozenset()) -> Iterator[
         yield folder
     elif real not in _seen:                                        # a link may lead back up
         with contextlib.suppress(OSError):
-            for path in sorted(
-                p
-                for p in folder.iterdir()
-                if p.is_dir() and not p.name.startswith(".") and p.name not in _PASS
-            ):
+            for path in sorted(p for p in folder.iterdir()
+                               if p.is_dir() and not p.name.startswith(".") and p.name not in _PASS):
                 yield from run_folders(path, _seen | {real})
 
 # %% ../../nbs/lab/09_watch.ipynb #c54a4d09
@@ -119,19 +116,8 @@ def _json(path: Path) -> dict:
         return {}
 
 # %% ../../nbs/lab/09_watch.ipynb #322662b0
-_TYPES = {
-    "state": str,
-    "host": str,
-    "pid": int,
-    "born": (int, float),
-    "started": str,
-    "seconds": (int, float),
-    "error": str,
-    "cell": int,
-    "history": list,
-    "device": str,
-    "slurm": str,
-}
+_TYPES = {"state": str, "host": str, "pid": int, "born": (int, float), "started": str,
+          "seconds": (int, float), "error": str, "cell": int, "history": list, "device": str, "slurm": str}
 
 
 def _said(folder: Path) -> dict:
@@ -139,11 +125,8 @@ def _said(folder: Path) -> dict:
     said = {k: v for k, v in runs.status(folder).items() if isinstance(v, _TYPES.get(k, object))}
     if said.get("state") in runs.STATES:
         return said
-    return (
-        {"state": "killed", "error": "its status.json cannot be read"}
-        if (folder / "status.json").exists()
-        else {"state": "queued"}
-    )
+    return ({"state": "killed", "error": "its status.json cannot be read"}
+            if (folder / "status.json").exists() else {"state": "queued"})
 
 # %% ../../nbs/lab/09_watch.ipynb #94624f7f
 def _headline(record: dict) -> str:
@@ -157,10 +140,8 @@ def _progress(folder: Path, started: str | None) -> dict[str, Any]:
     "Step, steps and seconds left of this attempt; `{}` before the first word."
     said = _json(folder / "progress.json")
     try:
-        if (
-            started
-            and (folder / "progress.json").stat().st_mtime < datetime.fromisoformat(started).timestamp() - 1
-        ):
+        if (started
+            and (folder / "progress.json").stat().st_mtime < datetime.fromisoformat(started).timestamp() - 1):
             return {}
         step, steps, seconds = int(said["step"]), int(said["steps"]), float(said["seconds"])
     except (OSError, KeyError, TypeError, ValueError):
@@ -186,10 +167,9 @@ def _running(folder: Path, said: dict) -> dict[str, Any]:
         gone = {"state": "host gone" if away else "killed", "cause": f"said to be running, but {cause}"}
         return gone | _progress(folder, said.get("started")) | {"eta": None}
     return {"state": "running", "seconds": _since(said.get("started"))} | _progress(
-        folder, said.get("started")
-    )
+        folder, said.get("started"))
 
-# %% ../../nbs/lab/09_watch.ipynb #cee04b88
+# %% ../../nbs/lab/09_watch.ipynb #19621049
 def _facts(folder: Path, said: dict) -> dict[str, Any]:
     "What is to be said of a run, by its state."
     state = said["state"]
@@ -200,15 +180,10 @@ def _facts(folder: Path, said: dict) -> dict[str, Any]:
     facts = {"state": state, "seconds": said.get("seconds")}
     if state == "done":
         found = runs.record(folder)
-        return facts | (
-            {"metric": _headline(found)}
-            if found
-            else {"state": "no record", "cause": "its record.json cannot be read"}
-        )
-    where, error = (
-        f"cell {said['cell']}: " if "cell" in said else "",
-        next(iter(said.get("error", "").splitlines()), ""),
-    )
+        return facts | ({"metric": _headline(found)} if found
+                        else {"state": "no record", "cause": "its record.json cannot be read"})
+    where, error = (f"cell {said['cell']}: " if "cell" in said else "",
+                    next(iter(said.get("error", "").splitlines()), ""))
     return facts | {"cause": where + error} | _progress(folder, said.get("started")) | {"eta": None}
 
 # %% ../../nbs/lab/09_watch.ipynb #31c23ad3
@@ -218,11 +193,8 @@ def row(folder: str | Path,       # a run's
     "How a run stands, from its files."
     folder, said = Path(folder), _said(Path(folder))
     group = os.path.relpath(folder.parent, top)
-    machine = (
-        said.get("host")
-        if said.get("state") == "running" and said.get("host") != os.uname().nodename
-        else None
-    )
+    machine = (said.get("host") if said.get("state") == "running" and said.get("host") != os.uname().nodename
+               else None)
     device = f"GPU {said['device']}" if said.get("device") and said.get("state") == "running" else None
     facts = {"attempt": len(said.get("history", [])) + 1, "where": " ".join(filter(None, (machine, device))),
              "slurm": said.get("slurm", "")} | _facts(folder, said)
@@ -233,38 +205,23 @@ def pretend_runs(top: str | Path) -> Path:
     "Files as runs of every state would have left them, to try a table on."
     import psutil
     top, now = Path(top), datetime.now().astimezone()
-    here = {
-        "host": os.uname().nodename,
-        "pid": os.getpid(),
-        "born": psutil.Process().create_time(),
-        "started": now.isoformat(),
-    }
+    here = {"host": os.uname().nodename, "pid": os.getpid(), "born": psutil.Process().create_time(),
+            "started": now.isoformat()}
     step = {"step": 300, "steps": 1500, "seconds": 30.0, "at": time.time()}
     for name, said, more in (
-        (
-            "cpu/v-s0",
-            {"state": "done", "seconds": 168.6},
-            {"record": {"status": "done", "metrics": {"KID[invented]": 0.4984}}},
-        ),
+        ("cpu/v-s0", {"state": "done", "seconds": 168.6},
+         {"record": {"status": "done", "metrics": {"KID[invented]": 0.4984}}}),
         ("cpu/v-s1", {"state": "running", **here}, {"progress": step}),
         ("cpu/x-s0", {"state": "running", **here, "pid": 1 << 22}, {"progress": step}),
         ("cpu/x-s1", {"state": "queued"}, {}),
         (
             "cpu/eps-s0",
-            {
-                "state": "non-finite loss",
-                "seconds": 12.2,
-                "cell": 9,
-                "error": "NonFiniteLoss: loss is nan at step 41",
-                "history": [{"state": "killed"}],
-            },
+            {"state": "non-finite loss", "seconds": 12.2, "cell": 9,
+             "error": "NonFiniteLoss: loss is nan at step 41", "history": [{"state": "killed"}]},
             {},
         ),
-        (
-            "smoke@optimizer.lr=0.002/v-s0",
-            {"state": "disk full", "seconds": 3.0, "error": "OSError: no space left on device"},
-            {},
-        ),
+        ("smoke@optimizer.lr=0.002/v-s0",
+         {"state": "disk full", "seconds": 3.0, "error": "OSError: no space left on device"}, {}),
     ):
         folder = top / "prediction_target" / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -318,11 +275,8 @@ def counts(rows: Iterable[Row]) -> str:
     lost = sum(r.cause == NO_DRIVER for r in rows)
     by["queued"] -= lost
     by["queued with no driver at work"] = lost
-    words = [
-        f"{by[g]} {g}"
-        for g in ("done", "running", "queued", "queued with no driver at work", "failed")
-        if by[g]
-    ]
+    words = [f"{by[g]} {g}" for g in ("done", "running", "queued", "queued with no driver at work", "failed")
+             if by[g]]
     return ", ".join(words) or "none"
 
 # %% ../../nbs/lab/09_watch.ipynb #f6f34dd8
@@ -448,40 +402,24 @@ def chosen(rows: Iterable[Row],
         if state not in allowed:
             near = [f"; did you mean '{name}'?" for name in difflib.get_close_matches(state, allowed, 1, 0.4)]
             raise AblationError(
-                f"no state '{state}' to repeat; there are {', '.join(allowed)}{''.join(near)}"
-            )
+                f"no state '{state}' to repeat; there are {', '.join(allowed)}{''.join(near)}")
     return [r for r in rows if (r.state in only if only else r.stage == "failed")]
 
-# %% ../../nbs/lab/09_watch.ipynb #8a004600
+# %% ../../nbs/lab/09_watch.ipynb #02de38b1
 def replan(folders: Iterable[str | Path],     # runs' folders
            ) -> list:                         # of `prx_nb.lab.plan.Job`
     "The same runs planned anew, group by group and seed by seed. Raises `AblationError` or `RecipeError`."
     groups, planned = {}, []
     for folder in map(Path, folders):
         old, group = read_job(folder / "job.json"), folder.absolute().parent
-        same = (
-            group,
-            old.ablation,
-            old.preset,
-            json.dumps(old.overrides, sort_keys=True),
-            old.timeout,
-            old.cell_timeout,
-        )
+        same = (group, old.ablation, old.preset, json.dumps(old.overrides, sort_keys=True), old.timeout,
+                old.cell_timeout)
         groups.setdefault(same, []).append(old)
     for (group, _, preset, overrides, timeout, cell_timeout), olds in groups.items():
         label, names = group.name.removeprefix(preset).removeprefix("@"), {old.name for old in olds}
         ablation = of_run(group / olds[0].name)
-        jobs = plan(
-            ablation,
-            preset,
-            sorted({o.seed for o in olds}),
-            {o.variant: 0 for o in olds},
-            json.loads(overrides),
-            group.parents[1],
-            label,
-            timeout,
-            cell_timeout,
-        )
+        jobs = plan(ablation, preset, sorted({o.seed for o in olds}), {o.variant: 0 for o in olds},
+                    json.loads(overrides), group.parents[1], label, timeout, cell_timeout)
         planned += [job for job in jobs if job.name in names]
     return planned
 
@@ -502,14 +440,11 @@ def _size(path: Path) -> int:
         return path.lstat().st_size
     return 0
 
-# %% ../../nbs/lab/09_watch.ipynb #18103343
+# %% ../../nbs/lab/09_watch.ipynb #22a7ef8c
 def _bits(folder: Path) -> list[Path]:
     "What killed processes left in a run's folder."
-    return [
-        p
-        for pattern in (".*.part", ".reserve", ".clock-*", "checkpoint/.*.part")
-        for p in sorted(folder.glob(pattern))
-    ]
+    return [p for pattern in (".*.part", ".reserve", ".clock-*", "checkpoint/.*.part")
+            for p in sorted(folder.glob(pattern))]
 
 # %% ../../nbs/lab/09_watch.ipynb #188eafcd
 STOPPED = {"interrupted", "killed", "host gone"}       # from outside: they go on from their checkpoint
@@ -525,27 +460,18 @@ def _of_run(folder: Path, failed: bool, checkpoints: bool) -> list[Leftover]:
         found += [Leftover(p, _size(p), "earlier checkpoints") for p in saves[:-1]]
     return found
 
-# %% ../../nbs/lab/09_watch.ipynb #7e79460e
+# %% ../../nbs/lab/09_watch.ipynb #1392b2bb
 def _of_group(group: Path) -> list[Leftover]:
     "What can go of a folder of runs, beside the runs."
-    old = [
-        p
-        for name in (".replaced", ".removed")
-        if (group / name).is_dir()
-        for p in sorted((group / name).iterdir())
-    ]
+    old = [p for name in (".replaced", ".removed") if (group / name).is_dir()
+           for p in sorted((group / name).iterdir())]
     # somebody may be writing a report this minute
     late = time.time() - 3600
     old = [p for p in old if not runs.alive(_said(p), p)]     # set aside while it ran on another machine
-    bits = [
-        p
-        for pattern in (".*.part", "report/.*.part")
-        for p in sorted(group.glob(pattern))
-        if p.lstat().st_mtime < late
-    ]
+    bits = [p for pattern in (".*.part", "report/.*.part") for p in sorted(group.glob(pattern))
+            if p.lstat().st_mtime < late]
     return [Leftover(p, _size(p), "replaced runs") for p in old] + [
-        Leftover(p, _size(p), "unfinished files") for p in bits
-    ]
+        Leftover(p, _size(p), "unfinished files") for p in bits]
 
 # %% ../../nbs/lab/09_watch.ipynb #24c22efc
 def _remove(item: Leftover) -> None:
@@ -595,16 +521,12 @@ def _clear(items: list[Leftover], dry_run: bool) -> list[Leftover]:
         _remove(item)
     return items
 
-# %% ../../nbs/lab/09_watch.ipynb #b8a31e60
+# %% ../../nbs/lab/09_watch.ipynb #8c859126
 def _emptied(folders: Iterable[str | Path]) -> list[Path]:
     "Homes that have something set aside but no run of their own any more."
-    return [
-        path.parent
-        for folder in folders
-        for name in (".replaced", ".removed")
-        for path in sorted(Path(folder).glob(f"**/{name}"))
-        if not any(part.startswith(".") for part in path.parent.relative_to(folder).parts)
-    ]
+    return [path.parent for folder in folders for name in (".replaced", ".removed")
+            for path in sorted(Path(folder).glob(f"**/{name}"))
+            if not any(part.startswith(".") for part in path.parent.relative_to(folder).parts)]
 
 # %% ../../nbs/lab/09_watch.ipynb #b134c2f7
 def size(n: int) -> str:
@@ -614,13 +536,10 @@ def size(n: int) -> str:
             return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
         n /= 1000
 
-# %% ../../nbs/lab/09_watch.ipynb #815230c8
+# %% ../../nbs/lab/09_watch.ipynb #fc2f5c01
 def freed(items: list[Leftover], dry_run: bool = False) -> str:
     "What went, in words."
     by = {kind: [i for i in items if i.kind == kind] for kind in dict.fromkeys(i.kind for i in items)}
     parts = ", ".join(f"{len(some)} {kind} ({size(sum(i.bytes for i in some))})" for kind, some in by.items())
-    return (
-        f"{'would free' if dry_run else 'freed'} {size(sum(i.bytes for i in items))}: {parts}"
-        if items
-        else "nothing to clean"
-    )
+    return (f"{'would free' if dry_run else 'freed'} {size(sum(i.bytes for i in items))}: {parts}" if items
+            else "nothing to clean")

@@ -114,8 +114,7 @@ def caption_distance(
     "How far the predicted velocity moves when only the caption changes."
     x_t = flow.mix(batch.x0, batch.noise, batch.t)
     ask = lambda i: flow.to(
-        "v", model(x_t, batch.t, batch.text[i], batch.mask[i]).prediction, x_t, batch.t
-    ).flatten(1)
+        "v", model(x_t, batch.t, batch.text[i], batch.mask[i]).prediction, x_t, batch.t).flatten(1)
     own, theirs = ask(torch.arange(len(other))), ask(other)
     apart = (own - theirs).norm(dim=1) / own.norm(dim=1).clamp_min(1e-12)
     return apart.masked_fill(other < 0, float("nan"))

@@ -51,8 +51,7 @@ class Settings(Acts):
         if share % self.group:
             yield (
                 f"{path}.group = {self.group} does not divide the {share} images that a process has of a "
-                "batch; "
-                f"set it to a divisor of {share}, or to 0"
+                f"batch; set it to a divisor of {share}, or to 0"
             )
 
 # %% ../../nbs/techniques/09_immiscible.ipynb #ba073eed

@@ -63,15 +63,12 @@ class Conv(nn.Module):
         if kept is None:
             return self.conv(tokens.transpose(1, 2).unflatten(2, self.grid)).flatten(2).transpose(1, 2)
         there = torch.zeros(len(kept), 1, self.grid[0] * self.grid[1], device=tokens.device).scatter(
-            2, kept.unsqueeze(1), 1.0
-        )
+            2, kept.unsqueeze(1), 1.0)
         at = lambda rows: kept.unsqueeze(1).expand(-1, rows, -1)
         full = tokens.new_zeros(len(kept), tokens.shape[2], there.shape[2]).scatter(
-            2, at(tokens.shape[2]), tokens.transpose(1, 2)
-        )
+            2, at(tokens.shape[2]), tokens.transpose(1, 2))
         found = F.conv2d(full.unflatten(2, self.grid), self.conv.weight, padding=1) * self.missing(
-            there.unflatten(2, self.grid)
-        )
+            there.unflatten(2, self.grid))
         return found.flatten(2).gather(2, at(found.shape[1])).transpose(1, 2) + self.conv.bias
 
     @staticmethod

@@ -20,8 +20,7 @@ def patch_spectrum(images: Tensor,   # (N, C, H, W)
     image."""
     if images.shape[-2] % patch or images.shape[-1] % patch:
         raise ValueError(
-            f"patches of {patch} x {patch} do not fill images of {images.shape[-2]} x {images.shape[-1]}"
-        )
+            f"patches of {patch} x {patch} do not fill images of {images.shape[-2]} x {images.shape[-1]}")
     rows = patchify(images, patch).flatten(0, 1).double()
     rows = rows - rows.mean(0)
     return torch.linalg.eigvalsh(rows.T @ rows / len(rows)).flip(0).clamp_min(0)

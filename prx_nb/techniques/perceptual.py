@@ -49,8 +49,7 @@ def perceptual_loss(estimate: Mapping[str, Tensor],
                     ) -> Tensor:                      # (B,)
     "Distance of features, summed over taps."
     return sum(
-        DISTANCES[distance](features.float(), image[tap].float()) for tap, features in estimate.items()
-    )
+        DISTANCES[distance](features.float(), image[tap].float()) for tap, features in estimate.items())
 
 # %% ../../nbs/techniques/07_perceptual.ipynb #bed11386
 class Settings(Acts):
@@ -79,8 +78,8 @@ class Settings(Acts):
         if recipe.latents.autoencoder != "pixels":
             yield (
                 f"{path}.weight = {self.weight} with latents.autoencoder = '{recipe.latents.autoencoder}': "
-                "it compares images, "
-                "and latents are none; set latents.autoencoder = 'pixels', or set the weight to 0"
+                "it compares images, and latents are none; set latents.autoencoder = 'pixels', or set the "
+                "weight to 0"
             )
 
 # %% ../../nbs/techniques/07_perceptual.ipynb #25f92429
@@ -115,8 +114,7 @@ class Perceptual(Technique, name="perceptual", settings=Settings):
         encoder = load_vision_encoder(c.encoder, c.size, device)
         if not encoder.size:
             raise EncoderError(
-                f"techniques.perceptual.size = {c.size} is smaller than one patch of '{c.encoder}'"
-            )
+                f"techniques.perceptual.size = {c.size} is smaller than one patch of '{c.encoder}'")
         return cls(encoder, c.taps, c.weight, c.distance, c.t_max, c.one_in, c.start, c.stop)
 
 # %% ../../nbs/techniques/07_perceptual.ipynb #dd1cdf24
@@ -156,7 +154,6 @@ def gradient_norms(technique: Perceptual, step: Step,     # of any denoiser; all
     b, prediction = step.batch, step.output.prediction.detach().float().requires_grad_()
     flow = step.flow.loss(prediction, b.x0, b.noise, b.t).sum()
     distance = (
-        technique.weight * technique.distances(step.flow.to("x", prediction, step.x_t, b.t), b.x0).sum()
-    )
+        technique.weight * technique.distances(step.flow.to("x", prediction, step.x_t, b.t), b.x0).sum())
     first, second = (torch.autograd.grad(value, prediction)[0].flatten(1) for value in (flow, distance))
     return first.norm(dim=1), second.norm(dim=1), torch.cosine_similarity(first, second)

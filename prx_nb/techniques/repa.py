@@ -30,13 +30,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, channels: int):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, hidden),
-            nn.SiLU(),
-            nn.Linear(hidden, channels),
-        )
+        self.layers = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+                                    nn.Linear(hidden, channels))
 
     def forward(self, tokens: Tensor,              # (B, K, width)
                 # (B, K) their places on the grid; none: all, in order. An MLP need not know
@@ -66,26 +61,21 @@ def tokens_of(maps: Tensor,      # (B, C, rows, columns)
     "A map's places as tokens, row by row."
     return maps.flatten(2).transpose(1, 2)
 
-# %% ../../nbs/techniques/01_repa.ipynb #0964c70b
+# %% ../../nbs/techniques/01_repa.ipynb #40b30792
 def places(tokens: Tensor,            # (B, K, D) of a tapped block
            kept: Tensor | None,       # (B, K) the tokens that pass the route, if there is one
            count: int,                # of places on the grid
            ) -> Tensor | None:        # (B, K) where these tokens lie; none: everywhere, in order
     "Tell a tap inside a route from one outside. Raises `ValueError` where that cannot be."
     if tokens.shape[1] == count:
-        if (
-            kept is not None
-            and kept.shape[1] == count
-            and not kept.equal(torch.arange(count, device=kept.device).expand_as(kept))
-        ):
+        if (kept is not None and kept.shape[1] == count
+            and not kept.equal(torch.arange(count, device=kept.device).expand_as(kept))):
             raise ValueError(
-                "a route keeps all tokens in another order: nobody can tell if a tap lies inside it"
-            )
+                "a route keeps all tokens in another order: nobody can tell if a tap lies inside it")
         return None
     if kept is None or kept.shape[1] != tokens.shape[1]:
         raise ValueError(
-            f"the teacher has {count} places, but the tapped block holds {tokens.shape[1]} tokens"
-        )
+            f"the teacher has {count} places, but the tapped block holds {tokens.shape[1]} tokens")
     return kept
 
 # %% ../../nbs/techniques/01_repa.ipynb #c4e3df4a
@@ -123,15 +113,11 @@ class Settings(Acts):
 
     @model_validator(mode="after")
     def _tap_of_teacher(self):
-        kind, count = (
-            ("tap", 5)
-            if self.teacher == "effnet-lite0"
-            else ("block", 12 if self.teacher in ("vit-s14", "random-vit-s14") else None)
-        )
+        kind, count = (("tap", 5) if self.teacher == "effnet-lite0"
+                       else ("block", 12 if self.teacher in ("vit-s14", "random-vit-s14") else None))
         number = self.tap.removeprefix(kind)
         if self.weight and not (
-            self.tap.startswith(kind) and number.isdecimal() and 1 <= int(number) <= (count or int(number))
-        ):
+            self.tap.startswith(kind) and number.isdecimal() and 1 <= int(number) <= (count or int(number))):
             raise ValueError(
                 f"techniques.repa.tap = '{self.tap}': teacher '{self.teacher}' has {kind}1 to "
                 f"{kind}{count or 'N, its last'}"
@@ -144,8 +130,8 @@ class Settings(Acts):
         if recipe.data.augment:
             yield (
                 f"{path}.weight = {self.weight} with data.augment = {list(recipe.data.augment)}: the "
-                "teacher's maps are computed once, "
-                "from the images as they are; set data.augment to [], or the weight to 0"
+                "teacher's maps are computed once, from the images as they are; set data.augment to [], or "
+                "the weight to 0"
             )
 
 # %% ../../nbs/techniques/01_repa.ipynb #59c400ab
@@ -165,12 +151,7 @@ class REPA(Technique, name="repa", settings=Settings):
         super().__init__()
         self._teacher = (teacher,)                             # in a tuple, a network is not registered
         self.projector, self.layer, self.weight, self.start, self.stop = (
-            projector.float(),
-            layer,
-            weight,
-            start,
-            stop,
-        )
+            projector.float(), layer, weight, start, stop)
         self.one_in, self.normalise = one_in, normalise
 
     def needs(self, batch: Batch, step: int) -> Needs:
@@ -185,15 +166,14 @@ class REPA(Technique, name="repa", settings=Settings):
         kept = kept if kept is None else kept[::self.one_in]
         with torch.autocast(tokens.device.type, enabled=False):
             return self.weight * alignment_loss(
-                self.projector(tokens.float(), kept), self.normalise(maps.float()), kept
-            )
+                self.projector(tokens.float(), kept), self.normalise(maps.float()), kept)
 
 # %% ../../nbs/techniques/01_repa.ipynb #89488dbc
 def middle(depth: int) -> int:
     "The last block of the first half, from 0."
     return max(0, depth // 2 - 1)
 
-# %% ../../nbs/techniques/01_repa.ipynb #a94a92d1
+# %% ../../nbs/techniques/01_repa.ipynb #605bf0e1
 @classmethod
 def of(cls, recipe: Recipe, prepared: Prepared, device: str | torch.device = "cpu",
            built: Mapping[str, Technique] = MappingProxyType({})) -> "REPA":
@@ -206,28 +186,17 @@ def of(cls, recipe: Recipe, prepared: Prepared, device: str | torch.device = "cp
             f"techniques.repa.one_in = {r.one_in} does not divide the {share} images that a process has of a "
             "batch"
         )
-    side, width = (
-        recipe.data.size // recipe.latents.factor // recipe.denoiser.patch_size,
-        recipe.denoiser.hidden_size,
-    )
+    side, width = (recipe.data.size // recipe.latents.factor // recipe.denoiser.patch_size,
+                   recipe.denoiser.hidden_size)
     maps = feature_maps(r.teacher, prepared.images, r.tap, (side, side), device, progress=True)
     mlp = r.projector == "mlp"
     projector = (
-        MLP(width, r.hidden or width, maps.channels) if mlp else irepa.Conv(width, maps.channels, maps.grid)
-    )
+        MLP(width, r.hidden or width, maps.channels) if mlp else irepa.Conv(width, maps.channels, maps.grid))
     layer = middle(recipe.denoiser.depth) if r.layer is None else r.layer
     # as stored: half the bytes to move
     half = lambda index: torch.from_numpy(maps.shards.rows(index.tolist()))
-    return cls(
-        half,
-        redraw(projector, stream(recipe.seed, "repa")),
-        layer,
-        r.weight,
-        r.start,
-        r.stop,
-        r.one_in,
-        irepa.normaliser(r.spatial_norm, r.gamma),
-    )
+    return cls(half, redraw(projector, stream(recipe.seed, "repa")), layer, r.weight, r.start, r.stop,
+               r.one_in, irepa.normaliser(r.spatial_norm, r.gamma))
 
 
 REPA.of = of
@@ -260,7 +229,7 @@ def by_layer(model: nn.Module, flow: FlowMatching,
         taps.append(model(flow.mix(b.x0, b.noise, time), time, b.text, b.mask, taps=tuple(range(depth))).taps)
     return [readable(torch.cat([s[i] for s in taps]), teacher.to(taps[0][i].device)) for i in range(depth)]
 
-# %% ../../nbs/techniques/01_repa.ipynb #a1de9eea
+# %% ../../nbs/techniques/01_repa.ipynb #d0169d6c
 class Watch(Technique):
     """Adds no loss. At some steps it measures `by_layer` into `found` (steps, blocks), which is kept in
     checkpoints."""
@@ -274,5 +243,4 @@ class Watch(Technique):
     def loss(self, step: Step) -> None:
         if step.number in self.at:
             self.found[self.at.index(step.number)] = torch.tensor(
-                by_layer(step.model, step.flow, *self._set, self.found.shape[1])
-            )
+                by_layer(step.model, step.flow, *self._set, self.found.shape[1]))

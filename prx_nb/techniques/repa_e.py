@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from fastcore.basics import patch
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -122,27 +123,30 @@ class REPAE(Technique, name="repa_e", settings=Settings):
     def acts(self, step: int) -> bool:
         return True                                            # the latents are always its own
 
-    def needs(self, batch: Batch, step: int) -> Needs:
-        images = self._others[0](batch.index).to(batch.x0.device)
-        learns = super().acts(step)
-        self.norm.train(learns)
-        with torch.set_grad_enabled(learns):
-            raw, divergence = posterior(
-                self.autoencoder, images, unit_normal(batch, "repa_e", *batch.x0.shape[1:])
-            )
-            z = self.norm(raw.float())
-        self._seen = (images, raw, divergence, z) if learns else None
-        return Needs(clean=z.detach())
+# %% ../../nbs/techniques/08_repa_e.ipynb #b0ab7aba
+@patch
+def needs(self: REPAE, batch: Batch, step: int) -> Needs:
+    images = self._others[0](batch.index).to(batch.x0.device)
+    learns = super().acts(step)
+    self.norm.train(learns)
+    with torch.set_grad_enabled(learns):
+        raw, divergence = posterior(
+            self.autoencoder, images, unit_normal(batch, "repa_e", *batch.x0.shape[1:]))
+        z = self.norm(raw.float())
+    self._seen = (images, raw, divergence, z) if learns else None
+    return Needs(clean=z.detach())
 
-    def loss(self, step: Step) -> Tensor | None:
-        """Minus `weight` times the mean cosine, plus what keeps the autoencoder one; none where it does not
-        learn."""
-        if self._seen is None:
-            return None
-        (images, raw, divergence, z), self._seen = self._seen, None
-        painted = self.autoencoder.decode(raw, return_dict=False)[0]
-        pull = alignment(self._others[1], step, z, self.one_in)
-        return joint_loss(pull, error(painted, images), divergence, self.weight, self.kl)
+# %% ../../nbs/techniques/08_repa_e.ipynb #63ab1382
+@patch
+def loss(self: REPAE, step: Step) -> Tensor | None:
+    """Minus `weight` times the mean cosine, plus what keeps the autoencoder one; none where it does not
+    learn."""
+    if self._seen is None:
+        return None
+    (images, raw, divergence, z), self._seen = self._seen, None
+    painted = self.autoencoder.decode(raw, return_dict=False)[0]
+    pull = alignment(self._others[1], step, z, self.one_in)
+    return joint_loss(pull, error(painted, images), divergence, self.weight, self.kl)
 
 # %% ../../nbs/techniques/08_repa_e.ipynb #473118aa
 def _clean(self: REPAE, batch: Batch) -> Tensor:
@@ -151,12 +155,11 @@ def _clean(self: REPAE, batch: Batch) -> Tensor:
     mean = self.autoencoder.encode(images, return_dict=False)[0].mean.float()
     return nn.functional.batch_norm(mean, self.norm.running_mean, self.norm.running_var, eps=self.norm.eps)
 
-# %% ../../nbs/techniques/08_repa_e.ipynb #170bd13f
+# %% ../../nbs/techniques/08_repa_e.ipynb #75b24052
 def trained(self: REPAE) -> nn.Module:
     "A copy of the autoencoder whose latents are the ones that the flow has learnt."
     return standardised(
-        self.autoencoder, self.norm.running_mean, (self.norm.running_var + self.norm.eps).sqrt()
-    )
+        self.autoencoder, self.norm.running_mean, (self.norm.running_var + self.norm.eps).sqrt())
 
 # %% ../../nbs/techniques/08_repa_e.ipynb #761575ed
 def keep(self: REPAE, folder: Path) -> None:
@@ -197,19 +200,14 @@ def radial_power(
 ) -> Tensor:  # (n // 2 + 1,) by whole cycles over the image; the last ring holds the corners too
     "Mean power of the spatial frequencies, ring by ring; white noise of deviation 1 has 1 everywhere."
     n = z.shape[-1]
-    power = (
-        torch.fft.fft2(z.double() - z.double().mean((0, 2, 3), keepdim=True), norm="ortho")
-        .abs()
-        .square()
-        .mean((0, 1))
-    )
+    power = (torch.fft.fft2(z.double() - z.double().mean((0, 2, 3), keepdim=True), norm="ortho") .abs()
+             .square() .mean((0, 1)))
     f = torch.fft.fftfreq(n, 1 / n, device=z.device)
     ring = (f[:, None] ** 2 + f[None] ** 2).sqrt().round().long().clamp(max=n // 2)
     count = torch.bincount(ring.flatten(), minlength=n // 2 + 1)
     return (
         torch.zeros(n // 2 + 1, dtype=power.dtype, device=z.device).index_add_(
-            0, ring.flatten(), power.flatten()
-        )
+            0, ring.flatten(), power.flatten())
         / count
     )
 

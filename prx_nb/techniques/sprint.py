@@ -43,16 +43,12 @@ class Settings(Acts):
         if not recipe.denoiser.fusion:
             yield (
                 f"{path}.rate = {self.rate} needs denoiser.fusion, the first and last block of the sparse "
-                "stream; "
-                f"set it, e.g. to [1, {max(1, recipe.denoiser.depth - 2)}], or the rate to 0"
+                f"stream; set it, e.g. to [1, {max(1, recipe.denoiser.depth - 2)}], or the rate to 0"
             )
 
     def routing(self, recipe):
-        return Routing(
-            self.rate,
-            *stretch(*recipe.denoiser.fusion, recipe.denoiser.depth),
-            *self.span(recipe.train.steps),
-        )
+        return Routing(self.rate, *stretch(*recipe.denoiser.fusion, recipe.denoiser.depth),
+                       *self.span(recipe.train.steps))
 
 # %% ../../nbs/techniques/05_sprint.ipynb #e2c50b9b
 class SPRINT(Technique, name="sprint", settings=Settings):
@@ -69,12 +65,7 @@ class SPRINT(Technique, name="sprint", settings=Settings):
             if not 0 <= share < 1:
                 raise ValueError(f"{name} = {share}: a share should be at least 0 and below 1")
         self.rate, self.first, self.last, self.patch_size, self.path_drop = (
-            rate,
-            first,
-            last,
-            patch_size,
-            path_drop,
-        )
+            rate, first, last, patch_size, path_drop)
         self.start, self.stop = start, stop
 
     @classmethod
@@ -89,6 +80,5 @@ class SPRINT(Technique, name="sprint", settings=Settings):
         drop = batch.random("path drop") if self.path_drop else None
         return Needs(
             route=sparse_route(
-                batch.random("route", tokens), self.rate, self.first, self.last, drop, self.path_drop
-            )
+                batch.random("route", tokens), self.rate, self.first, self.last, drop, self.path_drop)
         )

@@ -43,8 +43,7 @@ class Settings(Acts):
         if recipe.denoiser.fusion:
             yield (
                 f"{path}.rate = {self.rate} with denoiser.fusion = {recipe.denoiser.fusion}: TREAD's tokens "
-                "skip blocks unchanged, "
-                "fusion changes them; set denoiser.fusion to null, or the rate to 0"
+                "skip blocks unchanged, fusion changes them; set denoiser.fusion to null, or the rate to 0"
             )
         try:
             stretch(self.first, self.last, recipe.denoiser.depth)
@@ -53,8 +52,7 @@ class Settings(Acts):
 
     def routing(self, recipe):
         return Routing(
-            self.rate, *stretch(self.first, self.last, recipe.denoiser.depth), *self.span(recipe.train.steps)
-        )
+            self.rate, *stretch(self.first, self.last, recipe.denoiser.depth), *self.span(recipe.train.steps))
 
 # %% ../../nbs/techniques/04_tread.ipynb #e10e097e
 class TREAD(Technique, name="tread", settings=Settings):
@@ -69,13 +67,7 @@ class TREAD(Technique, name="tread", settings=Settings):
         if not 0 <= rate < 1:
             raise ValueError(f"rate = {rate}: the share of tokens that skip should be at least 0 and below 1")
         self.rate, self.first, self.last, self.patch_size, self.start, self.stop = (
-            rate,
-            first,
-            last,
-            patch_size,
-            start,
-            stop,
-        )
+            rate, first, last, patch_size, start, stop)
 
     @classmethod
     def of(cls, recipe: Recipe, prepared: Prepared | None = None, device: str | torch.device = "cpu",
@@ -97,8 +89,7 @@ def fade(images: Tensor,       # (B, C, H, W) in [-1, 1]
     patches = patchify(images, patch_size)
     rest = torch.ones(patches.shape[:2], dtype=torch.bool).scatter(1, keep, False)
     return unpatchify(
-        torch.where(rest[..., None], 0.15 * patches + 0.3, patches), patch_size, *images.shape[2:]
-    )
+        torch.where(rest[..., None], 0.15 * patches + 0.3, patches), patch_size, *images.shape[2:])
 
 # %% ../../nbs/techniques/04_tread.ipynb #ba856ad6
 def step_seconds(model: nn.Module, batch: Batch, flow: FlowMatching,
