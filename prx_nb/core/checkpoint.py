@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['whole', 'shared', 'technique_names', 'State', 'new_state', 'restore', 'save_checkpoint', 'CheckpointError',
-           'read_checkpoint', 'same_data', 'find_checkpoint']
+           'OtherRecipe', 'read_checkpoint', 'same_data', 'find_checkpoint']
 
 # %% ../../nbs/core/23_checkpoint.ipynb #cad6b234
 import json
@@ -190,6 +190,15 @@ def save_checkpoint(folder: Path, step: int, state: State, recipe: Recipe, secon
 class CheckpointError(RuntimeError):
     "A checkpoint is of another recipe, or none can be read."
 
+# %% ../../nbs/core/23_checkpoint.ipynb #789e5733
+class OtherRecipe(CheckpointError):
+    """A folder holds a run of another recipe: `.changed` are the paths that differ, `.header` the
+    checkpoint's."""
+
+    def __init__(self, words: str, changed: tuple[str, ...], header: dict[str, str]):
+        super().__init__(words)
+        self.changed, self.header = changed, header
+
 # %% ../../nbs/core/23_checkpoint.ipynb #a5b0036d
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     "Tensors and header of a checkpoint. Raises `CheckpointError`, which names the file."
@@ -223,8 +232,11 @@ def _same_run(path: Path, header: dict[str, str], recipe: Recipe) -> None:
     if changed:
         what = "; ".join(
             f"{k}: {old!r} there, {new!r} asked for" for k, (old, new) in list(changed.items())[:4])
-        raise CheckpointError(
-            f"{path.parent} holds a run of another recipe ({what}); choose another output folder or delete it"
+        raise OtherRecipe(
+            f"{path.parent} holds a run of another recipe ({what}); choose another output folder or delete "
+            "it",
+            tuple(changed),
+            header,
         )
 
 # %% ../../nbs/core/23_checkpoint.ipynb #a6b66bb6

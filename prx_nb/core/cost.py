@@ -144,7 +144,7 @@ def start(self: Energy) -> "Energy":
         threading.Thread(target=self._watch, args=(self._stopped,), daemon=True, name="energy").start()
     return self
 
-
+# %% ../../nbs/core/16_cost.ipynb #7ebd6160
 @patch
 def _watch(self: Energy, stopped: threading.Event) -> None:
     while not stopped.wait(self._look) and self.joules is not None:

@@ -244,7 +244,7 @@ def features(self: VisionEncoder, images: torch.Tensor,     # (B, 3, H, W) in [-
         raise EncoderError(f"{self.name} has no tap {unknown[0]!r}; it has {', '.join(self.taps)}")
     return self._maps(self.model, self.prepare(images), tuple(taps))
 
-
+# %% ../../nbs/core/15_encoders.ipynb #d9a4fb92
 @patch
 def pooled(self: VisionEncoder, images: torch.Tensor) -> torch.Tensor:   # (B, dim)
     "One vector an image."

@@ -323,6 +323,25 @@ class Cached:
         deviation = deviation[0].to(device) if deviation else None
         return self.space.normalise(self.space.draw(mean.to(device), deviation, generator))
 
+# %% ../../nbs/core/11_latents.ipynb #e788c65d
+@torch.no_grad()
+def _encoded(space: Autoencoder, images, which: range, dtype: str, deviation: bool) -> np.ndarray:
+    "Raw latents of some images, (n, k, c, h, w). Raises `LatentsError` where they are not finite."
+    parts = []
+    for start in range(which.start, which.stop, space.slice):
+        index = torch.arange(start, min(start + space.slice, which.stop))
+        batch = images.batch(index).to(next(space.model.parameters()).device)
+        mean, spread = space.moments(batch)
+        both = [mean, spread] if deviation and spread is not None else [mean]
+        part = torch.stack(both, 1).cpu().numpy().astype(dtype)
+        if not (fine := np.isfinite(part).all((1, 2, 3, 4))).all():
+            raise LatentsError(
+                f"the latents of image {start + int(np.argmin(fine))} are not finite in {dtype}"
+                + ("; try dtype='float32'" if dtype == "float16" else "")
+            )
+        parts.append(part)
+    return np.concatenate(parts)
+
 # %% ../../nbs/core/11_latents.ipynb #e02ecf5b
 # images.Images: `.key`, `len()` and `.batch(index)` are used
 def latents_of(images,
@@ -348,22 +367,3 @@ def latents_of(images,
         # a damaged file
         raise (LatentsError(str(error)) if type(error) is ValueError else error) from None
     return Cached(space, rows, key, deviation)
-
-# %% ../../nbs/core/11_latents.ipynb #e788c65d
-@torch.no_grad()
-def _encoded(space: Autoencoder, images, which: range, dtype: str, deviation: bool) -> np.ndarray:
-    "Raw latents of some images, (n, k, c, h, w). Raises `LatentsError` where they are not finite."
-    parts = []
-    for start in range(which.start, which.stop, space.slice):
-        index = torch.arange(start, min(start + space.slice, which.stop))
-        batch = images.batch(index).to(next(space.model.parameters()).device)
-        mean, spread = space.moments(batch)
-        both = [mean, spread] if deviation and spread is not None else [mean]
-        part = torch.stack(both, 1).cpu().numpy().astype(dtype)
-        if not (fine := np.isfinite(part).all((1, 2, 3, 4))).all():
-            raise LatentsError(
-                f"the latents of image {start + int(np.argmin(fine))} are not finite in {dtype}"
-                + ("; try dtype='float32'" if dtype == "float16" else "")
-            )
-        parts.append(part)
-    return np.concatenate(parts)

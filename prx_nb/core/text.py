@@ -212,7 +212,7 @@ def tokenize(self: TextEncoder, texts: list[str], tokens: int) -> list[list[int]
     ids = self.tokenizer(texts, truncation=True, max_length=min(tokens, self.limit))["input_ids"]
     return [i or [self._filler()] for i in ids]
 
-
+# %% ../../nbs/core/09_text.ipynb #e6a9ad89
 @patch
 def _filler(self: TextEncoder) -> int:
     "The number that pads: never attended to, except as the only token of an empty caption."
@@ -398,7 +398,7 @@ def lookup(self: TextStates, texts: list[str]) -> tuple[torch.Tensor, torch.Tens
     "`gather` by caption."
     return self.gather(self.rows(texts))
 
-
+# %% ../../nbs/core/09_text.ipynb #d47f40e4
 @patch
 def null(self: TextStates, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     "States and mask of n empty captions (views of one)."

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from . import average, cost, precision, processes
 from .batch import Batch, Prepared, add_noise, data_key, prepare, read_batch
-from .checkpoint import CheckpointError, State, find_checkpoint, new_state, restore, same_data
+from .checkpoint import CheckpointError, OtherRecipe, State, find_checkpoint, new_state, restore
+from .checkpoint import same_data
 from .checkpoint import save_checkpoint, whole
 from .denoiser import PRX
 from .files import read_json, require_writable
@@ -370,6 +371,19 @@ def _with_hand(recipe: Recipe, techniques: Sequence[Technique]) -> Recipe:
         )
     return recipe.replace("by_hand", said) if said else recipe
 
+# %% ../../nbs/core/25_train.ipynb #d44acb98
+def _all_that_differs(
+    error: OtherRecipe, recipe: Recipe, out: Path, prepared: Prepared | None) -> CheckpointError:
+    """The refusal of a folder. Where only techniques by hand differ the data may do so too: both are named at
+    once."""
+    if set(error.changed) != {"by_hand"}:
+        return error
+    try:
+        same_data(error.header, data_key(prepared or prepare(recipe, False)), out)
+    except CheckpointError as other:
+        return CheckpointError(f"{error}; besides, {other}")
+    return error
+
 # %% ../../nbs/core/25_train.ipynb #762d9872
 def train(recipe: Recipe,
           # the run's folder; a run that was interrupted there goes on
@@ -391,7 +405,10 @@ def train(recipe: Recipe,
     if recipe.train.processes > 1 and not processes.launched():
         return _launch(recipe, out, progress, prepared, device, trackers)
     place = processes.join(device, recipe.train.processes)
-    found = place.after_main(lambda: _find(out, recipe, place))
+    try:
+        found = place.after_main(lambda: _find(out, recipe, place))
+    except OtherRecipe as error:
+        raise _all_that_differs(error, recipe, out, prepared) from None
     prepared = prepared or place.after_main(lambda: prepare(recipe, progress and place.main))
     data = data_key(prepared)
     same_data(found[1] if found else {}, data, out)

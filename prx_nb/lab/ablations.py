@@ -234,11 +234,11 @@ def get(name: str) -> Ablation:
 def of_run(folder: str | Path) -> Ablation:
     """The ablation of a run's folder: of the notebook that its job.json names, else by the name there. Raises
     `AblationError`."""
-    said = {}
+    job = {}
     for name in ("job.json", "record.json"):
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            said = said or {k: v for k, v in json.loads((Path(folder) / name).read_text()).items()
+            job = job or {k: v for k, v in json.loads((Path(folder) / name).read_text()).items()
                             if k in ("ablation", "notebook")}
-    path, name = (str(said.get("notebook") or ""),
-                  str(said.get("ablation") or Path(folder).absolute().parents[1].name))
+    path, name = (str(job.get("notebook") or ""),
+                  str(job.get("ablation") or Path(folder).absolute().parents[1].name))
     return from_notebook(path) if Path(path).is_file() and name not in names() else get(name)

@@ -31,15 +31,15 @@ from .plan import Job
 # %% ../../nbs/lab/06_batch.ipynb #4b3f2f50
 def failed_for_good(job: Job) -> bool:
     "Whether this very run has failed before, and would again."
-    said = runs.status(job.out)
-    return said.get("key") == job.key and said.get("state") not in {
+    status = runs.read_status(job.out)
+    return status.get("key") == job.key and status.get("state") not in {
         None, "done", "interrupted", *runs.OPEN, *runs.MAY_PASS}
 
 # %% ../../nbs/lab/06_batch.ipynb #56789281
 def at_work(job: Job) -> bool:
     "Whether this very run is going on now."
-    said = runs.status(job.out)
-    return said.get("key") == job.key and runs.alive(said, job.out)
+    status = runs.read_status(job.out)
+    return status.get("key") == job.key and runs.alive(status, job.out)
 
 # %% ../../nbs/lab/06_batch.ipynb #955ad760
 def outdated(jobs: Iterable[Job]) -> list[str]:
@@ -47,11 +47,11 @@ def outdated(jobs: Iterable[Job]) -> list[str]:
     after the other."""
     groups: dict[tuple[str, ...], list[float]] = {}
     for job in jobs:
-        said = runs.status(job.out)
-        if said.get("state") == "done" and said.get("key") != job.key and runs.record(job.out):
+        status = runs.read_status(job.out)
+        if status.get("state") == "done" and status.get("key") != job.key and runs.record(job.out):
             why = identity.differences(_parts(job.out), job.parts) or ["another key"]
             groups.setdefault(tuple(why[:6] + ["and more"] * (len(why) > 6)), []).append(
-                float(said.get("seconds") or 0))
+                float(status.get("seconds") or 0))
     return [
         f"{len(took)} finished run{'s' * (len(took) > 1)} no longer count{'s' * (len(took) == 1)} and will "
         f"be trained again: {'; '.join(why)} (estimated {_length(sum(took))})"
@@ -74,7 +74,7 @@ def _parts(folder: str) -> dict:
 # %% ../../nbs/lab/06_batch.ipynb #6dcc16ff
 def set_aside(job: Job) -> Path | None:
     "Make room for a run: what another version of it left is stopped and moved to `.replaced`."
-    folder, old = Path(job.out), runs.status(job.out)
+    folder, old = Path(job.out), runs.read_status(job.out)
     if not folder.exists() or old.get("key") == job.key:
         return None
     if process := runs.process_of(old):
@@ -86,13 +86,13 @@ def set_aside(job: Job) -> Path | None:
 
 # %% ../../nbs/lab/06_batch.ipynb #1e41e0cf
 def queue(jobs: Iterable[Job]) -> None:
-    "Write down what is to be done. Runs at work are left as they are."
+    "Write down what is to be done. Runs at work are left as they are, and those that have just ended well."
     for job in jobs:
-        if not at_work(job):
+        if not at_work(job) and not runs.finished(job):
             set_aside(job)
-            said = runs.status(job.out)
-            before = said.pop("history", []) + (
-                [said] if said.get("state", "queued") not in runs.OPEN else [])
+            status = runs.read_status(job.out)
+            before = status.pop("history", []) + (
+                [status] if status.get("state", "queued") not in runs.OPEN else [])
             write_json(Path(job.out) / "job.json", asdict(job))
             write_json(Path(job.out) / "status.json", {"state": "queued", "key": job.key, "history": before})
 
@@ -140,7 +140,7 @@ class Places:
         wanted, mine = _processes(job) if self.gpus else 0, []
         with self.changed:
             # adopted: its own
-            before = (runs.status(job.out).get("device") or "").split(",") if at_work(job) else []
+            before = (runs.read_status(job.out).get("device") or "").split(",") if at_work(job) else []
             self.changed.wait_for(lambda: len(set(self.free)) >= wanted)
             mine = sorted(dict.fromkeys(self.free), key=lambda g: (g not in before, self.free.index(g)))[
                 :wanted]
@@ -242,10 +242,10 @@ def _drive(waiting: list[Job], jobs: list[Job], places: Places, say: Callable[[s
             label, begin = f"[{next(numbers)}/{len(jobs)}] {_label(job, jobs)}", time.monotonic()
             say(f"{label} started {datetime.now():%H:%M:%S}" + (f" on GPU {device}" if device else ""))
             tell = lambda line: say(f"{label} {line.removeprefix(job.name).strip()}")
-            said = runs.supervise(job, places.threads, device, stop, tell, fork_server=fork_server)
+            status = runs.supervise(job, places.threads, device, stop, tell, fork_server=fork_server)
             took.append(time.monotonic() - begin)
             say(
-                f"{label} {runs.end_in_words(job, said)}"
+                f"{label} {runs.end_in_words(job, status)}"
                 f"{_rest(took, len(waiting) - len(took), places.at_once)}"
             )
 
@@ -267,7 +267,7 @@ def _sort_out(jobs: list[Job], again: bool, say: Callable[[str], None]) -> list[
     for job in lost:
         say(
             f"{_label(job, jobs)} failed before and nothing has changed: "
-            f"{runs.end_in_words(job, runs.status(job.out))}"
+            f"{runs.end_in_words(job, runs.read_status(job.out))}"
         )
     if lost:
         say(f"{len(lost)} left alone; prx-nb retry runs them again")
@@ -297,7 +297,8 @@ def run(jobs: list[Job],                        # from `plan`, of one group or s
         for line in outdated(jobs):
             say(line)
         todo = _sort_out(jobs, again, say)
-        fresh = [job for job in todo if not at_work(job)]
+        # in this order: one that ends in between has ended well, or not, when it is asked for
+        fresh = [job for job in todo if not at_work(job) and not runs.finished(job)]
         try:
             with (warm.ForkServer([job.notebook for job in fresh], places.threads) if fresh
                   else contextlib.nullcontext() as fork_server):
@@ -323,10 +324,10 @@ def _where(jobs: list[Job]) -> str:
 
 # %% ../../nbs/lab/06_batch.ipynb #90a18e27
 def _sum_up(jobs: list[Job], seconds: float, say: Callable[[str], None]) -> list[dict]:
-    said = [runs.status(job.out) for job in jobs]
-    failed = [f"{_label(job, jobs)} {s.get('state', 'not run')}" for job, s in zip(jobs, said)
+    status = [runs.read_status(job.out) for job in jobs]
+    failed = [f"{_label(job, jobs)} {s.get('state', 'not run')}" for job, s in zip(jobs, status)
               if s.get("state") != "done"]
     some = ", ".join(failed[:10]) + (" ..." if failed[10:] else "")
     say(f"{len(jobs)} runs: {len(jobs) - len(failed)} done"
         + (f", {len(failed)} failed ({some})" if failed else "") + f"; {seconds:.0f} s in all")
-    return said
+    return status

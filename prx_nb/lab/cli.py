@@ -71,8 +71,8 @@ def planned(names: list[str],                    # ablations and sweep files
     "All runs that a command line asks for. Raises `SweepError`, `AblationError`, `RecipeError`."
     from prx_nb.lab import plan, sweep
     files = [name for name in names if name.lower().endswith(_ENDINGS)]
-    said = {"--preset": preset, "--seeds": seeds, "--variants": variants, "--set": pairs}
-    if files and (also := [option for option, value in said.items() if value]):
+    given = {"--preset": preset, "--seeds": seeds, "--variants": variants, "--set": pairs}
+    if files and (also := [option for option, value in given.items() if value]):
         raise sweep.SweepError(
             f"{also[0]}: a sweep file says that itself; change {files[0]}, or name ablations only")
     sweeps = {name: sweep.read(name) for name in dict.fromkeys(files)}
@@ -171,14 +171,14 @@ def _go(jobs: list, executor: str, at_once: int | None, per_device: int, dry_run
         return
     if executor == "local":
         from prx_nb.lab import batch
-        said = batch.run(jobs, at_once, per_device, say=typer.echo, again=again)
+        statuses = batch.run(jobs, at_once, per_device, say=typer.echo, again=again)
     else:
-        said = _hand_in(jobs, at_once, slurm, wait, again)
-        if said is None:
+        statuses = _hand_in(jobs, at_once, slurm, wait, again)
+        if statuses is None:
             return
     made = (_reports([job.group for job in jobs], name)
-            if with_report and any(s.get("state") == "done" for s in said) else True)
-    if not made or any(s.get("state") != "done" for s in said):
+            if with_report and any(s.get("state") == "done" for s in statuses) else True)
+    if not made or any(s.get("state") != "done" for s in statuses):
         raise typer.Exit(1)
 
 # %% ../../nbs/lab/19_cli.ipynb #85796f0f

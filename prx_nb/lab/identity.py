@@ -191,11 +191,11 @@ def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     "What is not the same, in words; versions are named."
     if not old:
         return ["it was made before runs kept what decides them"]
-    said = []
+    lines = []
     for name in sorted(old.keys() | new.keys()):
         a, b = old.get(name), new.get(name)
         if a != b and name.startswith("library"):
-            said.append(f"{name} was {a or 'not there'}, is {b or 'not there'}")
+            lines.append(f"{name} was {a or 'not there'}, is {b or 'not there'}")
         elif a != b:
-            said.append(f"{name} {'changed' if a and b else 'is new' if b else 'is gone'}")
-    return said
+            lines.append(f"{name} {'changed' if a and b else 'is new' if b else 'is gone'}")
+    return lines

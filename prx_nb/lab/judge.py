@@ -50,8 +50,8 @@ def reworded(prepared: Prepared, recipe: Recipe,
     "The same held-out images with other prompts; their states are encoded if they are not on disk."
     asked = [captions.caption(item, kind) for item in prepared.images.items]
     pack = recipe.data.path if recipe.data.source == "pack" else None
-    said = sorted({asked[i] for i in prepared.heldout.tolist()})
-    states = text.text_states(recipe.text.encoder, said, recipe.text.tokens, False, pack=pack)
+    prompts = sorted({asked[i] for i in prepared.heldout.tolist()})
+    states = text.text_states(recipe.text.encoder, prompts, recipe.text.tokens, False, pack=pack)
     return replace(prepared, asked=asked, states=states, texts=[], rows=torch.empty(0, 0))
 
 # %% ../../nbs/lab/10_judge.ipynb #6a473fbf
@@ -110,9 +110,9 @@ def plot_training(run: Run):                                          # the matp
     "Training and validation error by step."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 2.6), dpi=72)
-    for name, said in {"loss flow": "training", "val": "validation"}.items():
+    for name, label in {"loss flow": "training", "val": "validation"}.items():
         c = run.curves[run.curves.name == name]
-        ax.plot(c.step, c.value.rolling(max(1, len(c) // 30), min_periods=1).mean(), label=said)
+        ax.plot(c.step, c.value.rolling(max(1, len(c) // 30), min_periods=1).mean(), label=label)
     ax.set(xlabel="step", ylabel="squared error of v", yscale="log")
     ax.legend()
     return fig

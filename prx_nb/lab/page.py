@@ -72,7 +72,7 @@ class Page:
 def text(self: Page, words: str, kind: str = "p") -> None:
     self.parts.append((kind, words))
 
-
+# %% ../../nbs/lab/14_page.ipynb #954093a4
 # `about` says what it holds
 @patch
 def frame(self: Page, rows: pd.DataFrame, about: str, cards: bool = False) -> None:

@@ -23,7 +23,7 @@ import pandas as pd
 from ..core.files import read_json
 from . import ablations
 from .ablations import Ablation, Published
-from .run import record, status
+from .run import record, read_status
 from .statistics import Comparison, compare, mean_interval, null_rates
 
 # %% ../../nbs/lab/12_results.ipynb #792c9681
@@ -127,13 +127,13 @@ def collect(folder: str | Path,       # a folder of runs, <out>/<ablation>/<pres
         run, found = path.parent, record(path.parent)
         if run.name.startswith(".") or "ablation" not in found:
             continue                                               # set aside, or not at its end yet
-        cost, said = found.get("cost", {}), status(run)
+        cost, status = found.get("cost", {}), read_status(run)
         rows.append(
             {k: found.get(k) for k in _FROM_RECORD}
             | {"seconds": cost.get("total_seconds") or cost.get("train_seconds"), "folder": str(run),
                "cost": cost, "steps": _steps(run), "hardware": found.get("hardware") or "unknown",
                "git_commit": found.get("git_commit") or "unknown",
-               "overrides": _job(run).get("overrides") or {}, "history": said.get("history") or []}
+               "overrides": _job(run).get("overrides") or {}, "history": status.get("history") or []}
         )
     if not rows:
         raise ReportError(f"no finished run in {folder}; make some with: prx-nb ablate NAME --preset PRESET")
@@ -148,31 +148,31 @@ def point(folder: str | Path) -> str:
     return Path(folder).absolute().name.partition("@")[2]
 
 # %% ../../nbs/lab/12_results.ipynb #c226d429
-def _cause(said: dict) -> str:
-    where = f" (cell {said['cell']}: {said.get('source', '')[:60]})" if "cell" in said else ""
-    return next(iter((said.get("error") or "").splitlines()), "") + where
+def _cause(status: dict) -> str:
+    where = f" (cell {status['cell']}: {status.get('source', '')[:60]})" if "cell" in status else ""
+    return next(iter((status.get("error") or "").splitlines()), "") + where
 
 # %% ../../nbs/lab/12_results.ipynb #770fedb7
 def unfinished(folder: str | Path) -> pd.DataFrame:    # run, state, attempts, cause, log
     "Runs that ended otherwise, or have not ended."
     rows = []
     for path in sorted(Path(folder).glob("*/status.json")):
-        run, said = path.parent, status(path.parent)
-        if said.get("state") != "done" and not run.name.startswith("."):
+        run, status = path.parent, read_status(path.parent)
+        if status.get("state") != "done" and not run.name.startswith("."):
             log = f"{run.name}/log.txt" if (run / "log.txt").exists() else ""
             rows.append(
-                (run.name, said.get("state", "unreadable"), said.get("attempt", 1), _cause(said), log))
+                (run.name, status.get("state", "unreadable"), status.get("attempt", 1), _cause(status), log))
     return pd.DataFrame(rows, columns=["run", "state", "attempts", "cause", "log"])
 
 # %% ../../nbs/lab/12_results.ipynb #1bca4c7f
 def retried(runs: pd.DataFrame) -> list[str]:
     "Finished runs that needed more than one attempt, one line each."
-    said = []
+    lines = []
     for folder, history in zip(runs.folder, runs.history):
         before = "; ".join(f"{h.get('state', 'unknown')}, {_cause(h)}".rstrip(", ") for h in history)
-        said += ([f"{Path(folder).name} was done at attempt {len(history) + 1}, after: {before}"] if history
+        lines += ([f"{Path(folder).name} was done at attempt {len(history) + 1}, after: {before}"] if history
                  else [])
-    return said
+    return lines
 
 # %% ../../nbs/lab/12_results.ipynb #a6634edc
 _ASKS = ("data", "captions", "evaluate")       # branches of the recipe that choose images and captions
@@ -196,25 +196,25 @@ def _facts(run) -> dict[str, str]:
     settings = {f"setting {k}": json.dumps(v) for k, v in (run.overrides or {}).items()}
     return {"hardware": run.hardware, "commit": run.git_commit} | versions | settings
 
-# %% ../../nbs/lab/12_results.ipynb #13c2e644
-def odd_runs(runs: pd.DataFrame) -> list[str]:
-    "What runs do not share with most of the others, one line a fact."
-    facts = {Path(r.folder).name: _facts(r) for r in runs.itertuples()}
-    said = []
-    for kind in dict.fromkeys(k for f in facts.values() for k in f):
-        said += _odd(kind, {run: f.get(kind, "none") for run, f in facts.items()})
-    return said + odd_data(runs)
-
 # %% ../../nbs/lab/12_results.ipynb #766d821b
 def _odd(kind: str, values: Mapping[str, str]) -> list[str]:       # of each run, by name
     "A line for each value that most runs do not have."
     usual, times = Counter(values.values()).most_common(1)[0]
-    said = []
+    lines = []
     for value in dict.fromkeys(v for v in values.values() if v != usual):
         names = [run for run, v in values.items() if v == value]
-        said.append(
+        lines.append(
             f"{kind} is {value} for {in_list(names)}, {usual} for the other {times if times > 1 else 'one'}")
-    return said
+    return lines
+
+# %% ../../nbs/lab/12_results.ipynb #13c2e644
+def odd_runs(runs: pd.DataFrame) -> list[str]:
+    "What runs do not share with most of the others, one line a fact."
+    facts = {Path(r.folder).name: _facts(r) for r in runs.itertuples()}
+    lines = []
+    for kind in dict.fromkeys(k for f in facts.values() for k in f):
+        lines += _odd(kind, {run: f.get(kind, "none") for run, f in facts.items()})
+    return lines + odd_data(runs)
 
 # %% ../../nbs/lab/12_results.ipynb #8b093e05
 def in_list(words: list[str]) -> str:
@@ -364,15 +364,15 @@ def bounds(runs: pd.DataFrame) -> dict[str, dict[str, float]]:
 def flags(grades: pd.DataFrame | None,
           ) -> dict[str, str]:            # metric -> what it does not see; empty if it sees all
     "What a calibration says against a metric."
-    said = {}
+    words = {}
     for metric, rows in (grades.groupby("metric", sort=False) if grades is not None else ()):
         parts = [
             f"{'does not notice' if word == 'does not notice' else 'is not monotonic in'} "
             f"{in_list(list(some.damage))}"
             for word, some in rows[rows.verdict != "notices"].groupby("verdict", sort=False)
         ]
-        said[metric] = "; ".join(parts)
-    return said
+        words[metric] = "; ".join(parts)
+    return words
 
 # %% ../../nbs/lab/12_results.ipynb #b704f964
 def _word(row) -> str:
@@ -385,7 +385,8 @@ def p_words(p: float) -> str:
     return "" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.2g}"
 
 # %% ../../nbs/lab/12_results.ipynb #5853ca53
-def verdicts(results: pd.DataFrame, ablation: Ablation, said: dict[str, str] | None = None) -> pd.DataFrame:
+def verdicts(
+    results: pd.DataFrame, ablation: Ablation, flagged: dict[str, str] | None = None) -> pd.DataFrame:
     "The main metrics of every variant but the baseline, numbers in words; `said` are the `flags` of metrics."
     others, main, rows = published_table(results, ablation), main_metrics(results), []
     mine = results[results.metric.isin(main) & (results.variant != ablation.baseline)]
@@ -396,7 +397,7 @@ def verdicts(results: pd.DataFrame, ablation: Ablation, said: dict[str, str] | N
         open_ = r.verdict == "not distinguishable" and not pd.isna(r.seeds_needed)
         needed = "" if not open_ else str(r.seeds_needed) if r.seeds_needed > r.seeds else f">{r.seeds}"
         rows.append(
-            (r.variant, "; ".join(filter(None, (direction(r.metric), (said or {}).get(r.metric)))),
+            (r.variant, "; ".join(filter(None, (direction(r.metric), (flagged or {}).get(r.metric)))),
              in_words(r.difference, r.difference_low, r.difference_high, "+"), p_words(r.p_corrected),
              _word(r), needed, "; ".join(f"{p.published}, {p.direction}" for p in beside.itertuples()),
              "; ".join(dict.fromkeys(beside.agreement)))
@@ -409,7 +410,7 @@ def verdicts(results: pd.DataFrame, ablation: Ablation, said: dict[str, str] | N
 
 # %% ../../nbs/lab/12_results.ipynb #445cfb41
 def means(
-    results: pd.DataFrame, limits: dict | None = None, said: dict[str, str] | None = None) -> pd.DataFrame:
+    results: pd.DataFrame, limits: dict | None = None, flagged: dict[str, str] | None = None) -> pd.DataFrame:
     """The main metrics: one row each, one column a variant, then real drawings, guessing and calibration
     where known."""
     rows = []
@@ -418,9 +419,9 @@ def means(
         row = {"metric": direction(metric)} | {
             r.variant: in_words(r.mean, r.low, r.high) for r in some.itertuples()}
         row |= {kind: in_words(values.get(metric, math.nan)) for kind, values in (limits or {}).items()}
-        if said:
+        if flagged:
             unknown = "" if metric.startswith("val") else "not calibrated"
-            row["calibration"] = (said[metric] or "notices all damage") if metric in said else unknown
+            row["calibration"] = (flagged[metric] or "notices all damage") if metric in flagged else unknown
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
@@ -445,24 +446,24 @@ def readable(results: pd.DataFrame, limits: dict | None = None) -> pd.DataFrame:
 # %% ../../nbs/lab/12_results.ipynb #836548c2
 def sentences(results: pd.DataFrame, ablation: Ablation) -> list[str]:
     "What our runs say, one sentence a variant."
-    order, said = main_metrics(results), []
+    order, lines = main_metrics(results), []
     main = results[results.metric.isin(order) & (results.variant != ablation.baseline)]
     main = main.sort_values("metric", key=lambda m: m.map(order.index), kind="stable")
     for variant, rows in main.groupby("variant", sort=False):
         words = pd.Series([_word(r) for r in rows.itertuples()], rows.index)
         parts = [f"{word} on {in_list(list(ms))}" for word, ms in rows.groupby(words, sort=False).metric]
         seeds = int(rows.seeds.min())
-        said.append(
+        lines.append(
             f"{variant} against {ablation.baseline} ({seeds} {'seeds' if seeds > 1 else 'seed'}): "
             f"{'; '.join(parts)}."
         )
-    if said and "p_corrected" in results:
-        said.append(f"The {len(main)} comparisons are corrected for their number (Benjamini-Hochberg): "
+    if lines and "p_corrected" in results:
+        lines.append(f"The {len(main)} comparisons are corrected for their number (Benjamini-Hochberg): "
                     "of the differences called, about 5% may be chance.")
-    elif said:
-        said.append(f"{len(main)} comparisons were made, each at 95%: "
+    elif lines:
+        lines.append(f"{len(main)} comparisons were made, each at 95%: "
                     f"about {len(main) * 0.05:.1g} would look like a difference by chance alone.")
-    return said
+    return lines
 
 # %% ../../nbs/lab/12_results.ipynb #da70bea7
 def _clocked(c: pd.DataFrame, step_seconds: float) -> pd.DataFrame:

@@ -228,16 +228,16 @@ class Task:
         """Bring the run to its end; its final status. Exit code 1 when it did not succeed, so that Slurm says
         FAILED too."""
         if runs.finished(self.job):
-            return runs.status(self.job.out)                                 # requeued when all was done
+            return runs.read_status(self.job.out)                                 # requeued when all was done
         self.begin, self.before = time.monotonic(), _last_checkpoint(self.job.out)
-        self.stop, self.said = threading.Event(), {}
+        self.stop, self.status = threading.Event(), {}
         self.worker = threading.Thread(target=self._attend, daemon=True)
         signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
         self.worker.start()
         while self.worker.is_alive():
             self.worker.join(0.5)
-        if self.said.get("state") == "done":
-            return self.said
+        if self.status.get("state") == "done":
+            return self.status
         if self.stop.is_set() and (own := _own_id()):
             with contextlib.suppress(SlurmError):
                 if _preempted(pairs(ask("scontrol", "--oneliner", "show", "job", own))):
@@ -251,8 +251,8 @@ def _attend(self: Task) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     say = lambda line: print(f"{datetime.now():%H:%M:%S} {line}", flush=True)
     say(f"{self.job.name} as task {_own_id()} on {os.uname().nodename}")
-    self.said = runs.supervise(self.job, self.threads, stop=self.stop, say=say)
-    say(f"{self.job.name} {runs.end_in_words(self.job, self.said)}")
+    self.status = runs.supervise(self.job, self.threads, stop=self.stop, say=say)
+    say(f"{self.job.name} {runs.end_in_words(self.job, self.status)}")
 
 # %% ../../nbs/lab/07_slurm.ipynb #649b0f26
 @patch
@@ -263,7 +263,7 @@ def checkpoint(self: Task):
     if self.worker:
         self.stop.set()
         self.worker.join()
-        if self.said.get("state") not in ("interrupted", "done") or self._got_nowhere():
+        if self.status.get("state") not in ("interrupted", "done") or self._got_nowhere():
             return None
     return DelayedSubmission(Task(self.job, self.threads, self.minutes))
 
@@ -274,11 +274,11 @@ def _got_nowhere(self: Task) -> bool:
     # Slurm may signal a minute earlier still
     early = _warning(self.minutes) + 90
     late = time.monotonic() - self.begin > 60 * self.minutes - early
-    if self.said["state"] == "done" or not late or _last_checkpoint(self.job.out) != self.before:
+    if self.status["state"] == "done" or not late or _last_checkpoint(self.job.out) != self.before:
         return False
     error = (f"no new checkpoint within the task's {self.minutes} min; ask for more, or lower "
              "train.checkpoint_every")
-    write_json(Path(self.job.out) / "status.json", self.said | {"state": "timeout", "error": error})
+    write_json(Path(self.job.out) / "status.json", self.status | {"state": "timeout", "error": error})
     return True
 
 # %% ../../nbs/lab/07_slurm.ipynb #9547179b
@@ -325,13 +325,13 @@ def _left_to_do(jobs: list[Job], again: bool, say: Callable[[str], None]) -> lis
         task = waiting.get(job.out)
         if runs.finished(job):
             continue
-        if task and runs.status(job.out).get("key") != job.key:
+        if task and runs.read_status(job.out).get("key") != job.key:
             raise SlurmError(
                 f"{job.out} is in Slurm's queue with other settings; cancel that first: scancel {task.id}")
         if task:
             say(f"{job.name} is in the queue already as {task.id}, {task.state}")
         elif failed_for_good(job) and not again:
-            end = runs.end_in_words(job, runs.status(job.out))
+            end = runs.end_in_words(job, runs.read_status(job.out))
             say(f"{job.name} failed before and nothing has changed: {end}; prx-nb retry runs it again")
         else:
             todo.append(job)
@@ -386,7 +386,7 @@ def _write_down(todo: list[Job], ids: list[str], logs: Path) -> None:
         write_json(logs / f"{array}.json", {"tasks": tasks})
     queue(todo)
     for job, id in zip(todo, ids):
-        write_json(Path(job.out) / "status.json", runs.status(job.out) | {"slurm": id})
+        write_json(Path(job.out) / "status.json", runs.read_status(job.out) | {"slurm": id})
 
 # %% ../../nbs/lab/07_slurm.ipynb #7d563454
 def _take_back(todo: list[Job], ids: list[str], error: BaseException) -> None:
@@ -395,9 +395,9 @@ def _take_back(todo: list[Job], ids: list[str], error: BaseException) -> None:
         ask("scancel", *ids)
     for job in todo:
         with contextlib.suppress(OSError):
-            if (said := runs.status(job.out)).get("state") == "queued":
-                said |= {"state": "interrupted", "error": f"was not let go: {error!r}"}
-                write_json(Path(job.out) / "status.json", said)
+            if (status := runs.read_status(job.out)).get("state") == "queued":
+                status |= {"state": "interrupted", "error": f"was not let go: {error!r}"}
+                write_json(Path(job.out) / "status.json", status)
 
 # %% ../../nbs/lab/07_slurm.ipynb #fbb687a6
 def _hand_in_and_note(jobs: list[Job], wanted: dict, logs: Path, array: bool) -> list[str]:
@@ -494,19 +494,19 @@ def _known(id: str) -> dict[str, str]:
     return {}
 
 # %% ../../nbs/lab/07_slurm.ipynb #cb704bab
-def _settle(job: Job, said: dict) -> dict:
+def _settle(job: Job, status: dict) -> dict:
     "The status of a run that is not in the queue any more, put right if need be."
     may_change = {*runs.OPEN, "interrupted", "killed", "dead kernel"}
-    if "slurm" not in said or said.get("state") not in may_change or runs.alive(said, job.out):
-        return said
-    known = _known(said["slurm"])
-    if state := state_by_slurm(said["state"], known):
-        cause = (f"Slurm says {known.get('JobState', 'nothing any more')} of task {said['slurm']}; "
+    if "slurm" not in status or status.get("state") not in may_change or runs.alive(status, job.out):
+        return status
+    known = _known(status["slurm"])
+    if state := state_by_slurm(status["state"], known):
+        cause = (f"Slurm says {known.get('JobState', 'nothing any more')} of task {status['slurm']}; "
                  f"see {known.get('StdErr', 'the logs in .slurm')}")
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        said = said | {"state": state, "error": cause, "finished": now}
-        write_json(Path(job.out) / "status.json", said)
-    return said
+        status = status | {"state": state, "error": cause, "finished": now}
+        write_json(Path(job.out) / "status.json", status)
+    return status
 
 # %% ../../nbs/lab/07_slurm.ipynb #ef033c96
 def reconcile(jobs: Iterable[Job]) -> list[dict]:
@@ -517,10 +517,10 @@ def reconcile(jobs: Iterable[Job]) -> list[dict]:
 def _look(jobs: list[Job]) -> tuple[set[str], list[dict]]:
     "The folders of the runs that are not through, and all statuses."
     waiting = in_queue()                               # asked first: what ends in between is seen next time
-    said = [runs.status(job.out) for job in jobs]
-    said = [s if job.out in waiting else _settle(job, s) for job, s in zip(jobs, said)]
-    late = {job.out for job, s in zip(jobs, said) if s.get("state") in runs.OPEN and "slurm" in s}
-    return {job.out for job in jobs if job.out in waiting} | late, said
+    status = [runs.read_status(job.out) for job in jobs]
+    status = [s if job.out in waiting else _settle(job, s) for job, s in zip(jobs, status)]
+    late = {job.out for job, s in zip(jobs, status) if s.get("state") in runs.OPEN and "slurm" in s}
+    return {job.out for job in jobs if job.out in waiting} | late, status
 
 # %% ../../nbs/lab/07_slurm.ipynb #d955f683
 def cancel(jobs: Iterable[Job]) -> list[str]:      # the tasks' numbers
@@ -541,13 +541,13 @@ def wait(jobs: list[Job],
     `SlurmError`."""
     told: dict[str, str] = {}
     while True:
-        left, said = _look(jobs)
-        for job, s in zip(jobs, said):
+        left, status = _look(jobs)
+        for job, s in zip(jobs, status):
             ended = "state" in s and job.out not in left
             words = runs.end_in_words(job, s) if ended else s.get("state", "not handed in")
             if told.get(job.out, "queued") != words:
                 say(f"{job.name} {words}")
             told[job.out] = words
         if not left:
-            return said
+            return status
         time.sleep(poll_seconds)

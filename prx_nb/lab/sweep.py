@@ -191,11 +191,11 @@ def _words(fault: dict, model: type[BaseModel]) -> str:
         )
     if kind == "missing":
         return f"'{where}' is missing"
-    said = (str(fault["ctx"]["error"]) if kind == "value_error"
+    words = (str(fault["ctx"]["error"]) if kind == "value_error"
             else fault["msg"].replace("Input should be", "should be"))
-    said = {"dict_type": "should be a mapping, e.g. {train.steps: 600}", "list_type": "should be a list",
-            "string_pattern_mismatch": "may hold letters, digits and . _ + - only"}.get(kind, said)
-    return f"{where} = {_brief(fault['input'])}: {said}"
+    words = {"dict_type": "should be a mapping, e.g. {train.steps: 600}", "list_type": "should be a list",
+            "string_pattern_mismatch": "may hold letters, digits and . _ + - only"}.get(kind, words)
+    return f"{where} = {_brief(fault['input'])}: {words}"
 
 # %% ../../nbs/lab/08_sweep.ipynb #a9fdf8da
 def _parsed(model: type[BaseModel], raw: Any) -> tuple[Any, list[str]]:
@@ -459,8 +459,8 @@ def _past(path: Path, published: bool = False) -> Past | None:
     try:
         record = json.loads(path.read_text())
         beside = path.parent / "status.json"
-        said = json.loads(beside.read_text()) if not published and beside.is_file() else {}
-        cost, whole = record["cost"], said.get("seconds") if said.get("state") == "done" else None
+        status = json.loads(beside.read_text()) if not published and beside.is_file() else {}
+        cost, whole = record["cost"], status.get("seconds") if status.get("state") == "done" else None
         if record["status"] != "done":
             return None
         group, seconds = "" if published else path.parent.parent.name, float(whole or cost["total_seconds"])

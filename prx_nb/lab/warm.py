@@ -229,11 +229,11 @@ class ForkServer:
 @patch
 def _listen(self: ForkServer) -> None:
     for line in self._process.stdout:
-        said = json.loads(line)
-        if "ended" in said:
-            self.ended[said["ended"]] = said["code"]
+        message = json.loads(line)
+        if "ended" in message:
+            self.ended[message["ended"]] = message["code"]
         else:
-            self._answers.put(said)
+            self._answers.put(message)
     self._answers.put(None)                                    # it is gone: nobody shall wait for it
 
 # %% ../../nbs/lab/04_warm.ipynb #e69fd2e3
@@ -249,8 +249,8 @@ def born(
             if self._ready and self.alive:
                 self._process.stdin.write((json.dumps(asked) + "\n").encode())
                 self._process.stdin.flush()
-                if said := self._answers.get(timeout=wait):
-                    return ForkedProcess(said["born"], self)
+                if message := self._answers.get(timeout=wait):
+                    return ForkedProcess(message["born"], self)
         except (OSError, queue.Empty):
             # one that does not answer shall not answer late
             self._process.kill()

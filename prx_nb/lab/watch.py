@@ -120,11 +120,11 @@ _TYPES = {"state": str, "host": str, "pid": int, "born": (int, float), "started"
           "seconds": (int, float), "error": str, "cell": int, "history": list, "device": str, "slurm": str}
 
 
-def _said(folder: Path) -> dict:
+def _status(folder: Path) -> dict:
     "A run's status, as far as it makes sense."
-    said = {k: v for k, v in runs.status(folder).items() if isinstance(v, _TYPES.get(k, object))}
-    if said.get("state") in runs.STATES:
-        return said
+    status = {k: v for k, v in runs.read_status(folder).items() if isinstance(v, _TYPES.get(k, object))}
+    if status.get("state") in runs.STATES:
+        return status
     return ({"state": "killed", "error": "its status.json cannot be read"}
             if (folder / "status.json").exists() else {"state": "queued"})
 
@@ -138,12 +138,12 @@ def _headline(record: dict) -> str:
 # %% ../../nbs/lab/09_watch.ipynb #094a785d
 def _progress(folder: Path, started: str | None) -> dict[str, Any]:
     "Step, steps and seconds left of this attempt; `{}` before the first word."
-    said = _json(folder / "progress.json")
+    status = _json(folder / "progress.json")
     try:
         if (started
             and (folder / "progress.json").stat().st_mtime < datetime.fromisoformat(started).timestamp() - 1):
             return {}
-        step, steps, seconds = int(said["step"]), int(said["steps"]), float(said["seconds"])
+        step, steps, seconds = int(status["step"]), int(status["steps"]), float(status["seconds"])
     except (OSError, KeyError, TypeError, ValueError):
         return {}
     return {"step": step, "steps": steps, "eta": (steps - step) * seconds / step if step else None}
@@ -156,48 +156,49 @@ def _since(started: str | None) -> float | None:
         return None
 
 # %% ../../nbs/lab/09_watch.ipynb #1cbd2b68
-def _running(folder: Path, said: dict) -> dict[str, Any]:
+def _running(folder: Path, status: dict) -> dict[str, Any]:
     "What is to be said of a run that says it is running."
-    if not runs.alive(said, folder):
-        now = _said(folder)
-        if now != said and now.get("state") != "running":          # it ended just now
+    if not runs.alive(status, folder):
+        now = _status(folder)
+        if now != status and now.get("state") != "running":          # it ended just now
             return _facts(folder, now)
-        away = said.get("host") != os.uname().nodename
-        cause = f"{said.get('host')} has not been heard of" if away else "its process is gone"
+        away = status.get("host") != os.uname().nodename
+        cause = f"{status.get('host')} has not been heard of" if away else "its process is gone"
         gone = {"state": "host gone" if away else "killed", "cause": f"said to be running, but {cause}"}
-        return gone | _progress(folder, said.get("started")) | {"eta": None}
-    return {"state": "running", "seconds": _since(said.get("started"))} | _progress(
-        folder, said.get("started"))
+        return gone | _progress(folder, status.get("started")) | {"eta": None}
+    return {"state": "running", "seconds": _since(status.get("started"))} | _progress(
+        folder, status.get("started"))
 
 # %% ../../nbs/lab/09_watch.ipynb #19621049
-def _facts(folder: Path, said: dict) -> dict[str, Any]:
+def _facts(folder: Path, status: dict) -> dict[str, Any]:
     "What is to be said of a run, by its state."
-    state = said["state"]
+    state = status["state"]
     if state == "running":
-        return _running(folder, said)
+        return _running(folder, status)
     if state == "queued":
         return {"state": state}
-    facts = {"state": state, "seconds": said.get("seconds")}
+    facts = {"state": state, "seconds": status.get("seconds")}
     if state == "done":
         found = runs.record(folder)
         return facts | ({"metric": _headline(found)} if found
                         else {"state": "no record", "cause": "its record.json cannot be read"})
-    where, error = (f"cell {said['cell']}: " if "cell" in said else "",
-                    next(iter(said.get("error", "").splitlines()), ""))
-    return facts | {"cause": where + error} | _progress(folder, said.get("started")) | {"eta": None}
+    where, error = (f"cell {status['cell']}: " if "cell" in status else "",
+                    next(iter(status.get("error", "").splitlines()), ""))
+    return facts | {"cause": where + error} | _progress(folder, status.get("started")) | {"eta": None}
 
 # %% ../../nbs/lab/09_watch.ipynb #31c23ad3
 def row(folder: str | Path,       # a run's
         top: str | Path,          # what its group is named relative to
         ) -> Row:
     "How a run stands, from its files."
-    folder, said = Path(folder), _said(Path(folder))
+    folder, status = Path(folder), _status(Path(folder))
     group = os.path.relpath(folder.parent, top)
-    machine = (said.get("host") if said.get("state") == "running" and said.get("host") != os.uname().nodename
-               else None)
-    device = f"GPU {said['device']}" if said.get("device") and said.get("state") == "running" else None
-    facts = {"attempt": len(said.get("history", [])) + 1, "where": " ".join(filter(None, (machine, device))),
-             "slurm": said.get("slurm", "")} | _facts(folder, said)
+    machine = (status.get("host")
+               if status.get("state") == "running" and status.get("host") != os.uname().nodename else None)
+    device = f"GPU {status['device']}" if status.get("device") and status.get("state") == "running" else None
+    facts = {"attempt": len(status.get("history", [])) + 1,
+             "where": " ".join(filter(None, (machine, device))),
+             "slurm": status.get("slurm", "")} | _facts(folder, status)
     return Row("." if group == "." else group, folder.name, folder=str(folder), **facts)
 
 # %% ../../nbs/lab/09_watch.ipynb #ea774bbb
@@ -208,7 +209,7 @@ def pretend_runs(top: str | Path) -> Path:
     here = {"host": os.uname().nodename, "pid": os.getpid(), "born": psutil.Process().create_time(),
             "started": now.isoformat()}
     step = {"step": 300, "steps": 1500, "seconds": 30.0, "at": time.time()}
-    for name, said, more in (
+    for name, status, more in (
         ("cpu/v-s0", {"state": "done", "seconds": 168.6},
          {"record": {"status": "done", "metrics": {"KID[invented]": 0.4984}}}),
         ("cpu/v-s1", {"state": "running", **here}, {"progress": step}),
@@ -225,7 +226,7 @@ def pretend_runs(top: str | Path) -> Path:
     ):
         folder = top / "prediction_target" / name
         folder.mkdir(parents=True, exist_ok=True)
-        for file, content in {"job": {}, "status": said, **more}.items():
+        for file, content in {"job": {}, "status": status, **more}.items():
             (folder / f"{file}.json").write_text(json.dumps(content))
     return top
 
@@ -452,7 +453,7 @@ STOPPED = {"interrupted", "killed", "host gone"}       # from outside: they go o
 
 def _of_run(folder: Path, failed: bool, checkpoints: bool) -> list[Leftover]:
     "What can go of a run that is not at work."
-    state, saves = _said(folder)["state"], sorted((folder / "checkpoint").glob("step-*.safetensors"))
+    state, saves = _status(folder)["state"], sorted((folder / "checkpoint").glob("step-*.safetensors"))
     if failed and state not in {"done", *runs.OPEN, *STOPPED}:
         return [Leftover(folder, _size(folder), "failed runs")]
     found = [Leftover(p, _size(p), "unfinished files") for p in _bits(folder)]
@@ -467,7 +468,7 @@ def _of_group(group: Path) -> list[Leftover]:
            for p in sorted((group / name).iterdir())]
     # somebody may be writing a report this minute
     late = time.time() - 3600
-    old = [p for p in old if not runs.alive(_said(p), p)]     # set aside while it ran on another machine
+    old = [p for p in old if not runs.alive(_status(p), p)]     # set aside while it ran on another machine
     bits = [p for pattern in (".*.part", "report/.*.part") for p in sorted(group.glob(pattern))
             if p.lstat().st_mtime < late]
     return [Leftover(p, _size(p), "replaced runs") for p in old] + [
@@ -491,7 +492,7 @@ def _remove(item: Leftover) -> None:
 # %% ../../nbs/lab/09_watch.ipynb #8275ab40
 def _idle(folder: Path) -> bool:
     "Whether a run is not at work, whose lock we hold."
-    return not runs.alive(_said(folder), folder)
+    return not runs.alive(_status(folder), folder)
 
 # %% ../../nbs/lab/09_watch.ipynb #fa94cd3b
 def clean(*folders: str | Path,            # from `places`

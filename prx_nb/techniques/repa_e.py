@@ -127,7 +127,7 @@ class REPAE(Technique, name="repa_e", settings=Settings):
 @patch
 def needs(self: REPAE, batch: Batch, step: int) -> Needs:
     images = self._others[0](batch.index).to(batch.x0.device)
-    learns = super().acts(step)
+    learns = Technique.acts(self, step)
     self.norm.train(learns)
     with torch.set_grad_enabled(learns):
         raw, divergence = posterior(
