@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 MEASURED = re.compile(r"\d+(?:\.\d+)?(?= ?(?:s|ms|min|MB|GB|seconds|minutes)\b)")          # time and memory are another's
+OF_A_PICTURE = re.compile(r"<matplotlib\.|Text\(")
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?![\w.]*\w)", re.IGNORECASE)
 
 
@@ -20,10 +21,11 @@ def text_of(outputs: Iterable[Mapping], values: bool = True) -> str:
         if output["output_type"] == "stream" and output["name"] == "stdout":
             found.append(joined(output["text"]))
         elif values and output["output_type"] in ("execute_result", "display_data") and not any(k.startswith("image/") for k in output["data"]):
-            if not any(k.startswith("application/vnd") for k in output["data"]):
-                found.append(joined(output["data"].get("text/plain", "")))
+            value = joined(output["data"].get("text/plain", ""))
+            if not any(k.startswith("application/vnd") for k in output["data"]) and not OF_A_PICTURE.search(value):
+                found.append(value)
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", "\n".join(found))           # colours and the like
-    return re.sub(r"0x[0-9a-f]{6,}", "0x", text)
+    return re.sub(r" at 0x[0-9a-f]+", "", text)                                  # which cleaning takes away
 
 
 def first_difference(stored: str, fresh: str, tolerance: float = 0.05) -> str | None:

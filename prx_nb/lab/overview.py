@@ -29,11 +29,11 @@ def percent(change: float, low: float = math.nan, high: float = math.nan) -> str
     return short(change) + ("" if math.isnan(low) else f" [{short(low)}, {short(high)}]")
 
 # %% ../../nbs/lab/16_overview.ipynb #bdaeddda
-def by_source(words: Iterable[tuple[str, str]]) -> str:
+def by_source(pairs: Iterable[tuple[str, str]]) -> str:
     """(source, words) in one line, once each. Sources that say different things are named by a part in which
     all of them differ, the shortest."""
     words = {}
-    for source, word in words:
+    for source, word in pairs:
         words.setdefault(source, {})[word] = None
     lines = {source: ", ".join(found) for source, found in words.items()}
     if len(set(lines.values())) < 2:

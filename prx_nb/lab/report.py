@@ -372,12 +372,12 @@ _SUMMARY = ("ablation", "point", "variant", "metric", "minus baseline [95%]", "p
 def _summary_rows(found: list[Findings], metric: str | None, out: Path) -> tuple[pd.DataFrame, list[tuple]]:
     "The rows in words; and what a figure needs: (row's name, difference, verdict, metric)."
     pairs = _headlines(found, metric)
-    found = results.compare(
+    compared = results.compare(
         {k: (mine, base, results.better_up(name)) for k, (name, mine, base) in pairs.items()})
     rows, drawn = [], []
     for i, f in enumerate(found):
         for v in [v for v in f.variants if v != f.ablation.baseline] or f.variants:
-            name, c = pairs[i, v][0] if (i, v) in pairs else "", found.get((i, v))
+            name, c = pairs[i, v][0] if (i, v) in pairs else "", compared.get((i, v))
             rows.append(_summary_row(f, v, name, c, out))
             drawn += (
                 [
