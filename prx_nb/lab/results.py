@@ -387,7 +387,7 @@ def p_words(p: float) -> str:
 # %% ../../nbs/lab/12_results.ipynb #5853ca53
 def verdicts(
     results: pd.DataFrame, ablation: Ablation, flagged: dict[str, str] | None = None) -> pd.DataFrame:
-    "The main metrics of every variant but the baseline, numbers in words; `said` are the `flags` of metrics."
+    "The main metrics of every variant but the baseline, numbers in words; `flagged` are the `flags` of metrics."
     others, main, rows = published_table(results, ablation), main_metrics(results), []
     mine = results[results.metric.isin(main) & (results.variant != ablation.baseline)]
     order = mine.metric.map(main.index) + len(main) * mine.variant.map(
