@@ -111,7 +111,7 @@ def draw_faults(folder: Path, planned: list[plan.Job], share: float, dice: rando
 def disturb(folder: Path, seeds: int, at_once: int, kills: int, dice: random.Random) -> int:
     "Run the sweep, killing the driver now and then; freed disks are tried again at the end. Returns how often it was killed."
     planned, killed = jobs(folder, "disturbed", seeds), 0
-    ended = lambda: sum(run.status(job.out).get("state", "queued") not in run.OPEN for job in planned)
+    ended = lambda: sum(run.read_status(job.out).get("state", "queued") not in run.OPEN for job in planned)
     marks = sorted(dice.sample(range(1, len(planned)), min(kills, len(planned) - 1)))
     while True:
         driver = drive(folder, "disturbed", seeds, at_once)
@@ -160,11 +160,11 @@ def compare(folder: Path, seeds: int, faults: dict[str, str]) -> dict:
     "Counts, and the runs that are not as they should be."
     counts, wrong, tries = Counter(), [], Counter()
     for calm, rough in zip(jobs(folder, "undisturbed", seeds), jobs(folder, "disturbed", seeds)):
-        said, fault = run.status(rough.out), faults.get(rough.name, "healthy")
+        said, fault = run.read_status(rough.out), faults.get(rough.name, "healthy")
         counts[f"{fault}: {said.get('state')}"] += 1
         tries[said.get("attempt", 0)] += 1
-        if run.status(calm.out).get("state") != "done":
-            wrong.append(f"{calm.name}: undisturbed, but {run.status(calm.out)}")
+        if run.read_status(calm.out).get("state") != "done":
+            wrong.append(f"{calm.name}: undisturbed, but {run.read_status(calm.out)}")
         elif fault in LASTING:
             wrong += [] if said.get("state") == EXPECTED[fault] else [f"{rough.name}: {fault}, but {said}"]
         elif said.get("state") != "done":
@@ -190,7 +190,7 @@ def sweep(folder: Path, seeds: int, share: float, at_once: int, kills: int, seed
         for place in mounts(folder):
             subprocess.run(["umount", "-l", place])
     found = compare(folder, seeds, faults) | {"drivers killed": killed, "seconds undisturbed": round(peace), "seconds in all": round(time.monotonic() - begin)}
-    return found | {"left running": [p for job in planned if (p := run.status(job.out).get("pid")) and Path(f"/proc/{p}").exists()]}
+    return found | {"left running": [p for job in planned if (p := run.read_status(job.out).get("pid")) and Path(f"/proc/{p}").exists()]}
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+MEASURED = re.compile(r"\d+(?:\.\d+)?(?= ?(?:s|ms|min|MB|GB|seconds|minutes)\b)")          # time and memory are another's
+OF_A_PICTURE = re.compile(r"<matplotlib\.|Text\(")
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[-+]?\d+)?(?![\w.]*\w)", re.IGNORECASE)
 
 
@@ -19,15 +21,17 @@ def text_of(outputs: Iterable[Mapping], values: bool = True) -> str:
         if output["output_type"] == "stream" and output["name"] == "stdout":
             found.append(joined(output["text"]))
         elif values and output["output_type"] in ("execute_result", "display_data") and not any(k.startswith("image/") for k in output["data"]):
-            if not any(k.startswith("application/vnd") for k in output["data"]):
-                found.append(joined(output["data"].get("text/plain", "")))
-    return re.sub(r"0x[0-9a-f]{6,}", "0x", "\n".join(found))
+            value = joined(output["data"].get("text/plain", ""))
+            if not any(k.startswith("application/vnd") for k in output["data"]) and not OF_A_PICTURE.search(value):
+                found.append(value)
+    text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", "\n".join(found))           # colours and the like
+    return re.sub(r" at 0x[0-9a-f]+", "", text)                                  # which cleaning takes away
 
 
 def first_difference(stored: str, fresh: str, tolerance: float = 0.05) -> str | None:
     "The first lines that do not say the same; none if all do. Numbers may differ by a share, and near 0 by a millionth."
     close = lambda a, b: math.isclose(float(a), float(b), rel_tol=tolerance, abs_tol=1e-6)
-    left, right = ([line.split() for line in text.splitlines() if line.strip()] for text in (stored, fresh))
+    left, right = ([line.split() for line in MEASURED.sub("...", text).splitlines() if line.strip()] for text in (stored, fresh))
     for old, new in zip(left, right):
         old, new = " ".join(old), " ".join(new)
         words = [re.sub(r"[-\s]+", " ", NUMBER.sub("#", line)).strip() for line in (old, new)]
@@ -38,7 +42,7 @@ def first_difference(stored: str, fresh: str, tolerance: float = 0.05) -> str | 
 
 
 def watch(shell: type, found: Path) -> None:
-    "Have notebooks that run in this process write the cells whose text is not what is stored into a file. `#| varies` excuses one."
+    "Have notebooks that run in this process write the cells whose text is not what is stored into a file. `#| varies` excuses one, and a widget."
     run, differ = shell.cell, []
     def cell(self, cell, *args, **options):
         if cell.cell_type != "code":
@@ -46,7 +50,7 @@ def watch(shell: type, found: Path) -> None:
         quiet = cell.source.rstrip().endswith(";")         # the shell would drop what such a cell prints, too
         stored, cell.source = text_of(cell.get("outputs", ()), not quiet), cell.source.rstrip().removesuffix(";")
         run(self, cell, *args, **options)
-        excused = {"varies", "eval:"} & set(getattr(cell, "directives_", None) or ())
+        excused = {"varies", "eval:"} & set(getattr(cell, "directives_", None) or ()) or "interact(" in cell.source
         if not excused and (says := first_difference(stored, text_of(cell.get("outputs", ()), not quiet))):
             differ.append(f"cell {cell.id}\n{says}")
             found.write_text(json.dumps(differ))

@@ -95,7 +95,7 @@ def test_a_stopped_driver_stops_its_runs_and_the_next_does_the_rest(tmp_path, si
     jobs = plan(toy(tmp_path, "ok", "hangs"), out=tmp_path, timeout=100)
     first = driver(tmp_path, "ok", "hangs")
     wait_for(lambda: states(jobs)["ok-s0"] == "done")
-    pid, runner = kernel(jobs[1].out), runs.status(jobs[1].out)["pid"]
+    pid, runner = kernel(jobs[1].out), runs.read_status(jobs[1].out)["pid"]
     first.send_signal(sign)
     output = first.communicate(timeout=30)[0]
     assert first.returncode == 130 and "1 of 2 are done. The same command again does the rest." in output
@@ -115,12 +115,20 @@ def test_a_killed_driver_leaves_its_runs_at_work_and_the_next_adopts_them(tmp_pa
     first.kill()
     first.communicate(timeout=30)
     assert not gone(pid) and states(jobs)["lasts-s0"] == "running" and states(jobs)["slow-s0"] == "queued"
-    runner, lines = runs.status(jobs[0].out)["pid"], []
+    runner, lines = runs.read_status(jobs[0].out)["pid"], []
     said = batch.run(jobs, at_once=2, prepare=None, say=lines.append)
     assert [s["state"] for s in said] == ["done"] * 3
     assert said[0]["pid"] == runner and all((Path(j.out) / "tries").read_text() == "1" for j in jobs), "nothing was done twice"
     assert any("lasts-s0 is at work already, adopted" in line for line in lines)
     assert not left_over(str(tmp_path))
+
+
+def test_a_run_that_ends_while_the_driver_looks_is_not_done_again(tmp_path, monkeypatch):
+    jobs = plan(toy(tmp_path, "ok"), out=tmp_path)
+    batch.run(jobs, prepare=None, say=lambda line: None)
+    monkeypatch.setattr(batch, "_sort_out", lambda jobs, again, say: jobs)          # it saw them at work still
+    [status] = batch.run(jobs, prepare=None, say=lambda line: None)
+    assert status["state"] == "done" and (Path(jobs[0].out) / "tries").read_text() == "1"
 
 
 def test_what_failed_is_left_alone_until_it_changes_or_is_asked_for(tmp_path):
@@ -133,7 +141,7 @@ def test_what_failed_is_left_alone_until_it_changes_or_is_asked_for(tmp_path):
     assert tries() == [1, 4] and any("raises-s0 failed before and nothing has changed" in line for line in lines)
     assert any("prx-nb retry" in line for line in lines)
     batch.run(jobs[:1], prepare=None, say=lines.append, again=True)
-    assert tries() == [2, 4] and [s["state"] for s in runs.status(jobs[0].out)["history"]] == ["cell error"]
+    assert tries() == [2, 4] and [s["state"] for s in runs.read_status(jobs[0].out)["history"]] == ["cell error"]
     [new] = plan(toy(tmp_path, "raises", body="import pathlib, json\n(pathlib.Path(out) / 'record.json').write_text(json.dumps({'status': 'done'}))"), out=tmp_path)
     assert batch.run([new], prepare=None, say=lines.append)[0]["state"] == "done"
 

@@ -4,6 +4,7 @@ import graphlib
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -65,10 +66,28 @@ def test_notebook_is_tidy(notebook):
     for cell in nb["cells"]:
         assert not any(o["output_type"] == "error" for o in cell.get("outputs", [])), "an error was saved"
         source = "".join(cell["source"])
-        for line in source.splitlines() if source.startswith("#| export") else ():
-            assert len(line) <= 150, f"a code line of {len(line)} characters: {line[:80]}"
+        for line in source.splitlines() if cell["cell_type"] == "code" else ():
+            assert len(line) <= 110, f"a code line of {len(line)} characters: {line[:80]}"
     for place in (str(ROOT), str(Path.home()) + "/"):
         assert place not in text, f"names a place on one machine: {place}"
+
+
+def exported_cells():
+    "(notebook, lines of code, definitions) of every exported cell but imports and constants."
+    for notebook in NOTEBOOKS:
+        for cell in json.loads(notebook.read_text())["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "code" and re.match(r"(#\|.*\n)*#\| *exporti?\b", source):
+                kinds = [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+                lines = [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
+                yield short(notebook), len(lines), [n.name for n in kinds]
+
+
+def test_cells_are_small_and_define_one_thing():
+    cells = list(exported_cells())
+    assert [c for c in cells if c[1] > 40] == [], "longer than 40 lines"
+    assert statistics.median(lines for _, lines, names in cells if names) <= 10
+    assert [c for c in cells if len(c[2]) > 1 and c[1] > 12] == [], "several definitions in one cell"
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def test_every_way_to_end_is_told_apart(tmp_path):
     for job in plan(toy(tmp_path, *ENDS), overrides={"train.steps": 7}, out=tmp_path, timeout=200):
         lines = []
         said, folder = runs.supervise(job, threads=1, say=lines.append), Path(job.out)
-        assert said["state"] == ENDS[job.variant], (job.variant, said) and said == runs.status(folder)
+        assert said["state"] == ENDS[job.variant], (job.variant, said) and said == runs.read_status(folder)
         assert said["attempt"] == (2 if job.variant in ("greedy", "dies", "diesonce") else 1) == len(said["history"]) + 1
         assert bool(lines) == (said["attempt"] == 2) and all("once more" in line for line in lines)
         assert f"hello from {job.variant} 0" in (folder / "log.txt").read_text() or job.variant.startswith("dies"), "a kernel that exits may take its words with it"
@@ -56,10 +56,10 @@ def test_a_signal_stops_a_run_and_its_kernel(tmp_path, sign):
     [job] = plan(toy(tmp_path, "hangs"), out=tmp_path)
     child = runs._start(job, 1, None)
     pid = kernel(job.out)
-    os.kill(runs.status(job.out)["pid"], sign)
-    assert child.started.wait(20) == 1 and runs.status(job.out)["state"] == "interrupted"
+    os.kill(runs.read_status(job.out)["pid"], sign)
+    assert child.started.wait(20) == 1 and runs.read_status(job.out)["state"] == "interrupted"
     wait_for(lambda: gone(pid), 10)
-    assert not Path(runs.status(job.out)["scratch"]).exists()
+    assert not Path(runs.read_status(job.out)["scratch"]).exists()
 
 
 def test_one_who_attends_can_stop_it(tmp_path):
@@ -76,9 +76,9 @@ def test_a_killed_process_is_tried_once_more_and_then_said_to_be_killed(tmp_path
 
     def kill():
         for _ in range(2):
-            wait_for(lambda: runs.status(job.out).get("state") == "running" and runs.status(job.out)["pid"] not in killed)
+            wait_for(lambda: runs.read_status(job.out).get("state") == "running" and runs.read_status(job.out)["pid"] not in killed)
             wait_for(lambda: (Path(job.out) / "tries").exists() and (Path(job.out) / "tries").read_text() == str(len(killed) + 1))
-            killed.append(runs.status(job.out)["pid"])
+            killed.append(runs.read_status(job.out)["pid"])
             os.kill(killed[-1], signal.SIGKILL)
     threading.Thread(target=kill, daemon=True).start()
     said = runs.supervise(job)
@@ -91,8 +91,8 @@ def test_a_run_at_work_is_adopted_not_started_again(tmp_path):
     script = "import sys; from prx_nb.lab import run; run._start(run.read_job(sys.argv[1]), 1, None)"
     write_json(tmp_path / "job.json", __import__("dataclasses").asdict(job))
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "job.json")], check=True, timeout=60)
-    wait_for(lambda: runs.status(job.out).get("state") == "running")
-    pid, lines = runs.status(job.out)["pid"], []
+    wait_for(lambda: runs.read_status(job.out).get("state") == "running")
+    pid, lines = runs.read_status(job.out)["pid"], []
     said = runs.supervise(job, say=lines.append)
     assert lines == ["lasts-s0 is at work already, adopted"]
     assert said["state"] == "done" and said["pid"] == pid and (Path(job.out) / "tries").read_text() == "1"
@@ -104,7 +104,7 @@ def test_an_adopted_run_that_is_killed_is_done_again(tmp_path):
     kernel(job.out)
     child.started.kill()
     child.started.wait()
-    assert runs.status(job.out)["state"] == "running" and not runs.alive(runs.status(job.out), job.out)
+    assert runs.read_status(job.out)["state"] == "running" and not runs.alive(runs.read_status(job.out), job.out)
     assert runs.supervise(job)["state"] == "done"
 
 
@@ -153,6 +153,6 @@ def test_a_full_disk_is_told_and_the_status_still_written(tmp_path):
         body = "import pathlib\nwith open(pathlib.Path(out) / 'big', 'wb', buffering=0) as f:\n    while True: f.write(b'x' * 4096)"
         [job] = plan(toy(tmp_path, "ok", body=body), out=disk)
         said = runs.supervise(job, retries=0)
-        assert said["state"] == "disk full" and runs.status(job.out)["state"] == "disk full"
+        assert said["state"] == "disk full" and runs.read_status(job.out)["state"] == "disk full"
     finally:
         subprocess.run(["umount", "-l", str(disk)])

@@ -64,13 +64,13 @@ def test_an_array_of_runs_leaves_what_local_runs_leave(slurm, limited, tmp_path)
     jobs = plan(toy(tmp_path, "slow", "diesonce", "raises", "ok"), out=tmp_path)
     ids = hand_in(jobs, cpus=2, at_once=2)
     assert [i.split("_")[1] for i in ids] == ["0", "1", "2", "3"] and len({i.split("_")[0] for i in ids}) == 1
-    assert set(states(jobs).values()) <= {"queued", "running"} and runs.status(jobs[3].out)["slurm"] == ids[3]
+    assert set(states(jobs).values()) <= {"queued", "running"} and runs.read_status(jobs[3].out)["slurm"] == ids[3]
     assert executor.queue_states().keys() == {job.out for job in jobs + limited}
     lines = []
     said = executor.wait(jobs, 0.5, lines.append)
     assert states(jobs) == {"slow-s0": "done", "diesonce-s0": "done", "raises-s0": "cell error", "ok-s0": "done"}
     assert [s["attempt"] for s in said] == [1, 2, 1, 1] and said[1]["history"][0]["state"] == "dead kernel"
-    assert said == [runs.status(job.out) for job in jobs] and [s["slurm"] for s in said] == ids
+    assert said == [runs.read_status(job.out) for job in jobs] and [s["slurm"] for s in said] == ids
     done = [runs.record(job.out) for job in jobs if job.variant != "raises"]
     assert all(r["threads"] == "2" for r in done), "OMP_NUM_THREADS is the task's cores"
     assert max(sum(r["begin"] <= t["begin"] < r["end"] for r in done) for t in done) <= 2, "two at a time"
@@ -103,7 +103,7 @@ def test_what_is_done_or_queued_is_not_handed_in_again(slurm, tmp_path):  # noqa
     assert executor.wait(jobs, 0.5, quiet)[1]["state"] == "interrupted"
     assert len(hand_in(jobs[2:], again=True)) == 1
     executor.wait(jobs[2:], 0.5, quiet)
-    assert len(runs.status(jobs[2].out)["history"]) == 1
+    assert len(runs.read_status(jobs[2].out)["history"]) == 1
 
 
 def test_a_cancelled_task_stops_in_order_and_alone(slurm, tmp_path):  # noqa: F811
@@ -120,7 +120,7 @@ def test_a_cancelled_task_stops_in_order_and_alone(slurm, tmp_path):  # noqa: F8
     started(more[0])
     assert len(executor.cancel(more)) == 2
     assert [s["state"] for s in executor.wait(more, 0.5, quiet)] == ["interrupted", "interrupted"], "the second was never started"
-    assert "CANCELLED" in runs.status(more[1].out)["error"]
+    assert "CANCELLED" in runs.read_status(more[1].out)["error"]
 
 
 def test_preempted_training_goes_on_and_ends_the_same(slurm, limited, tmp_path):  # noqa: F811
@@ -136,7 +136,7 @@ def test_preempted_training_goes_on_and_ends_the_same(slurm, limited, tmp_path):
     log = Path(job.out) / "log.txt"
     wait_for(lambda: log.exists() and "step  150/1500" in log.read_text(), 90)
     urgent = slurm.call("sbatch", "--parsable", "--partition=high", "--gres=seat:2", "--output=/dev/null", "--wrap=sleep 1").strip()
-    wait_for(lambda: runs.status(job.out).get("state") == "interrupted" and runs.status(patient[0].out).get("state") == "interrupted")
+    wait_for(lambda: runs.read_status(job.out).get("state") == "interrupted" and runs.read_status(patient[0].out).get("state") == "interrupted")
     wait_for(lambda: gone(pid))
     before = max(p.name for p in checkpoints.iterdir())
     assert before < "step-0001500", "it was not through"
@@ -227,7 +227,7 @@ def test_a_lost_machine_is_named_and_a_requeued_run_survives_it(slurm, limited, 
     slurm.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
     wait_for(lambda: all(gone(pid) for pid in pids) and slurm.job(ids[0])["JobState"] == "NODE_FAIL")
     wait_for(lambda: executor.reconcile(jobs)[0]["state"] == "host gone")          # whether or not it could still write a last word
-    assert "Slurm says NODE_FAIL" in runs.status(jobs[0].out)["error"] and set(executor.queue_states()) == {jobs[1].out}
+    assert "Slurm says NODE_FAIL" in runs.read_status(jobs[0].out)["error"] and set(executor.queue_states()) == {jobs[1].out}
     def back():                                                         # its daemon may report the state DOWN once more after the first RESUME
         slurm.call("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
         return (Path(jobs[1].out) / "tries").read_text() == "2"

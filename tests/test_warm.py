@@ -44,7 +44,7 @@ def test_a_fork_is_like_a_fresh_process(tmp_path, monkeypatch):
         for job in jobs[:3]:
             assert run.supervise(job, 1, "7", fork_server=fork_server)["state"] == "done"
         [process] = nurseries()
-        assert all(psutil.pid_exists(p) is False for p in [run.status(j.out)["pid"] for j in jobs[:3]])
+        assert all(psutil.pid_exists(p) is False for p in [run.read_status(j.out)["pid"] for j in jobs[:3]])
     fresh = run.supervise(jobs[3], 1, "7")
     assert fresh["state"] == "done" and not process.is_running()
     told = [facts(job) for job in jobs]
@@ -74,12 +74,12 @@ def test_exit_codes_come_back_whoever_else_is_at_work(tmp_path):
         for job in (jobs[0], jobs[2]):
             others.append(threading.Thread(target=run.supervise, args=(job,), kwargs={"fork_server": fork_server, "stop": stop}))
             others[-1].start()
-        wait_for(lambda: [run.status(job.out).get("state") for job in (jobs[0], jobs[2])] == ["running"] * 2)
+        wait_for(lambda: [run.read_status(job.out).get("state") for job in (jobs[0], jobs[2])] == ["running"] * 2)
         said = run.supervise(jobs[1], retries=0, fork_server=fork_server)
         stop.set()
         [other.join() for other in others]
     assert said["state"] == "killed" and "ended with SIGKILL" in said["error"], said
-    assert {run.status(job.out)["state"] for job in (jobs[0], jobs[2])} == {"interrupted"}
+    assert {run.read_status(job.out)["state"] for job in (jobs[0], jobs[2])} == {"interrupted"}
 
 
 @pytest.mark.parametrize("when", ["before", "during"])
@@ -112,7 +112,7 @@ def test_runs_outlive_a_driver_that_is_killed_and_the_nursery_does_not(tmp_path)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     wait_for(lambda: not fork_server.is_running() or fork_server.status() == psutil.STATUS_ZOMBIE, 10)
-    said, lines = run.status(job.out), []
+    said, lines = run.read_status(job.out), []
     assert said["state"] == "running" and psutil.pid_exists(said["pid"])
     batch.run([job], 1, prepare=None, say=lines.append)
     assert any("adopted" in line for line in lines) and states([job]) == {job.name: "done"}

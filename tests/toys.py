@@ -34,7 +34,7 @@ def toy(folder, *variants, body=BODY, name="toy"):
 
 
 def states(jobs):
-    return {job.name: run.status(job.out).get("state") for job in jobs}
+    return {job.name: run.read_status(job.out).get("state") for job in jobs}
 
 
 def wait_for(condition, seconds=60):

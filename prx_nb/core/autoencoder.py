@@ -25,7 +25,8 @@ from .seeds import order, stream
 class Settings(recipe.Node):
     "What decides an autoencoder that is trained here."
     data: recipe.Data = recipe.Data()
-    blocks: tuple[int, ...] = Field((16, 32, 32), min_length=1)    # channels at each size; each but the first halves the side
+    # channels at each size; each but the first halves the side
+    blocks: tuple[int, ...] = Field((16, 32, 32), min_length=1)
     channels: int = Field(8, ge=1)                                 # numbers in a latent cell
     steps: int = Field(1200, ge=1)
     batch: int = Field(8, ge=1)
@@ -40,7 +41,8 @@ class Settings(recipe.Node):
 
     def key(self, images: Images) -> str:
         "Sixteen hex digits for everything that decides the weights."
-        told = ["autoencoder 1", self.model_dump(mode="json"), images.key]     # a change of the code below counts this up
+        # a change of the code below counts this up
+        told = ["autoencoder 1", self.model_dump(mode="json"), images.key]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -48,12 +50,14 @@ NAMED = {"emoji-kl-f4": Settings()}
 
 # %% ../../nbs/core/12_autoencoder.ipynb #4e4492d2
 @torch.no_grad()
-def standardised(model: nn.Module,         # an `AutoencoderKL`
-                 mean: Tensor,             # (C,) of its latents
-                 deviation: Tensor,        # (C,) above 0
-                 ) -> nn.Module:           # a copy with latents `(z - mean) / deviation` that paints the same images
+def standardised(
+    model: nn.Module,  # an `AutoencoderKL`
+    mean: Tensor,  # (C,) of its latents
+    deviation: Tensor,  # (C,) above 0
+) -> nn.Module:  # a copy with latents `(z - mean) / deviation` that paints the same images
     "Take a shift and a scale of each channel into the weights."
-    whole = dict(model.config) | {"use_quant_conv": True, "use_post_quant_conv": True, "scaling_factor": 1.0, "shift_factor": None}
+    whole = dict(model.config) | {"use_quant_conv": True, "use_post_quant_conv": True, "scaling_factor": 1.0,
+                                  "shift_factor": None}
     copy, c = type(model).from_config(whole).to(mean.device).eval(), len(mean)
     weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
     for name, n in (("quant_conv", 2 * c), ("post_quant_conv", c)):
@@ -77,9 +81,10 @@ def fresh(settings: Settings) -> nn.Module:
     n, c = len(settings.blocks), settings.channels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(settings.seed, "autoencoder").initial_seed())
-        model = diffusers.AutoencoderKL(
-            block_out_channels=settings.blocks, latent_channels=c, layers_per_block=1, norm_num_groups=1, mid_block_add_attention=False,
-            down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n, scaling_factor=1.0)
+        model = diffusers.AutoencoderKL(block_out_channels=settings.blocks, latent_channels=c,
+                                        layers_per_block=1, norm_num_groups=1, mid_block_add_attention=False,
+                                        down_block_types=("DownEncoderBlock2D",) * n,
+                                        up_block_types=("UpDecoderBlock2D",) * n, scaling_factor=1.0)
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             layer.weight *= 3 ** 0.5                       # torch draws them this much smaller
@@ -90,16 +95,17 @@ def fresh(settings: Settings) -> nn.Module:
     return model
 
 # %% ../../nbs/core/12_autoencoder.ipynb #7b199343
-def posterior(model: nn.Module,
-              images: Tensor,          # (B, 3, H, W) in [-1, 1]
-              noise: Tensor,           # (B, C, h, w) unit normal
-              ) -> tuple[Tensor, Tensor]:    # a draw (B, C, h, w), and the divergence from a unit normal, a scalar
+def posterior(
+    model: nn.Module,
+    images: Tensor,  # (B, 3, H, W) in [-1, 1]
+    noise: Tensor,  # (B, C, h, w) unit normal
+) -> tuple[Tensor, Tensor]:  # a draw (B, C, h, w), and the divergence from a unit normal, a scalar
     "Encode, draw, and say how far the Gaussians are from a unit normal (mean over all numbers)."
     found = model.encode(images, return_dict=False)[0]
     divergence = 0.5 * (found.mean.square() + found.var - 1 - found.logvar).float().mean()
     return found.mean + found.std * noise, divergence
 
-
+# %% ../../nbs/core/12_autoencoder.ipynb #c8acfd30
 def error(painted: Tensor, images: Tensor) -> Tensor:
     "Mean absolute plus mean squared error, a scalar."
     off = painted.float() - images
@@ -110,7 +116,8 @@ def error(painted: Tensor, images: Tensor) -> Tensor:
 def fit(settings: Settings, images: Images,
         rows: Tensor,                  # (N,) which images to train on
         progress: bool = True) -> nn.Module:
-    "Train an autoencoder; the same weights again for the same settings, images, machine and number of threads."
+    """Train an autoencoder; the same weights again for the same settings, images, machine and number of
+    threads."""
     model, s = fresh(settings), settings
     optimizer = torch.optim.AdamW(model.parameters(), s.lr, (0.9, 0.95), weight_decay=0.0)
     for step in range(s.steps):
@@ -138,14 +145,16 @@ def channel_moments(model: nn.Module, images: Images, rows: Tensor) -> tuple[Ten
     mean = total / n
     return mean, (square / n - mean.square()).clamp(min=1e-12).sqrt()
 
-
+# %% ../../nbs/core/12_autoencoder.ipynb #8e0414b0
 def psnr(painted: Tensor, images: Tensor) -> Tensor:
-    "Peak signal-to-noise ratio of each image (B,), decibels; both (B, 3, H, W) in [-1, 1], what lies outside is clipped."
+    """Peak signal-to-noise ratio of each image (B,), decibels; both (B, 3, H, W) in [-1, 1], what lies
+    outside is clipped."""
     return 10 * torch.log10(4 / (painted.clamp(-1, 1) - images).square().flatten(1).mean(1).clamp(min=1e-12))
 
 # %% ../../nbs/core/12_autoencoder.ipynb #84e4aa25
 def made(settings: Settings = Settings(), progress: bool = True) -> Path:
-    "The folder of an autoencoder, in diffusers' format; trained now if it is not in the cache. Raises `DataError`, `FetchError`."
+    """The folder of an autoencoder, in diffusers' format; trained now if it is not in the cache. Raises
+    `DataError`, `FetchError`."""
     images = data.load(settings.data, progress)
     home = cache_dir("autoencoders", settings.key(images))
     if not (home / "model").exists():
@@ -154,7 +163,7 @@ def made(settings: Settings = Settings(), progress: bool = True) -> Path:
                 _make(settings, images, home, progress)
     return home / "model"
 
-
+# %% ../../nbs/core/12_autoencoder.ipynb #20492f02
 def _make(settings: Settings, images: Images, home: Path, progress: bool) -> None:
     parts = data.split(images, settings.data)
     raw = fit(settings, images, parts.train, progress)
@@ -163,15 +172,21 @@ def _make(settings: Settings, images: Images, home: Path, progress: bool) -> Non
     held = torch.cat((parts.concepts, parts.pairs))
     held = held if len(held) else parts.train
     with torch.no_grad():
-        seen = torch.cat([psnr(model.decode(model.encode(x).latent_dist.mean).sample, x) for x in map(images.batch, held[:512].split(64))])
+        seen = torch.cat(
+            [psnr(model.decode(model.encode(x).latent_dist.mean).sample, x)
+             for x in map(images.batch, held[:512].split(64))]
+        )
     with tempfile.TemporaryDirectory(dir=home) as part:
         model.save_pretrained(Path(part) / "model")
-        write_json(Path(part) / "model" / "about.json", {
-            "settings": settings.model_dump(mode="json"), "images": images.key, "trained on": len(parts.train), "held out": len(seen),
-            "PSNR": seen.mean().item(), "mean": mean.tolist(), "deviation": deviation.tolist()})
+        write_json(
+            Path(part) / "model" / "about.json",
+            {"settings": settings.model_dump(mode="json"), "images": images.key,
+             "trained on": len(parts.train), "held out": len(seen), "PSNR": seen.mean().item(),
+             "mean": mean.tolist(), "deviation": deviation.tolist()},
+        )
         os.replace(Path(part) / "model", home / "model")
 
-
+# %% ../../nbs/core/12_autoencoder.ipynb #bd3c0fc1
 def named(name: str) -> Path:
     "The folder of one of `NAMED`."
     return made(NAMED[name])

@@ -46,9 +46,11 @@ class Prepared:
 
 # %% ../../nbs/core/21_batch.ipynb #246871ac
 def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
-    "Fetch, draw and encode what is missing, and open it. Raises `DataError`, `TextError`, `FetchError`, `LatentsError`."
+    """Fetch, draw and encode what is missing, and open it. Raises `DataError`, `TextError`, `FetchError`,
+    `LatentsError`."""
     if recipe.data.source != "pack":
-        text.encoder_key(recipe.text.encoder)                      # a missing encoder is noticed before images are drawn
+        # a missing encoder is noticed before images are drawn
+        text.encoder_key(recipe.text.encoder)
     images = data.load(recipe.data, progress)
     texts = [captions.choices(item, recipe.captions.kind) for item in images.items]
     pack = recipe.data.path if recipe.data.source == "pack" else None
@@ -61,8 +63,10 @@ def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
     rows = states.rows([t for ts in texts for t in ts]).view(len(texts), -1)
     split = data.split(images, recipe.data)
     if not len(split.train):
-        raise data.DataError(f"no image is left for training: {len(images)} images, data.holdout_concepts = "
-                             f"{recipe.data.holdout_concepts}, data.holdout_pairs = {recipe.data.holdout_pairs}")
+        raise data.DataError(
+            f"no image is left for training: {len(images)} images, data.holdout_concepts = "
+            f"{recipe.data.holdout_concepts}, data.holdout_pairs = {recipe.data.holdout_pairs}"
+        )
     latents = None
     if recipe.latents.autoencoder != "pixels":
         from prx_nb.core.latents import latents_of
@@ -71,7 +75,8 @@ def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
 
 # %% ../../nbs/core/21_batch.ipynb #a77fda4d
 def data_key(prepared: Prepared) -> str:         # twelve hex digits
-    "What the images and captions of a run are, by content, and what is held out. How they are encoded the recipe says."
+    """What the images and captions of a run are, by content, and what is held out. How they are encoded the
+    recipe says."""
     parts = [rows.tolist() for rows in (prepared.split.train, prepared.split.concepts, prepared.split.pairs)]
     found = hashlib.sha256(prepared.images.content.encode())
     for part in (prepared.texts, prepared.asked, parts):
@@ -92,13 +97,16 @@ class Batch:
     caption: Tensor | None = None     # (B,) a number for each different caption, the empty one included
     seed: int = 0                     # of the run
     step: int = 0
-    size: int | None = None           # of the whole batch, where this is the share of one process; none: this is all
+    # of the whole batch, where this is the share of one process; none: this is all
+    size: int | None = None
     part: slice | None = None         # which share; none: all of it
 
     def random(self, name: str, *shape: int) -> Tensor:
-        "(B, *shape) numbers from 0 to 1 of a stream with this name: the same for a sample, however the batch is shared out."
+        """(B, *shape) numbers from 0 to 1 of a stream with this name: the same for a sample, however the
+        batch is shared out."""
         device = self.x0.device
-        draw = torch.rand(self.size or len(self.x0), *shape, generator=stream(self.seed, name, self.step, device=device), device=device)
+        draw = torch.rand(self.size or len(self.x0), *shape,
+                          generator=stream(self.seed, name, self.step, device=device), device=device)
         return draw if self.part is None else draw[self.part]
 
 # %% ../../nbs/core/21_batch.ipynb #b8c159a5
@@ -112,7 +120,7 @@ def flip(images: Tensor,                          # (B, C, H, W)
     "Half of the images, left for right. What a caption says of left and right is not changed with it."
     return torch.where(draw("flip")[:, None, None, None] < 0.5, images.flip(3), images)
 
-
+# %% ../../nbs/core/21_batch.ipynb #bd61d3bc
 def augment(batch: Batch, names: tuple[str, ...]) -> Batch:
     "A batch with its images changed by these augmentations, one after the other."
     for name in names:
@@ -133,10 +141,12 @@ def read_batch(prepared: Prepared, recipe: Recipe, step: int, part: slice = slic
     return augment(batch, recipe.data.augment)
 
 # %% ../../nbs/core/21_batch.ipynb #cf63aadc
-def add_noise(batch: Batch, recipe: Recipe, step: int, device: torch.device, part: slice = slice(None)) -> Batch:
+def add_noise(
+    batch: Batch, recipe: Recipe, step: int, device: torch.device, part: slice = slice(None)) -> Batch:
     "Move a batch to the device and draw its noise and times there."
     n, shape = recipe.train.batch, batch.x0.shape[1:]
     noise = torch.randn(n, *shape, generator=stream(recipe.seed, "noise", step, device=device), device=device)
     t = timesteps(n, stream(recipe.seed, "time", step, device=device), recipe.flow)
-    moved = {k: getattr(batch, k).to(device, non_blocking=True) for k in ("x0", "text", "mask", "dropped", "caption")}
+    moved = {k: getattr(batch, k).to(device, non_blocking=True)
+             for k in ("x0", "text", "mask", "dropped", "caption")}
     return replace(batch, **moved, noise=noise[part], t=t[part])

@@ -20,7 +20,7 @@ def _name(item: Item) -> str:
     "The label, with repeated skin tones said in fewer words."
     return item.label.replace(" skin tone, ", ", ").replace("medium-", "medium ")
 
-
+# %% ../../nbs/core/08_captions.ipynb #b91c826c
 def _head(item: Item) -> str:
     "Style, ground and label: what a caption must not lose."
     where = f"{item.style} on {item.background}" if item.style and item.background else item.style
@@ -49,7 +49,7 @@ def _given(item: Item, kind: str) -> str:
     facts = measured(item)
     return f"{item.caption.rstrip(' .')}. {facts}" if kind == "dense" and facts else item.caption
 
-
+# %% ../../nbs/core/08_captions.ipynb #bc611134
 def _tail(item: Item) -> list[str]:
     "Group and subgroup, then keywords that the label does not hold already."
     tags = [t for t in item.tags if t.lower() not in item.label.lower()][:TAGS]
@@ -72,8 +72,9 @@ def caption(item: Item,
 
 # %% ../../nbs/core/08_captions.ipynb #93ef820b
 # a kind of caption makes the captions that an image may get: (Item) -> list of texts, as many for every image
-CAPTIONS = Choice("captions.kind", short=lambda item: [caption(item, "short")], long=lambda item: [caption(item, "long")],
-                  dense=lambda item: [caption(item, "dense")], mixed=lambda item: [caption(item, kind) for kind in KINDS])
+CAPTIONS = Choice("captions.kind", short=lambda item: [caption(item, "short")],
+                  long=lambda item: [caption(item, "long")], dense=lambda item: [caption(item, "dense")],
+                  mixed=lambda item: [caption(item, kind) for kind in KINDS])
 
 
 def choices(item: Item,

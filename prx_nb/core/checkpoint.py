@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['whole', 'shared', 'technique_names', 'State', 'new_state', 'restore', 'save_checkpoint', 'CheckpointError',
-           'read_checkpoint', 'same_data', 'find_checkpoint']
+           'OtherRecipe', 'read_checkpoint', 'same_data', 'find_checkpoint']
 
 # %% ../../nbs/core/23_checkpoint.ipynb #cad6b234
 import json
@@ -28,10 +28,11 @@ from .seeds import stream
 
 # %% ../../nbs/core/23_checkpoint.ipynb #e96d6000
 def whole(tensor: Tensor) -> Tensor:
-    "The full tensor that several processes hold in shares (all of them must call this); a plain one as it is."
+    """The full tensor that several processes hold in shares (all of them must call this); a plain one as it
+    is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-
+# %% ../../nbs/core/23_checkpoint.ipynb #3c42e163
 def shared(value: Tensor,      # the full tensor, the same in every process
            like: Tensor,       # of the same shape, held in shares or not
            ) -> Tensor:
@@ -43,7 +44,8 @@ def shared(value: Tensor,      # the full tensor, the same in every process
 
 # %% ../../nbs/core/23_checkpoint.ipynb #18a2bb91
 def technique_names(techniques: Sequence[nn.Module]) -> list[str]:
-    "What each technique's tensors are called by: its name in a recipe, else its class; a second of a kind has a number."
+    """What each technique's tensors are called by: its name in a recipe, else its class; a second of a kind
+    has a number."""
     found = []
     for t in techniques:
         name = getattr(t, "name", "") or type(t).__name__
@@ -96,12 +98,14 @@ def new_state(recipe: Recipe, device: torch.device, techniques: Sequence[nn.Modu
     state.optimizer = new_optimizer(recipe, state.model, state.techniques)
     if recipe.ema.keeps > 0:
         state.ema = average.new_average(model, recipe.ema.keeps)
-    state.also = nn.ModuleList(average.new_average(model, average.decay_of(h, recipe.ema.every)) for h in recipe.ema.also)
+    state.also = nn.ModuleList(
+        average.new_average(model, average.decay_of(h, recipe.ema.every)) for h in recipe.ema.also)
     return state
 
 # %% ../../nbs/core/23_checkpoint.ipynb #8e72ae63
 def restore(state: State, named: dict[str, Tensor]) -> None:
-    "Put full tensors back where `State.tensors` found them. A name too many or too few raises `RuntimeError`."
+    """Put full tensors back where `State.tensors` found them. A name too many or too few raises
+    `RuntimeError`."""
     named = _by_name(state, named)
     def part(prefix: str, module: nn.Module) -> dict[str, Tensor]:
         like = module.state_dict()
@@ -109,13 +113,16 @@ def restore(state: State, named: dict[str, Tensor]) -> None:
         return {k: shared(v, like[k]) if k in like else v for k, v in found.items()}
     called = technique_names(state.techniques)
     if strange := {k.split(".")[1] for k in named if k.startswith("techniques.")} - set(called):
-        raise RuntimeError(f"the checkpoint has weights of {', '.join(sorted(strange))}, which is not trained here")
-    for prefix, module in [("model.", state.model), ("also.", state.also), *((f"techniques.{n}.", t) for n, t in zip(called, state.techniques)),
+        raise RuntimeError(
+            f"the checkpoint has weights of {', '.join(sorted(strange))}, which is not trained here")
+    for prefix, module in [("model.", state.model), ("also.", state.also),
+                           *((f"techniques.{n}.", t) for n, t in zip(called, state.techniques)),
                            *([("ema.", state.ema)] if state.ema else [])]:
         module.load_state_dict(part(prefix, module))
-    state.optimizer.load_state_dict({"state": _memory(state, named), "param_groups": state.optimizer.state_dict()["param_groups"]})
+    state.optimizer.load_state_dict(
+        {"state": _memory(state, named), "param_groups": state.optimizer.state_dict()["param_groups"]})
 
-
+# %% ../../nbs/core/23_checkpoint.ipynb #27866435
 def _memory(state: State, named: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     "What the optimizer remembers, by the number of the parameter."
     parameters, memory = state.named_parameters(), {}
@@ -125,13 +132,16 @@ def _memory(state: State, named: dict[str, Tensor]) -> dict[int, dict[str, Tenso
             name, key = full.removeprefix("optimizer.").rsplit(":", 1)
             if name not in numbers:
                 raise RuntimeError(f"the checkpoint's optimizer remembers {name}, which is not trained here")
-            memory.setdefault(numbers[name], {})[key] = value if key == "step" else shared(value, parameters[name])
+            memory.setdefault(numbers[name], {})[key] = (
+                value if key == "step" else shared(value, parameters[name]))
     return memory
 
-
+# %% ../../nbs/core/23_checkpoint.ipynb #2e263572
 def _by_name(state: State, named: dict[str, Tensor]) -> dict[str, Tensor]:
-    "Tensors of a checkpoint by today's names. Until November 2026 techniques and the optimizer's memory were numbered by position."
-    old = sorted({int(k.split(".")[1]) for k in named if k.startswith("techniques.") and k.split(".")[1].isdigit()})
+    """Tensors of a checkpoint by today's names. Until November 2026 techniques and the optimizer's memory
+    were numbered by position."""
+    old = sorted(
+        {int(k.split(".")[1]) for k in named if k.startswith("techniques.") and k.split(".")[1].isdigit()})
     kept = [n for n, t in zip(technique_names(state.techniques), state.techniques) if t.state_dict()]
     called, parameters, found = dict(zip(map(str, old), kept)), list(state.named_parameters()), {}
     for name, value in named.items():
@@ -155,7 +165,8 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 # %% ../../nbs/core/23_checkpoint.ipynb #c0366d91
 def save_checkpoint(folder: Path, step: int, state: State, recipe: Recipe, seconds: float,
                     joules: float | None = None,
-                    main: bool = True,             # the process that writes; the others only lend their shares
+                    # the process that writes; the others only lend their shares
+                    main: bool = True,
                     data: str = "",                # key of what it is trained on
                     ) -> Path:
     "Write the state after `step` steps, atomically, and drop all but the last few checkpoints."
@@ -166,8 +177,9 @@ def save_checkpoint(folder: Path, step: int, state: State, recipe: Recipe, secon
         if main:
             tensors[name] = full.cpu().clone(memory_format=torch.contiguous_format)
     if main:
-        header = {"step": str(step), "seconds": repr(seconds), "joules": json.dumps(joules), "crc32": _checksum(tensors),
-                  "data": data, "recipe": json.dumps(recipe.model_dump(mode="json"))}
+        header = {"step": str(step), "seconds": repr(seconds), "joules": json.dumps(joules),
+                  "crc32": _checksum(tensors), "data": data,
+                  "recipe": json.dumps(recipe.model_dump(mode="json"))}
         with atomic(path) as part:
             save_file(tensors, part, header)
         for old in sorted(folder.glob("step-*.safetensors"))[:-recipe.train.keep]:
@@ -178,7 +190,16 @@ def save_checkpoint(folder: Path, step: int, state: State, recipe: Recipe, secon
 class CheckpointError(RuntimeError):
     "A checkpoint is of another recipe, or none can be read."
 
+# %% ../../nbs/core/23_checkpoint.ipynb #789e5733
+class OtherRecipe(CheckpointError):
+    """A folder holds a run of another recipe: `.changed` are the paths that differ, `.header` the
+    checkpoint's."""
 
+    def __init__(self, words: str, changed: tuple[str, ...], header: dict[str, str]):
+        super().__init__(words)
+        self.changed, self.header = changed, header
+
+# %% ../../nbs/core/23_checkpoint.ipynb #a5b0036d
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     "Tensors and header of a checkpoint. Raises `CheckpointError`, which names the file."
     try:
@@ -187,7 +208,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
     if not {"step", "seconds", "recipe"} <= header.keys():
-        raise CheckpointError(f"checkpoint {path} cannot be read: it has no step, seconds and recipe in its header")
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read: it has no step, seconds and recipe in its header")
     if header.get("crc32", crc := _checksum(tensors)) != crc:
         raise CheckpointError(f"checkpoint {path} cannot be read: its tensors do not match its checksum")
     return tensors, header
@@ -198,24 +220,43 @@ def _same_run(path: Path, header: dict[str, str], recipe: Recipe) -> None:
     try:
         there = Recipe.model_validate_json(header["recipe"])
     except ValidationError:
-        raise CheckpointError(f"{path.parent} holds a run whose recipe this version does not know; choose another output folder "
-                              "or delete it") from None
-    changed = {} if recipe.key == there.key else {k: v for k, v in recipe.diff(there).items() if k not in ("train.processes", "train.parallel")}
+        raise CheckpointError(
+            f"{path.parent} holds a run whose recipe this version does not know; choose another output "
+            "folder or delete it"
+        ) from None
+    changed = (
+        {}
+        if recipe.key == there.key
+        else {k: v for k, v in recipe.diff(there).items() if k not in ("train.processes", "train.parallel")}
+    )
     if changed:
-        what = "; ".join(f"{k}: {old!r} there, {new!r} asked for" for k, (old, new) in list(changed.items())[:4])
-        raise CheckpointError(f"{path.parent} holds a run of another recipe ({what}); choose another output folder or delete it")
+        what = "; ".join(
+            f"{k}: {old!r} there, {new!r} asked for" for k, (old, new) in list(changed.items())[:4])
+        raise OtherRecipe(
+            f"{path.parent} holds a run of another recipe ({what}); choose another output folder or delete "
+            "it",
+            tuple(changed),
+            header,
+        )
 
 # %% ../../nbs/core/23_checkpoint.ipynb #a6b66bb6
 def same_data(header: dict[str, str], data: str, folder: Path) -> None:
-    "Raise `CheckpointError` where a checkpoint was trained on other data. One that does not say, an older one, passes."
+    """Raise `CheckpointError` where a checkpoint was trained on other data. One that does not say, an older
+    one, passes."""
     if header.get("data") and data and header["data"] != data:
-        raise CheckpointError(f"{folder} holds a run on other data (its images and captions have the key {header['data']}, these have {data}); "
-                              "choose another output folder, or put the data back as it was")
+        raise CheckpointError(
+            f"{folder} holds a run on other data (its images and captions have the key {header['data']}, "
+            f"these have {data}); choose another output folder, or put the data back as it was"
+        )
 
 # %% ../../nbs/core/23_checkpoint.ipynb #6cd6cabb
-def find_checkpoint(folder: Path, recipe: Recipe, say: Callable[[str], None] = print,
-                    mend: bool = False,            # put damaged ones aside, and begin again if no other is left
-                    ) -> tuple[dict[str, Tensor], dict[str, str]] | None:  # tensors and header; none: from the start
+def find_checkpoint(
+    folder: Path,
+    recipe: Recipe,
+    say: Callable[[str], None] = print,
+    # put damaged ones aside, and begin again if no other is left
+    mend: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, str]] | None:  # tensors and header; none: from the start
     "The newest readable checkpoint of this recipe. Raises `CheckpointError`."
     broken, found = {}, None
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
@@ -229,7 +270,8 @@ def find_checkpoint(folder: Path, recipe: Recipe, say: Callable[[str], None] = p
     elif broken and not mend:
         raise CheckpointError("; ".join(broken.values()) + "; train again, or delete the folder")
     for bad, line in broken.items():
-        say(f"WARNING: {line}; " + (f"going on from {path.name}" if found else "no other is left: training begins again"))
+        say(f"WARNING: {line}; "
+            + (f"going on from {path.name}" if found else "no other is left: training begins again"))
         if mend:
             bad.rename(bad.with_name(f"{bad.name}.broken"))
     return found

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
 import torch
 
 from .denoiser import PRX, Route, kept
@@ -18,39 +19,49 @@ from .recipe import Recipe, routing
 
 # %% ../../nbs/core/16_cost.ipynb #e1216c5d
 def _counted(recipe: Recipe, text_tokens: int | None, backward: bool, routed: bool = False):
-    "The counter after one batch of the recipe went through a denoiser without numbers, on the recipe's route or with all tokens."
+    """The counter after one batch of the recipe went through a denoiser without numbers, on the recipe's
+    route or with all tokens."""
     from torch.utils.flop_counter import FlopCounterMode
-    n, words, side = recipe.train.batch, text_tokens or recipe.text.tokens, recipe.data.size // recipe.latents.factor
+    n, words, side = (recipe.train.batch, text_tokens or recipe.text.tokens,
+                      recipe.data.size // recipe.latents.factor)
     with torch.device("meta"):
         model, r = PRX(**recipe.denoiser.model_dump()), routing(recipe)
         x, t = torch.empty(n, recipe.denoiser.in_channels, side, side), torch.empty(n)
-        text, mask = torch.empty(n, words, recipe.denoiser.context_in_dim), torch.ones(n, words, dtype=torch.bool)
-        keep = torch.empty(n, kept((side // recipe.denoiser.patch_size) ** 2, r.rate) if routed else 0, dtype=torch.long)
+        text, mask = (torch.empty(n, words, recipe.denoiser.context_in_dim),
+                      torch.ones(n, words, dtype=torch.bool))
+        keep = torch.empty(
+            n, kept((side // recipe.denoiser.patch_size) ** 2, r.rate) if routed else 0, dtype=torch.long)
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-            prediction = model(x, t, text, mask, route=Route(keep, r.first, r.last) if routed else None).prediction
+            prediction = model(
+                x, t, text, mask, route=Route(keep, r.first, r.last) if routed else None).prediction
             if backward:
                 prediction.mean().backward()
     return counter
 
-
+# %% ../../nbs/core/16_cost.ipynb #bf39dbc6
 def flops_step(recipe: Recipe,
-               text_tokens: int | None = None,   # tokens of a caption; none: the recipe's, which every batch is padded to
+               # tokens of a caption; none: the recipe's, which every batch is padded to
+               text_tokens: int | None = None,
                ) -> float:                       # operations
-    "Floating point operations of a training step, forward and backward pass for one batch: the mean over steps with and without a route."
-    count, r, steps = lambda routed: float(_counted(recipe, text_tokens, True, routed).get_total_flops()), routing(recipe), recipe.train.steps
+    """Floating point operations of a training step, forward and backward pass for one batch: the mean over
+    steps with and without a route."""
+    count, r, steps = (lambda routed: float(_counted(recipe, text_tokens, True, routed).get_total_flops()),
+                       routing(recipe), recipe.train.steps)
     if r is None:
         return count(False)
     share = (min(steps, steps if r.stop is None else r.stop) - min(steps, r.start)) / steps
     return (share * count(True) if share else 0.0) + ((1 - share) * count(False) if share < 1 else 0.0)
 
-
-def flops_parts(recipe: Recipe,
-                text_tokens: int | None = None,
-                routed: bool = False,            # on the recipe's route; false: with all tokens
-                ) -> dict[str, float]:           # operations by part of the network, e.g. "blocks.0.attention"; "" is the whole
+# %% ../../nbs/core/16_cost.ipynb #5e3e868c
+def flops_parts(
+    recipe: Recipe,
+    text_tokens: int | None = None,
+    routed: bool = False,  # on the recipe's route; false: with all tokens
+) -> dict[str, float]:  # operations by part of the network, e.g. "blocks.0.attention"; "" is the whole
     "Floating point operations of the forward pass for one batch, by part of the denoiser."
     counts = _counted(recipe, text_tokens, False, routed).get_flop_counts()
-    return {name.removeprefix("PRX").removeprefix("."): float(sum(ops.values())) for name, ops in counts.items() if name != "Global"}
+    return {name.removeprefix("PRX").removeprefix("."): float(sum(ops.values()))
+            for name, ops in counts.items() if name != "Global"}
 
 # %% ../../nbs/core/16_cost.ipynb #06857806
 class _Nvml:
@@ -65,13 +76,14 @@ class _Nvml:
         self.read = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
         self.read()
 
-
+# %% ../../nbs/core/16_cost.ipynb #a7fe76e4
 class _Rapl:
     "Joules of all processor packages, and of memory where it is counted, since this object was made."
     source, wraps = "rapl", True
 
     def __init__(self, powercap: Path):
-        named = {z: (z / "name").read_text().strip() for z in sorted(powercap.glob("intel-rapl:*")) if (z / "name").is_file()}
+        named = {z: (z / "name").read_text().strip() for z in sorted(powercap.glob("intel-rapl:*"))
+                 if (z / "name").is_file()}
         self.zones = [z for z, name in named.items() if name.startswith("package") or name == "dram"]
         if not self.zones:
             raise OSError(f"no counter under {powercap}")
@@ -89,7 +101,8 @@ class _Rapl:
 
 # %% ../../nbs/core/16_cost.ipynb #19f0245b
 class Energy:
-    "A meter: `with Energy(device) as meter: ...; meter.joules`. `.source` is nvml, rapl or none; then `.joules` is none too."
+    """A meter: `with Energy(device) as meter: ...; meter.joules`. `.source` is nvml, rapl or none; then
+    `.joules` is none too."""
 
     def __init__(self, device: str | torch.device = "cpu",
                  powercap: str | Path = "/sys/class/powercap",
@@ -99,21 +112,6 @@ class Energy:
         self._counter, self._lock, self._stopped = None, threading.Lock(), threading.Event()
         self._begin, self._joules = 0.0, None
         self.source = None
-
-    def start(self) -> "Energy":
-        "Begin to count, from 0."
-        self._counter, self._joules, self.source = None, None, None
-        with contextlib.suppress(Exception):          # no counter, no right to read it, no library: no measurement
-            self._counter = _Nvml(self._device) if self._device.type == "cuda" else _Rapl(self._powercap)
-            self._begin, self.source = self._counter.read(), self._counter.source
-        if self.source and self._counter.wraps:
-            self._stopped = threading.Event()
-            threading.Thread(target=self._watch, args=(self._stopped,), daemon=True, name="energy").start()
-        return self
-
-    def _watch(self, stopped: threading.Event) -> None:
-        while not stopped.wait(self._look) and self.joules is not None:
-            pass
 
     @property
     def joules(self) -> float | None:
@@ -126,16 +124,38 @@ class Energy:
                     self._counter = self._joules = self.source = None
             return self._joules
 
-    def stop(self) -> float | None:
-        "The last reading; later ones are the same."
-        joules = self.joules
-        self._stopped.set()
-        with self._lock:
-            self._counter = None
-        return joules
-
     def __enter__(self) -> "Energy":
         return self.start()
 
     def __exit__(self, *error: Any) -> None:
         self.stop()
+
+# %% ../../nbs/core/16_cost.ipynb #3afb8add
+@patch
+def start(self: Energy) -> "Energy":
+    "Begin to count, from 0."
+    self._counter, self._joules, self.source = None, None, None
+    # no counter, no right to read it, no library: no measurement
+    with contextlib.suppress(Exception):
+        self._counter = _Nvml(self._device) if self._device.type == "cuda" else _Rapl(self._powercap)
+        self._begin, self.source = self._counter.read(), self._counter.source
+    if self.source and self._counter.wraps:
+        self._stopped = threading.Event()
+        threading.Thread(target=self._watch, args=(self._stopped,), daemon=True, name="energy").start()
+    return self
+
+# %% ../../nbs/core/16_cost.ipynb #7ebd6160
+@patch
+def _watch(self: Energy, stopped: threading.Event) -> None:
+    while not stopped.wait(self._look) and self.joules is not None:
+        pass
+
+# %% ../../nbs/core/16_cost.ipynb #2a0e72b2
+@patch
+def stop(self: Energy) -> float | None:
+    "The last reading; later ones are the same."
+    joules = self.joules
+    self._stopped.set()
+    with self._lock:
+        self._counter = None
+    return joules

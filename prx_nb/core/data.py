@@ -30,7 +30,8 @@ from PIL import Image
 from . import recipe
 from .emoji import NAMES_PACKAGE, PACKAGES, emoji_jobs
 from .files import atomic, cache_dir
-from .images import NAMED, PALETTE, DataError, Images, Item, as_images, cached, chance, make_images, thin
+from .images import NAMED, PALETTE, DataError, Images, Item, as_images, cached, chance, make_images
+from .images import thin
 from .settings import Choice
 
 if TYPE_CHECKING:
@@ -45,16 +46,19 @@ _CAPTION_COLUMNS = ("caption", "text", "prompt", "description", "title")
 
 def _caption_in(row: dict) -> str | None:
     "The caption of a row: the first of the usual columns that holds text."
-    return next((str(row[c]).strip() for c in _CAPTION_COLUMNS if isinstance(row.get(c), str) and row[c].strip()), None)
+    return next(
+        (str(row[c]).strip() for c in _CAPTION_COLUMNS if isinstance(row.get(c), str) and row[c].strip()),
+        None)
 
-
+# %% ../../nbs/core/07_data.ipynb #bd0e42a8
 def _row_item(key: str, row: dict, stem: str) -> dict:
     "An item from a row of metadata."
     words = stem.replace("_", " ").replace("-", " ").strip()
     return {"key": key, "concept": str(row.get("concept") or stem), "style": str(row.get("style") or ""),
-            "label": str(row.get("label") if isinstance(row.get("label"), str) else words), "caption": _caption_in(row)}
+            "label": str(row.get("label") if isinstance(row.get("label"), str) else words),
+            "caption": _caption_in(row)}
 
-
+# %% ../../nbs/core/07_data.ipynb #bbbf4567
 def _metadata(path: Path) -> list[dict]:
     "The rows of a metadata file; a broken line is one clear error."
     try:
@@ -88,12 +92,19 @@ def _folder_jobs(data: recipe.Data) -> tuple[list[dict], str]:
         for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file()):
             beside = path.with_suffix(".txt")
             row = {"caption": beside.read_text("utf-8-sig", errors="replace")} if beside.is_file() else {}
-            jobs.append({"item": _row_item(path.relative_to(root).as_posix(), row, path.stem), "path": str(path)})
+            jobs.append(
+                {"item": _row_item(path.relative_to(root).as_posix(), row, path.stem), "path": str(path)})
     twice = [k for k, n in Counter(j["item"]["key"] for j in jobs).items() if n > 1]
     if twice or not jobs:
-        raise DataError(f"{root} names these images twice: {', '.join(twice[:3])}" if twice else
-                        f"{root} holds no images: expected a metadata.jsonl or files ending in {', '.join(_SUFFIXES)}")
-    return thin(jobs, data.limit), f"Images from the folder {root.name}; their licence is whatever their owner says.\n"
+        raise DataError(
+            f"{root} names these images twice: {', '.join(twice[:3])}"
+            if twice
+            else f"{root} holds no images: expected a metadata.jsonl or files ending in "
+                 f"{', '.join(_SUFFIXES)}"
+        )
+    return thin(
+        jobs, data.limit
+    ), f"Images from the folder {root.name}; their licence is whatever their owner says.\n"
 
 # %% ../../nbs/core/07_data.ipynb #861e333e
 def _hf_stream(path: str):
@@ -103,12 +114,14 @@ def _hf_stream(path: str):
     except ImportError:
         raise DataError("data.source = 'hf' needs the package 'datasets': pip install datasets") from None
     where = Path(path).expanduser()
-    files = [str(where)] if where.is_file() else sorted(map(str, where.rglob("*.parquet"))) if where.is_dir() else []
+    files = ([str(where)] if where.is_file() else sorted(map(str, where.rglob("*.parquet"))) if where.is_dir()
+             else [])
     if where.is_dir() and not files:
-        raise DataError(f"data.path = {path!r}: the folder holds no .parquet files; for images, data.source = 'folder'")
+        raise DataError(
+            f"data.path = {path!r}: the folder holds no .parquet files; for images, data.source = 'folder'")
     try:
-        rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True) if files else \
-            datasets.load_dataset(path, split="train", streaming=True)
+        rows = (datasets.load_dataset("parquet", data_files=files, split="train", streaming=True) if files
+                else datasets.load_dataset(path, split="train", streaming=True))
         for name, kind in (rows.features or {}).items():
             if isinstance(kind, datasets.Image):
                 rows = rows.cast_column(name, datasets.Image(decode=False))
@@ -119,7 +132,7 @@ def _hf_stream(path: str):
         reason = f"{type(error).__name__}: {str(error)[:300]}"
         raise DataError(f"data.path = {path!r} could not be opened as a dataset: {reason}") from None
 
-
+# %% ../../nbs/core/07_data.ipynb #b9bcd670
 def _encoded(value) -> bytes | None:
     "The file's bytes in a cell of an image column, whatever its form; none if it is no image."
     if isinstance(value, dict) and "bytes" in value:
@@ -137,8 +150,11 @@ def _hf_jobs(data: recipe.Data) -> tuple[Iterator[dict], str]:
     rows, first = _hf_stream(data.path)
     image = next((c for c, v in first.items() if _encoded(v) is not None), None)
     if image is None or not any(isinstance(first.get(c), str) for c in _CAPTION_COLUMNS):
-        missing = "an image column" if image is None else f"a caption column (one of {', '.join(_CAPTION_COLUMNS)})"
-        raise DataError(f"data.path = {data.path!r}: did not find {missing}; the columns are {', '.join(first)}")
+        missing = (
+            "an image column" if image is None else f"a caption column (one of {', '.join(_CAPTION_COLUMNS)})"
+        )
+        raise DataError(
+            f"data.path = {data.path!r}: did not find {missing}; the columns are {', '.join(first)}")
 
     def jobs(start: int = 0) -> Iterator[dict]:
         stop, n = None if data.limit is None else max(data.limit - start, 0), start
@@ -171,7 +187,8 @@ def _mapped(path: Path) -> tuple[np.ndarray, np.ndarray, dict]:
     "Pixels (memory-mapped), JSON bytes and metadata of a pack. Raises `ValueError` for anything else."
     from safetensors import SafetensorError, safe_open
     try:
-        with safe_open(path, "np") as f:                             # checks the header against the file's length
+        # checks the header against the file's length
+        with safe_open(path, "np") as f:
             meta = f.metadata() or {}
             if meta.get("format") != PACK_FORMAT:
                 raise ValueError(f"its format is {meta.get('format')!r}, not '{PACK_FORMAT}'")
@@ -217,16 +234,18 @@ def read_pack(settings: recipe.Data,           # source "pack", path
 def _files_under(path: str) -> list[tuple]:
     "Names, sizes and times of local files: when one changes, the set is another."
     root = Path(path).expanduser()
-    found = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root] if root.is_file() else []
+    found = (sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root] if root.is_file()
+             else [])
     return [(p.relative_to(root).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in found]
 
-
+# %% ../../nbs/core/07_data.ipynb #3f6fb82f
 def _content_key(data: recipe.Data) -> str:
     "Twelve hex digits for everything that decides the pixels and items."
     known = {"drawing": 3, "source": data.source, "size": data.size, "limit": data.limit}
     if data.source == "emoji":
-        known |= {"styles": data.styles, "background": data.background, "tones": data.skin_tones, "palette": PALETTE,
-                  "sets": [PACKAGES[s] for s in data.styles], "names": NAMES_PACKAGE, "named": NAMED}
+        known |= {"styles": data.styles, "background": data.background, "tones": data.skin_tones,
+                  "palette": PALETTE, "sets": [PACKAGES[s] for s in data.styles], "names": NAMES_PACKAGE,
+                  "named": NAMED}
     else:
         if data.source == "folder" and not Path(data.path).expanduser().is_dir():
             raise DataError(f"data.path = {data.path!r}: there is no such folder")
@@ -234,8 +253,10 @@ def _content_key(data: recipe.Data) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../../nbs/core/07_data.ipynb #06047bb2
-# a source lists what is to be drawn or read: (settings) -> list of {"item": {...}, "path" | "bytes" | ...}, and a notice of whose it is
-SOURCES = Choice("data.source", emoji=emoji_jobs, folder=_folder_jobs, hf=_hf_jobs, pack=None)       # a pack is opened as it is
+# a source lists what is to be drawn or read: (settings) -> list of {"item": {...}, "path" | "bytes" | ...},
+# and a notice of whose it is
+# a pack is opened as it is
+SOURCES = Choice("data.source", emoji=emoji_jobs, folder=_folder_jobs, hf=_hf_jobs, pack=None)
 
 
 def _make(data: recipe.Data, folder: Path, key: str, progress: bool, workers: int | None) -> None:
@@ -246,9 +267,11 @@ def _make(data: recipe.Data, folder: Path, key: str, progress: bool, workers: in
 # %% ../../nbs/core/07_data.ipynb #919a1df3
 def load(data: recipe.Data,
          progress: bool = True,          # show a bar while images are made
-         workers: int | None = None,     # processes that prepare images; none: one a core, or one for few images
+         # processes that prepare images; none: one a core, or one for few images
+         workers: int | None = None,
          ) -> Images:
-    "The images of a recipe: from the cache, else made now. Raises `DataError`; may be interrupted and called again."
+    """The images of a recipe: from the cache, else made now. Raises `DataError`; may be interrupted and
+    called again."""
     if data.source == "pack":
         images = read_pack(data)
     else:
@@ -281,21 +304,26 @@ def _held(names: Iterable[str], share: float, kind: str) -> set[str]:
 def split(images: Images,
           data: recipe.Data,         # holdout_concepts and holdout_pairs: shares in 0..1
           ) -> Split:
-    "Held-out concepts, held-out (concept, style) pairs, the rest. Raises `DataError` if nothing is left to train on."
+    """Held-out concepts, held-out (concept, style) pairs, the rest. Raises `DataError` if nothing is left to
+    train on."""
     import torch
     styles = defaultdict(set)
     for item in images.items:
         styles[item.concept].add(item.style)
     concepts = _held(styles, data.holdout_concepts, "concept")
-    pairs = {f"{c}|{s}": (c, s) for c in styles if c not in concepts and len(styles[c]) > 2 for s in styles[c]}
+    pairs = {
+        f"{c}|{s}": (c, s) for c in styles if c not in concepts and len(styles[c]) > 2 for s in styles[c]}
     out = set()
     for name in sorted(_held(pairs, data.holdout_pairs, "pair"), key=lambda n: chance("pair", n)):
         concept, style = pairs[name]
-        if len(styles[concept]) - sum(c == concept for c, _ in out) > 2:       # two other styles stay in training
+        # two other styles stay in training
+        if len(styles[concept]) - sum(c == concept for c, _ in out) > 2:
             out.add((concept, style))
     index = {"train": [], "concepts": [], "pairs": []}
     for n, i in enumerate(images.items):
-        index["concepts" if i.concept in concepts else "pairs" if (i.concept, i.style) in out else "train"].append(n)
+        index[
+            "concepts" if i.concept in concepts else "pairs" if (i.concept, i.style) in out else "train"
+        ].append(n)
     if not index["train"]:
         raise DataError(f"nothing is left to train on: {len(styles)} concepts and "
                         f"data.holdout_concepts = {data.holdout_concepts}")
@@ -308,9 +336,10 @@ _SEEN: contextvars.ContextVar[dict | None] = contextvars.ContextVar("seen", defa
 def _counts(path: str, source: str) -> bool:
     "Whether a file of a source can change a run: in a folder of images only images and texts do."
     name = Path(path).name.lower()
-    return source != "folder" or name.endswith((*_SUFFIXES, ".txt")) or name in ("metadata.jsonl", "metadata.csv")
+    return (source != "folder" or name.endswith((*_SUFFIXES, ".txt"))
+            or name in ("metadata.jsonl", "metadata.csv"))
 
-
+# %% ../../nbs/core/07_data.ipynb #9b03fbe1
 def _hash_files(root: Path, names: list[str]) -> str:
     "Hash of names and bytes of files. Raises `OSError`."
     text = hashlib.sha256()
@@ -319,7 +348,7 @@ def _hash_files(root: Path, names: list[str]) -> str:
             text.update(f"{name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return text.hexdigest()[:12]
 
-
+# %% ../../nbs/core/07_data.ipynb #22fcebc4
 def _kept(mark: str, make: Callable[[], str]) -> str:
     "A text of the cache, made first where it is not there; where there can be no cache it is made each time."
     with contextlib.suppress(OSError):
@@ -334,16 +363,18 @@ def _kept(mark: str, make: Callable[[], str]) -> str:
 # %% ../../nbs/core/07_data.ipynb #7a218ada
 @contextlib.contextmanager
 def looked_at_once() -> Iterator[None]:
-    "Within this block `source_key` looks at each source once, however many runs ask. Not for a block that changes files."
+    """Within this block `source_key` looks at each source once, however many runs ask. Not for a block that
+    changes files."""
     token = _SEEN.set({} if (seen := _SEEN.get()) is None else seen)
     try:
         yield
     finally:
         _SEEN.reset(token)
 
-
+# %% ../../nbs/core/07_data.ipynb #5f93f7dd
 def source_key(data: recipe.Data) -> str | None:      # twelve hex digits; none: no files of this machine
-    "Hash of the local files of a source: their bytes are read again only if a name, size or time has changed. Raises `OSError`."
+    """Hash of the local files of a source: their bytes are read again only if a name, size or time has
+    changed. Raises `OSError`."""
     seen, asked = _SEEN.get(), (data.source, data.path)
     if seen is not None and asked in seen:
         return seen[asked]

@@ -26,7 +26,7 @@ def patchify(images: Tensor,   # (B, C, H, W)
     b, c, h, w = images.shape
     return images.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c * p * p)
 
-
+# %% ../../nbs/core/14_denoiser.ipynb #91546385
 def unpatchify(tokens: Tensor,  # (B, H/p * W/p, C * p * p)
                p: int,
                h: int,          # height of the image, pixels
@@ -34,7 +34,8 @@ def unpatchify(tokens: Tensor,  # (B, H/p * W/p, C * p * p)
                ) -> Tensor:     # (B, C, H, W)
     "Put patches back together: the inverse of `patchify`."
     b, _, d = tokens.shape
-    return tokens.view(b, h // p, w // p, d // p**2, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, d // p**2, h, w)
+    return (
+        tokens.view(b, h // p, w // p, d // p**2, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, d // p**2, h, w))
 
 # %% ../../nbs/core/14_denoiser.ipynb #6b4dbd3b
 @lru_cache(maxsize=16)
@@ -53,7 +54,8 @@ def rotary(h: int, w: int,                    # grid of tokens
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device)
 
 # %% ../../nbs/core/14_denoiser.ipynb #a1681957
-def rotate(x: Tensor,                         # (..., N, D) float32: neighbours (x0, x1), (x2, x3), ... are the pairs
+# (..., N, D) float32: neighbours (x0, x1), (x2, x3), ... are the pairs
+def rotate(x: Tensor,
            turn: Tensor,                      # (N, D / 2) complex, or with more axes in front
            ) -> Tensor:                       # (..., N, D)
     "Turn each pair of numbers by its angle."
@@ -73,7 +75,7 @@ def waves(value: Tensor,             # (B,)
     angle = value.float()[:, None] * speed
     return torch.cat((angle.cos(), angle.sin()), -1)
 
-
+# %% ../../nbs/core/14_denoiser.ipynb #24725353
 class Embedder(nn.Module):
     "Linear, SiLU, linear."
 
@@ -93,10 +95,12 @@ class Attention(nn.Module):
         self.heads = heads
         self.img_qkv_proj = nn.Linear(hidden, 3 * hidden, bias=False)
         self.txt_kv_proj = nn.Linear(hidden, 2 * hidden, bias=False)
-        self.norm_q, self.norm_k, self.norm_added_k = (nn.RMSNorm(hidden // heads, eps=1e-6) for _ in range(3))
+        self.norm_q, self.norm_k, self.norm_added_k = (
+            nn.RMSNorm(hidden // heads, eps=1e-6) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(hidden, hidden, bias=False)])
 
-    def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:  # (B, N, parts * hidden) -> parts x (B, heads, N, D)
+    # (B, N, parts * hidden) -> parts x (B, heads, N, D)
+    def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, turn: Tensor) -> Tensor:
@@ -107,7 +111,7 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(q.to(v.dtype), k, torch.cat((text_v, v), 2), mask)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
-
+# %% ../../nbs/core/14_denoiser.ipynb #92a4ff96
 def norm(x: Tensor, rms: nn.RMSNorm) -> Tensor:
     "RMS norm over the last axis, in float32 also under autocast and with weights kept in bfloat16."
     return F.rms_norm(x.float(), rms.normalized_shape, rms.weight.float(), rms.eps)
@@ -123,7 +127,7 @@ class Modulation(nn.Module):
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:  # (B, hidden) after SiLU -> six (B, 1, hidden)
         return self.lin(vec).unsqueeze(1).chunk(6, -1)
 
-
+# %% ../../nbs/core/14_denoiser.ipynb #c86ca54a
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     "LayerNorm without weights, then scale and shift."
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
@@ -136,14 +140,16 @@ class Block(nn.Module):
         super().__init__()
         inner = int(hidden * mlp_ratio)
         self.attention, self.modulation = Attention(hidden, heads), Modulation(hidden)
-        self.gate_proj, self.up_proj = nn.Linear(hidden, inner, bias=False), nn.Linear(hidden, inner, bias=False)
+        self.gate_proj, self.up_proj = (nn.Linear(hidden, inner, bias=False),
+                                        nn.Linear(hidden, inner, bias=False))
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, vec: Tensor, turn: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(vec)
         x = torch.addcmul(x, gate1, self.attention(modulate(x, shift1, scale1), text, mask, turn))
         y = modulate(x, shift2, scale2)
-        return torch.addcmul(x, gate2, self.down_proj(F.gelu(self.gate_proj(y), approximate="tanh") * self.up_proj(y)))
+        return torch.addcmul(
+            x, gate2, self.down_proj(F.gelu(self.gate_proj(y), approximate="tanh") * self.up_proj(y)))
 
 # %% ../../nbs/core/14_denoiser.ipynb #ddb9ba30
 class FinalLayer(nn.Module):
@@ -161,17 +167,20 @@ class FinalLayer(nn.Module):
 @dataclass(frozen=True)
 class Route:
     "Only the tokens `keep` pass blocks `start` to `end`; the others skip them."
-    keep: Tensor                  # (B, K) indices of image tokens, no repeats in a row; K = 0: the blocks are not run
+    # (B, K) indices of image tokens, no repeats in a row; K = 0: the blocks are not run
+    keep: Tensor
     start: int                    # first routed block, from 0
     end: int                      # last routed block, inclusive
-    without: Tensor | None = None # (B,) True: a sample that goes on without what these blocks gave; for fused networks only
+    # (B,) True: a sample that goes on without what these blocks gave; for fused networks only
+    without: Tensor | None = None
 
-
+# %% ../../nbs/core/14_denoiser.ipynb #41c8ee1f
 @dataclass
 class Output:
     "What the denoiser returns."
     prediction: Tensor            # (B, C, H, W)
-    taps: dict[int, Tensor] = field(default_factory=dict)  # block -> (B, N, hidden), or (B, K, hidden) inside a route
+    # block -> (B, N, hidden), or (B, K, hidden) inside a route
+    taps: dict[int, Tensor] = field(default_factory=dict)
     kept: Tensor | None = None    # (B, K) the route's tokens; none where nothing was routed
 
 # %% ../../nbs/core/14_denoiser.ipynb #66308f21
@@ -179,7 +188,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
     "Rows of x (B, N, D) at index (B, K) -> (B, K, D)."
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
-
+# %% ../../nbs/core/14_denoiser.ipynb #0017963a
 def _put(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     "A copy of x (B, N, D) with rows (B, K, D) written at index (B, K)."
     return x.scatter(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]), rows.to(x.dtype))
@@ -189,7 +198,7 @@ def kept(tokens: int, rate: float) -> int:
     "How many tokens stay where a share `rate` is left out; at least one."
     return max(1, tokens - round(rate * tokens))
 
-
+# %% ../../nbs/core/14_denoiser.ipynb #c9b942ec
 def choose(numbers: Tensor,       # (B, N) drawn at random
            rate: float,           # share that is left out, from 0 to below 1
            ) -> Tensor:           # (B, K) indices, rising
@@ -198,7 +207,8 @@ def choose(numbers: Tensor,       # (B, N) drawn at random
 
 # %% ../../nbs/core/14_denoiser.ipynb #186d1740
 class Fusion(nn.Module):
-    "One stream from an early and a deep one, with a mask token where there is no deep part (arXiv 2510.21986)."
+    """One stream from an early and a deep one, with a mask token where there is no deep part (arXiv
+    2510.21986)."""
 
     def __init__(self, hidden: int):
         super().__init__()
@@ -211,10 +221,12 @@ class Fusion(nn.Module):
         self.linear.weight.copy_(torch.cat((half, half), 1))
         nn.init.zeros_(self.linear.bias), nn.init.zeros_(self.mask)
 
-    def forward(self, early: Tensor, deep: Tensor, route: Route | None = None) -> Tensor:   # (B, N, D), (B, K, D) -> (B, N, D)
+    # (B, N, D), (B, K, D) -> (B, N, D)
+    def forward(self, early: Tensor, deep: Tensor, route: Route | None = None) -> Tensor:
         mask = self.mask.to(deep.dtype)
         if route is None:
-            deep = deep + 0 * mask           # a gradient (zero) in every step: processes that average gradients wait for it
+            # a gradient (zero) in every step: processes that average gradients wait for it
+            deep = deep + 0 * mask
         else:
             deep = _put(mask.expand_as(early), route.keep, deep)
             deep = deep if route.without is None else torch.where(route.without.view(-1, 1, 1), mask, deep)
@@ -222,12 +234,14 @@ class Fusion(nn.Module):
 
 # %% ../../nbs/core/14_denoiser.ipynb #54bafde0
 class PRX(nn.Module):
-    "The PRX denoiser. Arguments are those of diffusers' `PRXTransformer2DModel` config; see `core.recipe.Denoiser`."
+    """The PRX denoiser. Arguments are those of diffusers' `PRXTransformer2DModel` config; see
+    `core.recipe.Denoiser`."""
 
-    def __init__(self, in_channels: int = 16, patch_size: int = 2, context_in_dim: int = 2304, hidden_size: int = 1792,
-                 mlp_ratio: float = 3.5, num_heads: int = 28, depth: int = 16, axes_dim: tuple[int, int] | None = None,
-                 theta: int = 10_000, time_factor: float = 1000.0, time_max_period: int = 10_000,
-                 bottleneck_size: int | None = None, resolution_embeds: bool = False, fusion: tuple[int, int | None] | None = None):
+    def __init__(self, in_channels: int = 16, patch_size: int = 2, context_in_dim: int = 2304,
+                 hidden_size: int = 1792, mlp_ratio: float = 3.5, num_heads: int = 28, depth: int = 16,
+                 axes_dim: tuple[int, int] | None = None, theta: int = 10_000, time_factor: float = 1000.0,
+                 time_max_period: int = 10_000, bottleneck_size: int | None = None,
+                 resolution_embeds: bool = False, fusion: tuple[int, int | None] | None = None):
         super().__init__()
         head = hidden_size // num_heads
         axes_dim = tuple(axes_dim or (head // 2, head // 2))
@@ -240,10 +254,13 @@ class PRX(nn.Module):
             self.resolution_embedder = nn.ModuleDict({"mlp": Embedder(256, hidden_size)})
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, width)
-        self.fusion = Fusion(hidden_size) if fusion else None    # last: the others draw the same fresh weights with and without it
-        self.config.pop("fusion")                                # not there, where there is none: diffusers does not know it
+        # last: the others draw the same fresh weights with and without it
+        self.fusion = Fusion(hidden_size) if fusion else None
+        # not there, where there is none: diffusers does not know it
+        self.config.pop("fusion")
         self.config |= {"fusion": stretch(*fusion, depth)} if fusion else {}
-        self.checkpointing = False       # recompute blocks in the backward pass: less memory, a third more work
+        # recompute blocks in the backward pass: less memory, a third more work
+        self.checkpointing = False
         self.initialise(torch.Generator().manual_seed(0))
 
 # %% ../../nbs/core/14_denoiser.ipynb #58cec402
@@ -256,7 +273,7 @@ def _time_vector(self: PRX, t: Tensor, h: int, w: int) -> Tensor:
         vec = vec + self.resolution_embedder["mlp"](torch.cat(size, -1))
     return vec
 
-
+# %% ../../nbs/core/14_denoiser.ipynb #ef63ed94
 def _check(self: PRX, x_t: Tensor, taps: tuple[int, ...], route: Route | None) -> None:
     "One clear error for a call that cannot work."
     c, depth = self.config, len(self.blocks)
@@ -267,12 +284,18 @@ def _check(self: PRX, x_t: Tensor, taps: tuple[int, ...], route: Route | None) -
     if any(not 0 <= i < depth for i in taps):
         raise ValueError(f"taps = {taps}: blocks are numbered 0 to {depth - 1}")
     if route and (not 0 <= route.start <= route.end < depth or route.keep.shape[0] != b):
-        raise ValueError(f"route from block {route.start} to {route.end} with keep {tuple(route.keep.shape)}: "
-                         f"blocks are numbered 0 to {depth - 1}, and keep needs {b} rows")
+        raise ValueError(
+            f"route from block {route.start} to {route.end} with keep {tuple(route.keep.shape)}: "
+            f"blocks are numbered 0 to {depth - 1}, and keep needs {b} rows"
+        )
     fused = c.get("fusion")
     if route and (fused and (route.start, route.end) != fused or route.without is not None and not fused):
-        raise ValueError(f"route from block {route.start} to {route.end}{' with samples without it' if route.without is not None else ''}: "
-                         + (f"this denoiser fuses the stream of blocks {fused[0]} to {fused[1]}" if fused else "this denoiser fuses no stream"))
+        raise ValueError(
+            f"route from block {route.start} to "
+            f"{route.end}{' with samples without it' if route.without is not None else ''}: "
+            + (f"this denoiser fuses the stream of blocks {fused[0]} to {fused[1]}" if fused
+               else "this denoiser fuses no stream")
+        )
 
 # %% ../../nbs/core/14_denoiser.ipynb #b474b7ba
 def forward(self: PRX,
@@ -284,7 +307,8 @@ def forward(self: PRX,
             route: Route | None = None,       # skip blocks for all but some tokens
             taps: tuple[int, ...] = (),       # blocks whose output is wanted
             ) -> Output:
-    "Predict what the recipe asks for (velocity, image or noise), with the taps asked for. Raises `ValueError`."
+    """Predict what the recipe asks for (velocity, image or noise), with the taps asked for. Raises
+    `ValueError`."""
     _check(self, x_t, taps, route)
     b, _, h, w = x_t.shape
     p, text = self.config["patch_size"], self.txt_in(text)
@@ -301,11 +325,13 @@ def forward(self: PRX,
                 visible = None if mask is None else mask[..., :text.shape[1] + x.shape[1]]
         args = (x, text, visible, modulator, turn)
         if x.shape[1]:
-            x = checkpoint(block, *args, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block(*args)
+            x = (checkpoint(block, *args, use_reentrant=False)
+                 if self.checkpointing and torch.is_grad_enabled() else block(*args))
         if i in taps:
             seen[i] = x
         if i == last:
-            x, turn, visible = self.fusion(early, x, route) if self.fusion else _put(early, route.keep, x), full, mask
+            x, turn, visible = (self.fusion(early, x, route) if self.fusion else _put(early, route.keep, x),
+                                full, mask)
     prediction = unpatchify(self.final_layer(x, vec), p, h, w)
     return Output(prediction, seen, route.keep if route else None)
 
@@ -321,7 +347,8 @@ def initialise(self: PRX, generator: torch.Generator) -> PRX:
             bound = 1 / math.sqrt(layer.in_features)
             for p in layer.parameters(recurse=False):
                 p.uniform_(-bound, bound, generator=generator)
-    for layer in [b.modulation.lin for b in self.blocks] + [self.final_layer.linear, self.final_layer.adaLN_modulation[1]]:
+    for layer in [b.modulation.lin for b in self.blocks] + [self.final_layer.linear,
+                                                            self.final_layer.adaLN_modulation[1]]:
         nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
     if self.fusion:
         self.fusion.start()

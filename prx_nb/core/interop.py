@@ -27,7 +27,7 @@ from .latents import Autoencoder, Pixels, describe, load_latents
 class InteropError(ValueError):
     "What cannot be exported or imported, and why."
 
-
+# %% ../../nbs/core/28_interop.ipynb #878e9b61
 @dataclass(frozen=True)
 class Parts:
     "The two things a model is: weights and what they mean. A `Run` has both too."
@@ -37,37 +37,50 @@ class Parts:
 # %% ../../nbs/core/28_interop.ipynb #f1e62ebe
 def _refuse_fusion(d: recipe.Denoiser) -> None:
     if d.fusion:
-        raise InteropError(f"denoiser.fusion = {d.fusion} cannot be exported: diffusers' PRXTransformer2DModel has no place "
-                           "for the weights that fuse two streams (denoiser.fusion)")
+        raise InteropError(
+            f"denoiser.fusion = {d.fusion} cannot be exported: diffusers' PRXTransformer2DModel has no place "
+            "for the weights that fuse two streams (denoiser.fusion)"
+        )
 
 # %% ../../nbs/core/28_interop.ipynb #37c407e6
 def pipeline_for(r: recipe.Recipe) -> str:       # PRXPipeline or PRXPixelPipeline
-    "The diffusers pipeline that samples from models of this recipe. Raises `InteropError` where there is none."
+    """The diffusers pipeline that samples from models of this recipe. Raises `InteropError` where there is
+    none."""
     pixels, f = r.latents.autoencoder == "pixels", r.flow
     _refuse_fusion(r.denoiser)
     if r.sample.guide != "caption":
-        raise InteropError(f"sample.guide = '{r.sample.guide}' cannot be exported: diffusers' PRX pipelines guide by the empty "
-                           "caption; export with sample.guide = 'caption'")
+        raise InteropError(
+            f"sample.guide = '{r.sample.guide}' cannot be exported: diffusers' PRX pipelines guide by the "
+            "empty caption; export with sample.guide = 'caption'"
+        )
     if f.path != "linear":
-        raise InteropError(f"flow.path = '{f.path}' cannot be exported: diffusers' PRX pipelines follow the linear "
-                           "path only")
+        raise InteropError(
+            f"flow.path = '{f.path}' cannot be exported: diffusers' PRX pipelines follow the linear path only"
+        )
     if f.prediction == "eps":
-        raise InteropError("flow.prediction = 'eps' cannot be exported: PRXPipeline takes 'v', PRXPixelPipeline takes "
-                           "'x' in pixels")
+        raise InteropError(
+            "flow.prediction = 'eps' cannot be exported: PRXPipeline takes 'v', PRXPixelPipeline takes "
+            "'x' in pixels"
+        )
     if f.prediction == "x" and not pixels:
-        raise InteropError(f"flow.prediction = 'x' in the latents of '{r.latents.autoencoder}' cannot be exported: "
-                           "PRXPixelPipeline takes 'x' in pixels only, PRXPipeline takes 'v' only")
+        raise InteropError(
+            f"flow.prediction = 'x' in the latents of '{r.latents.autoencoder}' cannot be exported: "
+            "PRXPixelPipeline takes 'x' in pixels only, PRXPipeline takes 'v' only"
+        )
     if f.prediction == "x" and f.clamp != 0.05:
         raise InteropError(f"flow.clamp = {f.clamp} cannot be exported: PRXPixelPipeline divides by "
                            "max(t, 0.05), always")
     if f.prediction == "v" and f.noise_scale != 1:
-        raise InteropError(f"flow.noise_scale = {f.noise_scale} with flow.prediction = 'v' cannot be exported: "
-                           "PRXPipeline starts from noise of deviation 1")
+        raise InteropError(
+            f"flow.noise_scale = {f.noise_scale} with flow.prediction = 'v' cannot be exported: "
+            "PRXPipeline starts from noise of deviation 1"
+        )
     return "PRXPixelPipeline" if f.prediction == "x" else "PRXPipeline"
 
 # %% ../../nbs/core/28_interop.ipynb #738cb637
 def denoiser_config(d: recipe.Denoiser | dict) -> dict[str, Any]:
-    "The config of diffusers' `PRXTransformer2DModel` for our settings. Raises `InteropError` for a fused denoiser."
+    """The config of diffusers' `PRXTransformer2DModel` for our settings. Raises `InteropError` for a fused
+    denoiser."""
     d = recipe.Denoiser(**d) if isinstance(d, dict) else d
     _refuse_fusion(d)
     config = d.model_dump(mode="json")
@@ -78,14 +91,15 @@ def denoiser_config(d: recipe.Denoiser | dict) -> dict[str, Any]:
             del config[name]
     return {"_class_name": "PRXTransformer2DModel", "_diffusers_version": _VERSION, **config}
 
-
+# %% ../../nbs/core/28_interop.ipynb #e5f27332
 def denoiser_recipe(config: dict[str, Any]) -> recipe.Denoiser:
-    "Our settings from such a config. Raises `InteropError` for one of another class or with keys we do not know."
+    """Our settings from such a config. Raises `InteropError` for one of another class or with keys we do not
+    know."""
     if (kind := config.get("_class_name")) != "PRXTransformer2DModel":
         raise InteropError(f"the transformer is a {kind!r}, not a PRXTransformer2DModel")
     mine = {k: v for k, v in config.items() if not k.startswith("_")}
-    defaults = {"in_channels": 16, "patch_size": 2, "context_in_dim": 2304, "hidden_size": 1792, "num_heads": 28,
-                "depth": 16}
+    defaults = {"in_channels": 16, "patch_size": 2, "context_in_dim": 2304, "hidden_size": 1792,
+                "num_heads": 28, "depth": 16}
     axes = mine.get("axes_dim") or (32, 32)
     try:
         return recipe.Denoiser(**{**defaults, **mine, "axes_dim": axes})
@@ -111,14 +125,16 @@ def _renamed(name: str, names: dict[str, str]) -> str:
     found = re.fullmatch(r"(blocks\.\d+\.)(.+)", name)
     return found[1] + names.get(found[2], found[2]) if found else name
 
-
+# %% ../../nbs/core/28_interop.ipynb #6ffe23f6
 def from_research(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     "A state dict with the published training code's names -> diffusers' names (and ours)."
     prefix = next((p for p in _PREFIXES if any(k.startswith(p) for k in state)), "")
-    kept = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix) and not _TRAINING_ONLY.search(k)}
+    kept = {
+        k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix) and not _TRAINING_ONLY.search(k)
+    }
     return {_renamed(k, _RENAMES): v for k, v in kept.items()}
 
-
+# %% ../../nbs/core/28_interop.ipynb #69dd96f0
 def to_research(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     "The way back, without a prefix."
     return {_renamed(k, {v: k for k, v in _RENAMES.items()}): v for k, v in state.items()}
@@ -140,13 +156,14 @@ def _pass_through(half: torch.nn.Module) -> None:
             half.conv_out.weight[c, at, 1, 1] = sign
     half.conv_norm_out.weight.fill_(half.conv_norm_out.eps ** 0.5 / _SHRINK)
 
-
+# %% ../../nbs/core/28_interop.ipynb #a7d5e3c2
 def identity_autoencoder() -> torch.nn.Module:
-    "A diffusers `AutoencoderKL` (factor 1, 3 channels) that decodes and encodes to what came in, up to fp32 rounding."
+    """A diffusers `AutoencoderKL` (factor 1, 3 channels) that decodes and encodes to what came in, up to fp32
+    rounding."""
     from diffusers import AutoencoderKL
     model = AutoencoderKL(block_out_channels=(6,), norm_num_groups=1, latent_channels=3, layers_per_block=1,
-                          scaling_factor=1.0, shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False,
-                          mid_block_add_attention=False)
+                          scaling_factor=1.0, shift_factor=0.0, use_quant_conv=False,
+                          use_post_quant_conv=False, mid_block_add_attention=False)
     _pass_through(model.encoder)
     _pass_through(model.decoder)
     model.encoder.conv_out.bias.data[3:] = -30.0       # the posterior's log variance: none
@@ -154,11 +171,12 @@ def identity_autoencoder() -> torch.nn.Module:
 
 # %% ../../nbs/core/28_interop.ipynb #a82f53fe
 @torch.no_grad()
-def static_as_t5(table: torch.Tensor) -> torch.nn.Module:    # (vocabulary, width) -> a transformers `T5EncoderModel`
+# (vocabulary, width) -> a transformers `T5EncoderModel`
+def static_as_t5(table: torch.Tensor) -> torch.nn.Module:
     "An encoder of a standard class that returns rows of a table, up to fp32 rounding."
     from transformers import T5Config, T5EncoderModel
-    config = T5Config(vocab_size=len(table), d_model=table.shape[1], num_layers=0, num_heads=1, d_kv=8, d_ff=8,
-                      layer_norm_epsilon=1e12, dropout_rate=0.0)
+    config = T5Config(vocab_size=len(table), d_model=table.shape[1], num_layers=0, num_heads=1, d_kv=8,
+                      d_ff=8, layer_norm_epsilon=1e12, dropout_rate=0.0)
     model = T5EncoderModel(config).eval()
     model.shared.weight.copy_(table)
     model.encoder.final_layer_norm.weight.fill_(1e6)
@@ -172,7 +190,8 @@ _MARK = "prx_nb.json"
 def _folder(path: Path) -> Iterator[Path]:
     "Write to the folder that is given; it takes the place of `path` when the block ends without an error."
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / _MARK).is_file())):
-        raise InteropError(f"{path} is there and is not an earlier export: choose another place or empty it first")
+        raise InteropError(
+            f"{path} is there and is not an earlier export: choose another place or empty it first")
     files.require_writable(path.parent)
     part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     try:
@@ -193,14 +212,16 @@ def _tokenizer(encoder: text.TextEncoder, tokens: int) -> Any:
     "A copy of the tokenizer, set up as the pipelines use it."
     tokenizer = copy.deepcopy(encoder.tokenizer)
     if not tokenizer("")["input_ids"]:
-        raise InteropError(f"the tokenizer of '{encoder.name}' makes no token of the empty prompt: the pipelines "
-                           "would attend to nothing where our null caption has one token")
+        raise InteropError(
+            f"the tokenizer of '{encoder.name}' makes no token of the empty prompt: the pipelines "
+            "would attend to nothing where our null caption has one token"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side, tokenizer.model_max_length = "right", tokens
     return tokenizer
 
-
+# %% ../../nbs/core/28_interop.ipynb #e6ae8670
 def _class_of(tokenizer: Any) -> str:
     "A class name that transformers 4 and 5 both know."
     import transformers
@@ -217,10 +238,11 @@ def _write_text(folder: Path, encoder: text.TextEncoder, tokens: int) -> dict[st
         model = static_as_t5(model.embedding.weight.detach().cpu())
     kind = type(model).__name__
     if not hasattr(transformers, kind):
-        raise InteropError(f"the text encoder '{encoder.name}' is a {kind}, which transformers cannot load by that "
-                           "name")
+        raise InteropError(
+            f"the text encoder '{encoder.name}' is a {kind}, which transformers cannot load by that name")
     with text.quiet():
-        for place in ("tokenizer", "text_encoder"):          # also beside the model: the folder is complete by itself
+        # also beside the model: the folder is complete by itself
+        for place in ("tokenizer", "text_encoder"):
             tokenizer.save_pretrained(folder / place)
             path = folder / place / "tokenizer_config.json"
             told = files.read_json(path)
@@ -228,15 +250,17 @@ def _write_text(folder: Path, encoder: text.TextEncoder, tokens: int) -> dict[st
             files.write_json(path, told | {"tokenizer_class": _class_of(tokenizer), "padding_side": "right",
                                            "model_max_length": tokens})
         state = model.state_dict()
-        if kind == "BertModel" and model.pooler is None:     # loading would draw one, and warn; it is not used
+        # loading would draw one, and warn; it is not used
+        if kind == "BertModel" and model.pooler is None:
             width = model.config.hidden_size
-            state |= {"pooler.dense.weight": torch.zeros(width, width), "pooler.dense.bias": torch.zeros(width)}
+            state |= {"pooler.dense.weight": torch.zeros(width, width),
+                      "pooler.dense.bias": torch.zeros(width)}
         model.save_pretrained(folder / "text_encoder", state_dict=state)
     index = {"text_encoder": ["transformers", kind], "tokenizer": ["transformers", _class_of(tokenizer)]}
     _same_states(folder, index, encoder, tokens)
     return index
 
-
+# %% ../../nbs/core/28_interop.ipynb #aa1b4a70
 def _same_states(folder: Path, index: dict, encoder: text.TextEncoder, tokens: int) -> None:
     "Load what was written as a pipeline would, and compare."
     captions = ["", "a red circle on white", "long " * 600]
@@ -256,13 +280,15 @@ def load_encoder(folder: str | Path,             # a pipeline's folder, here or 
     index = index or files.read_json(folder / "model_index.json")
     kind, tokenizer = (getattr(transformers, index[n][1], None) for n in ("text_encoder", "tokenizer"))
     if kind is None or tokenizer is None:
-        raise InteropError(f"{folder}: this transformers has no {index['text_encoder'][1]} or {index['tokenizer'][1]}")
+        raise InteropError(
+            f"{folder}: this transformers has no {index['text_encoder'][1]} or {index['tokenizer'][1]}")
     try:
         with text.quiet():
             model = kind.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
             tokenizer = tokenizer.from_pretrained(folder / "tokenizer")
     except Exception as error:
-        raise InteropError(f"{folder}: the text encoder cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise InteropError(
+            f"{folder}: the text encoder cannot be loaded: {str(error).splitlines()[0]}") from error
     return text.TextEncoder(str(folder / "text_encoder"), f"folder-{folder}", model, tokenizer)
 
 # %% ../../nbs/core/28_interop.ipynb #33822615
@@ -276,13 +302,14 @@ def _write_autoencoder(folder: Path, space: Pixels | Autoencoder) -> dict[str, l
     if kind == "AutoencoderKLFlux2":
         raise InteropError("AutoencoderKLFlux2 cannot be exported: PRXPipeline does not know its batch norm")
     if kind == "AutoencoderDC" and shift != 0:
-        raise InteropError(f"latents.shift = {shift} cannot be exported: an AutoencoderDC has no place for it")
+        raise InteropError(
+            f"latents.shift = {shift} cannot be exported: an AutoencoderDC has no place for it")
     shift = {} if kind == "AutoencoderDC" else {"shift_factor": float(shift)}
     model.register_to_config(scaling_factor=scale, **shift)
     model.save_pretrained(folder / "vae")
     return {"vae": ["diffusers", kind]}
 
-
+# %% ../../nbs/core/28_interop.ipynb #b5c0d210
 def _write_denoiser(folder: Path, model: torch.nn.Module) -> None:
     "Write transformer/: config and weights. Raises `InteropError` for parameters that have no place there."
     from safetensors.torch import save_file
@@ -290,8 +317,10 @@ def _write_denoiser(folder: Path, model: torch.nn.Module) -> None:
     with torch.device("meta"):
         places = PRX(**model.config | {"fusion": None}).state_dict()
     if extra := [k for k in state if k not in places]:
-        raise InteropError(f"the denoiser has parameters that diffusers' model has no place for: {', '.join(extra[:3])}"
-                           + (f" and {len(extra) - 3} more" if len(extra) > 3 else ""))
+        raise InteropError(
+            f"the denoiser has parameters that diffusers' model has no place for: {', '.join(extra[:3])}"
+            + (f" and {len(extra) - 3} more" if len(extra) > 3 else "")
+        )
     (folder / "transformer").mkdir()
     files.write_json(folder / "transformer" / "config.json", denoiser_config(model.config))
     save_file(state, folder / "transformer" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
@@ -302,8 +331,9 @@ library_name: diffusers
 pipeline_tag: text-to-image
 tags: [{kind}, prx]
 ---
-A text-to-image model trained with the PRX workbook: recipe `{key}`, {size} px, `{prediction}`-prediction in {space},
-text encoder `{encoder}` with {tokens} tokens, {parameters:,} parameters. The whole recipe is in `{mark}`.
+A text-to-image model trained with the PRX workbook: recipe `{key}`, {size} px, `{prediction}`-prediction
+in {space}, text encoder `{encoder}` with {tokens} tokens, {parameters:,} parameters. The whole
+recipe is in `{mark}`.
 
 ```python
 from diffusers import {kind}
@@ -312,30 +342,35 @@ image = pipe("{prompt}", {call}).images[0]
 ```
 With guidance, diffusers 0.42 takes one prompt a call.
 {note}"""
-_NOTES = {"PRXPixelPipeline": "",
-          "PRXPipeline": "Without `skip_text_cleaning=True` the pipeline lower-cases prompts and removes words and\n"
-                         "signs before they are encoded; the captions of the training were not changed.\n"}
+_NOTES = {
+    "PRXPixelPipeline": "",
+    "PRXPipeline": "Without `skip_text_cleaning=True` the pipeline lower-cases prompts and removes words\n"
+                   "and signs before they are encoded; the captions of the training were not changed.\n",
+}
 
 
 def _card(r: recipe.Recipe, kind: str, parameters: int) -> str:
     "The folder's README."
-    call = f"num_inference_steps={r.sample.steps}, guidance_scale={r.sample.guidance}, use_resolution_binning=False"
+    call = (f"num_inference_steps={r.sample.steps}, guidance_scale={r.sample.guidance}, "
+            "use_resolution_binning=False")
     call += ", skip_text_cleaning=True" if kind == "PRXPipeline" else ""
     space = "pixels" if r.latents.autoencoder == "pixels" else f"latents of factor {r.latents.factor}"
-    return _CARD.format(kind=kind, key=r.key, size=r.data.size, prediction=r.flow.prediction, space=space, mark=_MARK,
-                        call=call, encoder=r.text.encoder, tokens=r.text.tokens, parameters=parameters,
-                        prompt="red heart", note=_NOTES[kind])
+    return _CARD.format(kind=kind, key=r.key, size=r.data.size, prediction=r.flow.prediction, space=space,
+                        mark=_MARK, call=call, encoder=r.text.encoder, tokens=r.text.tokens,
+                        parameters=parameters, prompt="red heart", note=_NOTES[kind])
 
 # %% ../../nbs/core/28_interop.ipynb #85071f1f
-def to_diffusers(run: Any,                                   # a `Run`, its folder, or `Parts`: has .model and .recipe
+# a `Run`, its folder, or `Parts`: has .model and .recipe
+def to_diffusers(run: Any,
                  folder: str | Path,                         # new, empty, or an earlier export
                  encoder: text.TextEncoder | None = None,    # none: loaded as the recipe names it
                  space: Pixels | Autoencoder | None = None,  # none: likewise
                  ) -> Path:                                  # the folder
     """Write a folder that `PRXPipeline.from_pretrained` or `PRXPixelPipeline.from_pretrained` loads offline.
 
-    Raises `InteropError`, and leaves nothing behind: for recipes that no pipeline can sample (see `pipeline_for`), a
-    folder that holds something else, a denoiser or text encoder without a place there. Prompts: `PRXPipeline` cleans
+    Raises `InteropError`, and leaves nothing behind: for recipes that no pipeline can sample (see
+    `pipeline_for`), a folder that holds something else, a denoiser or text encoder without a place there.
+    Prompts: `PRXPipeline` cleans
     them (lower case, words and signs removed) unless it is called with `skip_text_cleaning=True`.
     """
     if isinstance(run, str | Path):
@@ -346,8 +381,10 @@ def to_diffusers(run: Any,                                   # a `Run`, its fold
     with _folder(folder) as part:
         encoder = encoder or text.load_text_encoder(r.text.encoder, "cpu")
         if encoder.dim != r.denoiser.context_in_dim:
-            raise InteropError(f"the text encoder '{encoder.name}' gives {encoder.dim} numbers a token, the denoiser "
-                               f"takes {r.denoiser.context_in_dim}")
+            raise InteropError(
+                f"the text encoder '{encoder.name}' gives {encoder.dim} numbers a token, the denoiser "
+                f"takes {r.denoiser.context_in_dim}"
+            )
         tokens = min(r.text.tokens, encoder.limit)
         index = {"_class_name": kind, "_diffusers_version": _VERSION, "default_sample_size": r.data.size,
                  "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -365,7 +402,7 @@ def to_diffusers(run: Any,                                   # a `Run`, its fold
         files.write_json(part / "model_index.json", index)
     return folder
 
-
+# %% ../../nbs/core/28_interop.ipynb #f507e57e
 def _scheduler(r: recipe.Recipe) -> dict[str, Any]:
     return {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": _VERSION,
             "num_train_timesteps": 1000, "shift": r.sample.shift, "use_dynamic_shifting": False}
@@ -389,7 +426,7 @@ def _at(name: str, seconds: float = 5.0) -> Path:
         raise InteropError(f"no pipeline '{name}': not a folder, and the hub cannot give it "
                            f"({type(error).__name__})") from None
 
-
+# %% ../../nbs/core/28_interop.ipynb #aa4feb54
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     "The tensors of transformer/, from one file or from several with an index."
     from safetensors.torch import load_file
@@ -413,7 +450,7 @@ def _is_identity(space: Autoencoder) -> bool:
     x = torch.linspace(-1, 1, 3 * 64).view(1, 3, 8, 8)
     return torch.allclose(space.decode(x), x, atol=1e-4)
 
-
+# %% ../../nbs/core/28_interop.ipynb #2bf4f62b
 def _settings(folder: Path, index: dict[str, Any], denoiser: recipe.Denoiser) -> dict[str, Any]:
     "What the files of a pipeline say, as recipe settings by dotted path."
     pixel = index["_class_name"] == "PRXPixelPipeline"
@@ -447,17 +484,19 @@ def _recipe_of(folder: Path, index: dict[str, Any], denoiser: recipe.Denoiser) -
         r = r.replace("text.encoder", str(folder / "text_encoder"))
     return r if r.latents.autoencoder == "pixels" else r.replace("latents.autoencoder", str(folder))
 
-
+# %% ../../nbs/core/28_interop.ipynb #5de48ea9
 def from_diffusers(name: str | Path,        # a pipeline's folder or hub id
                    ) -> Parts:              # .model, in evaluation mode, and .recipe
-    "Load a PRX pipeline's denoiser into ours, strictly, with the recipe as far as it is known. Raises `InteropError`."
+    """Load a PRX pipeline's denoiser into ours, strictly, with the recipe as far as it is known. Raises
+    `InteropError`."""
     folder = _at(str(name))
     if not (folder / "model_index.json").is_file() or not (folder / "transformer" / "config.json").is_file():
-        raise InteropError(f"{folder} is not a pipeline's folder: model_index.json or transformer/config.json is "
-                           "missing")
+        raise InteropError(
+            f"{folder} is not a pipeline's folder: model_index.json or transformer/config.json is missing")
     index = files.read_json(folder / "model_index.json")
     if index.get("_class_name") not in ("PRXPipeline", "PRXPixelPipeline"):
-        raise InteropError(f"{folder} holds a {index.get('_class_name')}; PRXPipeline and PRXPixelPipeline can be read")
+        raise InteropError(
+            f"{folder} holds a {index.get('_class_name')}; PRXPipeline and PRXPixelPipeline can be read")
     denoiser = denoiser_recipe(files.read_json(folder / "transformer" / "config.json"))
     try:
         r = _recipe_of(folder, index, denoiser)

@@ -54,7 +54,7 @@ def _local(folder: Path) -> Path:
             return folder / name
     raise LatentsError(f"latents.autoencoder = '{folder}': the folder holds neither {' nor '.join(_CONFIGS)}")
 
-
+# %% ../../nbs/core/11_latents.ipynb #c05f75aa
 def _remote(name: str, seconds: float = 5.0) -> Path:
     "The config of a hub id: from the hub's cache, else asked for once."
     from huggingface_hub import get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -70,12 +70,16 @@ def _remote(name: str, seconds: float = 5.0) -> Path:
         why = f"the hub answers {answer.status_code}"
     except Exception as error:
         why = f"the hub cannot be reached ({type(error).__name__})"
-    raise LatentsError(f"latents.autoencoder = '{name}' is neither a local folder nor in the hub's cache, and {why}")
+    raise LatentsError(
+        f"latents.autoencoder = '{name}' is neither a local folder nor in the hub's cache, and {why}")
 
 # %% ../../nbs/core/11_latents.ipynb #f3e899cc
-def find(name: str,               # one of `autoencoder.NAMED` (trained now if it is not there), local folder or hub id; also of a whole pipeline
+# one of `autoencoder.NAMED` (trained now if it is not there), local folder or hub id; also of a whole
+# pipeline
+def find(name: str,
          ) -> Path:               # the autoencoder's config.json
-    "Find an autoencoder without loading it. Raises `LatentsError`, and for a named one what `autoencoder.made` raises."
+    """Find an autoencoder without loading it. Raises `LatentsError`, and for a named one what
+    `autoencoder.made` raises."""
     if name in autoencoder.NAMED:
         return _local(autoencoder.named(name))
     if Path(name).expanduser().is_dir():
@@ -121,12 +125,13 @@ def _sliced(call: Callable, x: torch.Tensor, size: int) -> Any:
     parts = [call(s) for s in x.split(size)]
     return torch.cat(parts) if torch.is_tensor(parts[0]) else tuple(torch.cat(p) for p in zip(*parts))
 
-
+# %% ../../nbs/core/11_latents.ipynb #6e1c77eb
 def _norm(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     "Mean and deviation stored in FLUX.2's batch norm, each (1, C, 1, 1)."
-    return model.bn.running_mean.view(1, -1, 1, 1), (model.bn.running_var + model.bn.eps).sqrt().view(1, -1, 1, 1)
+    return model.bn.running_mean.view(1, -1, 1, 1), (model.bn.running_var + model.bn.eps).sqrt().view(
+        1, -1, 1, 1)
 
-
+# %% ../../nbs/core/11_latents.ipynb #28425756
 def _fingerprint(model: torch.nn.Module) -> str:
     "A hash of the class, the settings and every tensor."
     told = {k: v for k, v in dict(model.config).items() if not k.startswith("_")}
@@ -157,11 +162,14 @@ class Autoencoder:
         return self
 
     def moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        "What the encoder says of images (B, 3, H, W): mean and deviation, each (B, c, h, w); None for no deviation."
+        """What the encoder says of images (B, 3, H, W): mean and deviation, each (B, c, h, w); None for no
+        deviation."""
         b, c, h, w = images.shape
         if c != 3 or h % self.factor or w % self.factor:
-            raise LatentsError(f"cannot encode images of shape {tuple(images.shape)}: 3 channels and sides that are "
-                               f"multiples of {self.factor} are needed")
+            raise LatentsError(
+                f"cannot encode images of shape {tuple(images.shape)}: 3 channels and sides that are "
+                f"multiples of {self.factor} are needed"
+            )
         out = _sliced(self._posterior, images.to(next(self.model.parameters())), self.slice)
         return (out, None) if torch.is_tensor(out) else out
 
@@ -183,7 +191,7 @@ def _draw(self: Autoencoder,
         mean = (torch.nn.functional.pixel_unshuffle(mean, self.model.config.patch_size[0]) - centre) / spread
     return mean
 
-
+# %% ../../nbs/core/11_latents.ipynb #8e588637
 def _normalise(self: Autoencoder, raw: torch.Tensor) -> torch.Tensor:
     "Raw latents as the flow wants them: `(z - shift) * scale`."
     return (raw.float() - self.latents.shift) * self.latents.scale
@@ -194,15 +202,17 @@ Autoencoder.draw, Autoencoder.normalise = _draw, _normalise
 # %% ../../nbs/core/11_latents.ipynb #09c9122b
 def _encode(self: Autoencoder,
             images: torch.Tensor,                            # (B, 3, H, W) in [-1, 1]
-            generator: torch.Generator | None = None,        # none: the posterior's mean; else a sample from it
+            # none: the posterior's mean; else a sample from it
+            generator: torch.Generator | None = None,
             ) -> torch.Tensor:                               # (B, channels, H / factor, W / factor) float32
     "`(E(x) - shift) * scale`"
     return self.normalise(self.draw(*self.moments(images), generator))
 
-
-def _decode(self: Autoencoder,
-            latents: torch.Tensor,                           # (B, channels, h, w) as `encode` gives them
-            ) -> torch.Tensor:                               # (B, 3, h * factor, w * factor) float32, not clipped
+# %% ../../nbs/core/11_latents.ipynb #db09dec8
+def _decode(
+    self: Autoencoder,
+    latents: torch.Tensor,  # (B, channels, h, w) as `encode` gives them
+) -> torch.Tensor:  # (B, 3, h * factor, w * factor) float32, not clipped
     "`D(z / scale + shift)`"
     z = (latents / self.latents.scale + self.latents.shift).to(next(self.model.parameters()))
     if self.flux2:
@@ -218,7 +228,8 @@ def load_latents(latents: recipe.Latents,
                  device: torch.device | str = "cpu",
                  slice: int = 32,                   # images that go through the autoencoder at once
                  ) -> Pixels | Autoencoder:
-    "The space of a recipe. Raises `LatentsError` before any weights are read if channels or factor do not fit."
+    """The space of a recipe. Raises `LatentsError` before any weights are read if channels or factor do not
+    fit."""
     if latents.autoencoder == "pixels":
         return Pixels()
     there = describe(latents.autoencoder)
@@ -228,14 +239,15 @@ def load_latents(latents: recipe.Latents,
                                f"has {name} {got}")
     return Autoencoder(_read(latents.autoencoder), latents, slice).to(device)
 
-
+# %% ../../nbs/core/11_latents.ipynb #eae1a498
 def _read(name: str) -> torch.nn.Module:
     "The model, in float32. Only safetensors weights: nothing is unpickled."
     import diffusers
     path = find(name)
     kind = getattr(diffusers, json.loads(path.read_text())["_class_name"], None)
     if kind is None:
-        raise LatentsError(f"latents.autoencoder = '{name}' needs a newer diffusers than {diffusers.__version__}")
+        raise LatentsError(
+            f"latents.autoencoder = '{name}' needs a newer diffusers than {diffusers.__version__}")
     local = name in autoencoder.NAMED or Path(name).expanduser().is_dir()
     try:
         inside = {} if local or path.parent.name != "vae" else {"subfolder": "vae"}
@@ -244,7 +256,8 @@ def _read(name: str) -> torch.nn.Module:
     except Exception as error:
         why = str(error).strip().splitlines() or [type(error).__name__]
         hint = f"; delete {path.parent} and it is made again" if name in autoencoder.NAMED else ""
-        raise LatentsError(f"latents.autoencoder = '{name}': the weights cannot be read: {why[0]}{hint}") from error
+        raise LatentsError(
+            f"latents.autoencoder = '{name}': the weights cannot be read: {why[0]}{hint}") from error
 
 # %% ../../nbs/core/11_latents.ipynb #aba4abde
 @dataclass(frozen=True)
@@ -264,9 +277,11 @@ class Moments:
 # %% ../../nbs/core/11_latents.ipynb #4a9eec70
 @torch.no_grad()
 def measure(space: Autoencoder,
-            batches,                       # one tensor (N, 3, H, W) in [-1, 1], or an iterable of such batches
+            # one tensor (N, 3, H, W) in [-1, 1], or an iterable of such batches
+            batches,
             ) -> Moments:
-    "Mean and deviation of the raw latents (before scale and shift; for KL of the posterior's mean), in float64."
+    """Mean and deviation of the raw latents (before scale and shift; for KL of the posterior's mean), in
+    float64."""
     n, images, total, square = 0, 0, 0.0, 0.0
     for batch in [batches] if torch.is_tensor(batches) else batches:
         raw = space.draw(*space.moments(batch)).double()
@@ -296,38 +311,17 @@ class Cached:
         return self.batch(torch.as_tensor(index)).cpu().numpy()
 
     def batch(self, index: torch.Tensor,                        # (B,) which images
-              generator: torch.Generator | None = None,         # none: the mean; else a sample from the posterior
+              # none: the mean; else a sample from the posterior
+              generator: torch.Generator | None = None,
               ) -> torch.Tensor:                                # (B, channels, h, w) float32
         "Latents as the flow wants them."
         if generator is not None and not self.deviation:
-            raise LatentsError("only the posterior's mean is stored; make the cache with deviation=True to draw "
-                               "samples")
+            raise LatentsError(
+                "only the posterior's mean is stored; make the cache with deviation=True to draw samples")
         mean, *deviation = torch.from_numpy(self.shards.rows(index.tolist())).float().unbind(1)
         device = next(self.space.model.parameters()).device
         deviation = deviation[0].to(device) if deviation else None
         return self.space.normalise(self.space.draw(mean.to(device), deviation, generator))
-
-# %% ../../nbs/core/11_latents.ipynb #e02ecf5b
-def latents_of(images,                                   # images.Images: `.key`, `len()` and `.batch(index)` are used
-               latents: recipe.Latents,
-               *, dtype: str = "float16",                # float16 or float32, on disk
-               deviation: bool = False,                  # also the posterior's deviation, where there is one
-               shard: int = 1024, slice: int = 32, device: torch.device | str = "cpu", progress: bool = True,
-               ) -> Any:                                 # the images themselves for pixels, else `Cached`
-    "Encode images once and keep it. Raises `LatentsError` for latents that are not finite in `dtype`."
-    if dtype not in ("float16", "float32"):
-        raise LatentsError(f"dtype = {dtype!r}: float16 or float32")
-    space = load_latents(latents, device, slice)
-    if isinstance(space, Pixels):
-        return images
-    key = f"{space.key}-{images.key}-{dtype}-{'posterior' if deviation else 'mean'}-{shard}"
-    folder = files.cache_dir("latents", hashlib.sha256(key.encode()).hexdigest()[:24])
-    tell = lambda done: print(f"latents: {done} of {len(images)} images encoded", flush=True) if progress else None
-    try:
-        rows = files.keep_rows(folder, len(images), lambda which: _encoded(space, images, which, dtype, deviation), shard, tell)
-    except ValueError as error:
-        raise (LatentsError(str(error)) if type(error) is ValueError else error) from None      # a damaged file
-    return Cached(space, rows, key, deviation)
 
 # %% ../../nbs/core/11_latents.ipynb #e788c65d
 @torch.no_grad()
@@ -341,7 +335,35 @@ def _encoded(space: Autoencoder, images, which: range, dtype: str, deviation: bo
         both = [mean, spread] if deviation and spread is not None else [mean]
         part = torch.stack(both, 1).cpu().numpy().astype(dtype)
         if not (fine := np.isfinite(part).all((1, 2, 3, 4))).all():
-            raise LatentsError(f"the latents of image {start + int(np.argmin(fine))} are not finite in {dtype}"
-                               + ("; try dtype='float32'" if dtype == "float16" else ""))
+            raise LatentsError(
+                f"the latents of image {start + int(np.argmin(fine))} are not finite in {dtype}"
+                + ("; try dtype='float32'" if dtype == "float16" else "")
+            )
         parts.append(part)
     return np.concatenate(parts)
+
+# %% ../../nbs/core/11_latents.ipynb #e02ecf5b
+# images.Images: `.key`, `len()` and `.batch(index)` are used
+def latents_of(images,
+               latents: recipe.Latents,
+               *, dtype: str = "float16",                # float16 or float32, on disk
+               deviation: bool = False,                  # also the posterior's deviation, where there is one
+               shard: int = 1024, slice: int = 32, device: torch.device | str = "cpu", progress: bool = True,
+               ) -> Any:                                 # the images themselves for pixels, else `Cached`
+    "Encode images once and keep it. Raises `LatentsError` for latents that are not finite in `dtype`."
+    if dtype not in ("float16", "float32"):
+        raise LatentsError(f"dtype = {dtype!r}: float16 or float32")
+    space = load_latents(latents, device, slice)
+    if isinstance(space, Pixels):
+        return images
+    key = f"{space.key}-{images.key}-{dtype}-{'posterior' if deviation else 'mean'}-{shard}"
+    folder = files.cache_dir("latents", hashlib.sha256(key.encode()).hexdigest()[:24])
+    tell = lambda done: (
+        print(f"latents: {done} of {len(images)} images encoded", flush=True) if progress else None)
+    try:
+        rows = files.keep_rows(
+            folder, len(images), lambda which: _encoded(space, images, which, dtype, deviation), shard, tell)
+    except ValueError as error:
+        # a damaged file
+        raise (LatentsError(str(error)) if type(error) is ValueError else error) from None
+    return Cached(space, rows, key, deviation)

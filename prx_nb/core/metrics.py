@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -34,9 +35,10 @@ from .show import from_uint8, to_uint8
 class MetricError(ValueError):
     "Samples that cannot be measured, or a metric that does not exist."
 
-
+# %% ../../nbs/core/27_metrics.ipynb #ba3d2f35
 class ImageFeatures(nn.Module):
-    "A vision encoder as torchmetrics wants it: bytes (B, 3, H, W) in, (B, num_features) out. Raises `MetricError` for others."
+    """A vision encoder as torchmetrics wants it: bytes (B, 3, H, W) in, (B, num_features) out. Raises
+    `MetricError` for others."""
 
     def __init__(self, encoder: VisionEncoder):
         super().__init__()
@@ -44,7 +46,9 @@ class ImageFeatures(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if images.dtype != torch.uint8:
-            raise MetricError(f"expected uint8 images, got {images.dtype}: give bytes to torchmetrics, with normalize=False")
+            raise MetricError(
+                f"expected uint8 images, got {images.dtype}: give bytes to torchmetrics, with normalize=False"
+            )
         with torch.no_grad():
             return self.encoder.pooled(from_uint8(images))
 
@@ -59,7 +63,7 @@ class Given(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return features
 
-
+# %% ../../nbs/core/27_metrics.ipynb #55fdd655
 def fd(real: torch.Tensor,     # (n, d)
        fake: torch.Tensor,     # (m, d)
        ) -> float:
@@ -70,12 +74,13 @@ def fd(real: torch.Tensor,     # (n, d)
     metric.update(fake.double(), real=False)
     return metric.compute().item()
 
-
+# %% ../../nbs/core/27_metrics.ipynb #16f57ac6
 def kid(real: torch.Tensor,    # (n, d)
         fake: torch.Tensor,    # (m, d)
         subsets: int = 50,     # draws of min(n, m, 1000) from each, averaged
         ) -> float:
-    "Kernel distance of two sets of features (arXiv 1801.01401), by torchmetrics; always the same for the same features."
+    """Kernel distance of two sets of features (arXiv 1801.01401), by torchmetrics; always the same for the
+    same features."""
     from torchmetrics.image.kid import KernelInceptionDistance
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")          # that it keeps all features, which is meant
@@ -83,7 +88,8 @@ def kid(real: torch.Tensor,    # (n, d)
                                          subset_size=min(len(real), len(fake), 1000))
     metric.update(real, real=True)
     metric.update(fake, real=False)
-    with torch.random.fork_rng(devices=[]):      # it draws from the global generator, which is put back afterwards
+    # it draws from the global generator, which is put back afterwards
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return metric.compute()[0].item()
 
@@ -92,33 +98,38 @@ def gaussian_total(a: torch.Tensor, b: torch.Tensor,    # (n, d), (m, d)
                    sigma: float = 10.0) -> float:
     "Sum of the kernel over all pairs of two sets of features, scaled to unit length."
     a, b = F.normalize(a.double(), dim=1), F.normalize(b.double(), dim=1)
-    return sum(torch.exp((rows @ b.T - 1) / sigma**2).sum().item() for rows in a.split(1024))   # |a-b|^2 = 2 - 2ab
+    # |a-b|^2 = 2 - 2ab
+    return sum(torch.exp((rows @ b.T - 1) / sigma**2).sum().item() for rows in a.split(1024))
 
-
+# %% ../../nbs/core/27_metrics.ipynb #586ef137
 def mmd(real: torch.Tensor,       # (n, d)
         fake: torch.Tensor,       # (m, d)
         sigma: float = 10.0,
         scale: float = 1000.0,
         biased: bool = False,     # as published: pairs of an image with itself count
-        own: float | None = None, # the kernel's total over pairs of `real`, if known: `gaussian_total(real, real, sigma)`
+        # the kernel's total over pairs of `real`, if known: `gaussian_total(real, real, sigma)`
+        own: float | None = None,
         ) -> float:
     "Squared MMD with a Gaussian kernel on features of unit length (arXiv 2401.09603)."
     n, m, skip = len(real), len(fake), 0 if biased else 1
     own = gaussian_total(real, real, sigma) if own is None else own
-    same = (own - skip * n) / (n * (n - skip)) + (gaussian_total(fake, fake, sigma) - skip * m) / (m * (m - skip))
+    same = (own - skip * n) / (n * (n - skip)) + (gaussian_total(fake, fake, sigma) - skip * m) / (
+        m * (m - skip))
     return scale * (same - 2 * gaussian_total(real, fake, sigma) / (n * m))
 
 # %% ../../nbs/core/27_metrics.ipynb #9cbcc358
-def concept_ranks(features: torch.Tensor,    # (n, d) of samples
-                  items: list[Item],         # what each was asked to show
-                  drawings: torch.Tensor,    # (m, d) of real images
-                  shown: list[Item],         # what these show
-                  centre: torch.Tensor,      # (d,) mean of real features
-                  ) -> tuple[torch.Tensor, int]:   # rank of the own concept (n,), from 1; and how many concepts there are
+def concept_ranks(
+    features: torch.Tensor,  # (n, d) of samples
+    items: list[Item],  # what each was asked to show
+    drawings: torch.Tensor,  # (m, d) of real images
+    shown: list[Item],  # what these show
+    centre: torch.Tensor,  # (d,) mean of real features
+) -> tuple[torch.Tensor, int]:  # rank of the own concept (n,), from 1; and how many concepts there are
     "Where a sample's own concept stands among all, by mean cosine to their drawings."
     names = sorted({i.concept for i in shown})
     column = {c: k for k, c in enumerate(names)}
-    member = F.one_hot(torch.tensor([column[i.concept] for i in shown]), len(names)).float()     # (m, concepts)
+    # (m, concepts)
+    member = F.one_hot(torch.tensor([column[i.concept] for i in shown]), len(names)).float()
     cosine = F.normalize(features.float() - centre, dim=1) @ F.normalize(drawings.float() - centre, dim=1).T
     own = torch.tensor([column[i.concept] for i in items])
     twin = torch.tensor([[i.key == s.key for s in shown] for i in items]) & (member.sum(0)[own] > 1)[:, None]
@@ -155,7 +166,7 @@ def border_colours(images: torch.Tensor,      # (N, 3, H, W) in [-1, 1]
     found, known = oklab(np.median(frame, 1)), oklab(np.array(list(PALETTE.values())))
     return [list(PALETTE)[i] for i in ((found[:, None] - known) ** 2).sum(-1).argmin(1)]
 
-
+# %% ../../nbs/core/27_metrics.ipynb #d8543085
 def duplicates(images: torch.Tensor,          # (N, 3, H, W) in [-1, 1]
                tolerance: float = 1 / 255,    # of the root mean square difference, images in 0..1
                ) -> float:
@@ -174,11 +185,14 @@ def _readable(path: Path) -> dict[str, float] | None:
         found = read_json(path)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and all(isinstance(v, int | float) for v in found.values()) else None
+    return (
+        found if isinstance(found, dict) and all(isinstance(v, int | float) for v in found.values()) else None
+    )
 
-
+# %% ../../nbs/core/27_metrics.ipynb #e12877dd
 class Reference:
-    "Features of real images. `.encoder`, `.real` (training), `.drawings` and `.shown` (held-out concepts), `.limits`, `.chance`."
+    """Features of real images. `.encoder`, `.real` (training), `.drawings` and `.shown` (held-out concepts),
+    `.limits`, `.chance`."""
 
     def __init__(self, images: Images, split: Split,
                  features: str | VisionEncoder = "effnet-lite0",
@@ -187,7 +201,8 @@ class Reference:
                  ):
         self.images, self.split, self.progress = images, split, progress
         self.encoder = load_vision_encoder(features) if isinstance(features, str) else features
-        self.narrow = "tap5" if "tap5" in self.encoder.taps else "pooled"       # what the Frechet distance is taken on
+        # what the Frechet distance is taken on
+        self.narrow = "tap5" if "tap5" in self.encoder.taps else "pooled"
         self.strokes = tuple(self.encoder.taps)[:4]                             # what style is told from
         self.taps = tuple(dict.fromkeys(("pooled", self.narrow, *self.strokes)))
         pick = torch.randperm(len(split.train), generator=seeds.stream(0, "reference"))[:limit]
@@ -196,7 +211,8 @@ class Reference:
         self.centre = self.real["pooled"].mean(0)
         styles = [images.items[i].style for i in self.index.tolist()]
         self.style = StyleClassifier(self.early(self.real), styles) if len(set(styles)) > 1 else None
-        self.held, self.drawings = split.concepts, self._features(split.concepts) if len(split.concepts) else None
+        self.held, self.drawings = (split.concepts,
+                                    self._features(split.concepts) if len(split.concepts) else None)
         self.shown = [images.items[i] for i in self.held.tolist()]
 
     @functools.cached_property
@@ -204,26 +220,10 @@ class Reference:
         "The Gaussian kernel's total over pairs of real images."
         return gaussian_total(self.real["pooled"], self.real["pooled"])
 
-    def _features(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        return pooled_features(self.encoder, self.images, index, self.taps, progress=self.progress)
-
-    def early(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
-        "The features that style is told from, side by side."
-        return torch.cat([features[t] for t in self.strokes], 1)
-
-    def gallery(self, items: list[Item]) -> tuple[torch.Tensor, list[Item]]:
-        "Features and items of all drawings of held-out concepts, and of the concepts of `items`."
-        new = {i.concept for i in items} - {i.concept for i in self.shown}
-        more = [n for n, i in enumerate(self.images.items) if i.concept in new] if new else []
-        parts = [self.drawings["pooled"]] if self.drawings else []
-        parts += [self._features(torch.tensor(more))["pooled"]] if more else []
-        if not parts:
-            raise MetricError("no real image shows any of the items' concepts")
-        return torch.cat(parts), self.shown + [self.images.items[n] for n in more]
-
     @functools.cached_property
     def limits(self) -> dict[str, float]:
-        "What real held-out drawings score when they are taken for samples: the ceiling. Empty where fewer than two are held out."
+        """What real held-out drawings score when they are taken for samples: the ceiling. Empty where fewer
+        than two are held out."""
         if len(self.held) < 2:
             return {}
         path = cache_dir("limits") / f"{self.key}.json"
@@ -234,21 +234,47 @@ class Reference:
             write_json(path, found)
         return found
 
-    @property
-    def key(self) -> str:
-        "A hash of all that `limits` depends on: encoder, images, which of them, and the code that measures."
-        code = [(Path(seeds.__file__).parent / f"{room}.py").read_bytes() for room in ("metrics", "images", "show")]
-        index = [np.ascontiguousarray(i.numpy(), "<i8").tobytes() for i in (self.index, self.held)]
-        parts = [self.encoder.key.encode(), self.images.key.encode(), *index, *code]
-        return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()[:24]
+# %% ../../nbs/core/27_metrics.ipynb #67d817fe
+@patch
+def _features(self: Reference, index: torch.Tensor) -> dict[str, torch.Tensor]:
+    return pooled_features(self.encoder, self.images, index, self.taps, progress=self.progress)
 
-    @property
-    def chance(self) -> dict[str, float]:
-        "What guessing scores."
-        name, concepts = self.encoder.name, len({i.concept for i in self.shown}) or 1
-        return {f"retrieval@1[{name}]": 1 / concepts, f"retrieval@5[{name}]": min(1.0, 5 / concepts),
-                f"retrieval-rank[{name}]": 0.5, "background": 1 / len(PALETTE)} | (
-                    {f"style[{name}]": 1 / len(self.style.names)} if self.style else {})
+# %% ../../nbs/core/27_metrics.ipynb #3bb127c2
+@patch
+def early(self: Reference, features: dict[str, torch.Tensor]) -> torch.Tensor:
+    "The features that style is told from, side by side."
+    return torch.cat([features[t] for t in self.strokes], 1)
+
+# %% ../../nbs/core/27_metrics.ipynb #23fce34c
+@patch
+def gallery(self: Reference, items: list[Item]) -> tuple[torch.Tensor, list[Item]]:
+    "Features and items of all drawings of held-out concepts, and of the concepts of `items`."
+    new = {i.concept for i in items} - {i.concept for i in self.shown}
+    more = [n for n, i in enumerate(self.images.items) if i.concept in new] if new else []
+    parts = [self.drawings["pooled"]] if self.drawings else []
+    parts += [self._features(torch.tensor(more))["pooled"]] if more else []
+    if not parts:
+        raise MetricError("no real image shows any of the items' concepts")
+    return torch.cat(parts), self.shown + [self.images.items[n] for n in more]
+
+# %% ../../nbs/core/27_metrics.ipynb #4025a1d2
+@patch(as_prop=True)
+def key(self: Reference) -> str:
+    "A hash of all that `limits` depends on: encoder, images, which of them, and the code that measures."
+    code = [(Path(seeds.__file__).parent / f"{room}.py").read_bytes()
+            for room in ("metrics", "images", "show")]
+    index = [np.ascontiguousarray(i.numpy(), "<i8").tobytes() for i in (self.index, self.held)]
+    parts = [self.encoder.key.encode(), self.images.key.encode(), *index, *code]
+    return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()[:24]
+
+# %% ../../nbs/core/27_metrics.ipynb #2d4d589e
+@patch(as_prop=True)
+def chance(self: Reference) -> dict[str, float]:
+    "What guessing scores."
+    name, concepts = self.encoder.name, len({i.concept for i in self.shown}) or 1
+    return {f"retrieval@1[{name}]": 1 / concepts, f"retrieval@5[{name}]": min(1.0, 5 / concepts),
+            f"retrieval-rank[{name}]": 0.5, "background": 1 / len(PALETTE)} | (
+                {f"style[{name}]": 1 / len(self.style.names)} if self.style else {})
 
 # %% ../../nbs/core/27_metrics.ipynb #d20e676b
 def score(features: dict[str, torch.Tensor],     # by tap, as in `Reference.real`
@@ -278,47 +304,59 @@ def score(features: dict[str, torch.Tensor],     # by tap, as in `Reference.real
     return found | {"duplicates": duplicates(samples)}
 
 # %% ../../nbs/core/27_metrics.ipynb #f39751f9
-def evaluate(samples: torch.Tensor,              # (N, 3, H, W) floating point in [-1, 1]; what lies outside is clipped
+# (N, 3, H, W) floating point in [-1, 1]; what lies outside is clipped
+def evaluate(samples: torch.Tensor,
              items: list[Item],                  # (N,) what each was drawn for
              reference: Reference,
              batch: int | None = None,           # none: 16 on a CPU, 256 on a GPU
-             seen: dict | None = None,           # features of images met before, by their bytes; new ones are added
+             # features of images met before, by their bytes; new ones are added
+             seen: dict | None = None,
              ) -> dict[str, float]:
     "Measure generated images. Raises `MetricError` for bytes, numbers that are not finite, other shapes."
     if not samples.is_floating_point() or samples.ndim != 4 or samples.shape[1] != 3:
-        raise MetricError(f"samples must be floating point (N, 3, H, W) in [-1, 1], got {samples.dtype} {tuple(samples.shape)}")
+        raise MetricError(
+            f"samples must be floating point (N, 3, H, W) in [-1, 1], got {samples.dtype} "
+            f"{tuple(samples.shape)}"
+        )
     if len(samples) != len(items) or len(samples) < 2:
         raise MetricError(f"{len(samples)} samples for {len(items)} items: as many of each, and at least 2")
     if not samples.isfinite().all():
         bad = (~samples.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-        raise MetricError(f"{len(bad)} of {len(samples)} samples hold numbers that are not finite, the first is sample {bad[0]}")
+        raise MetricError(
+            f"{len(bad)} of {len(samples)} samples hold numbers that are not finite, the first is sample "
+            f"{bad[0]}"
+        )
     pixels = to_uint8(samples.detach().float().cpu())                   # as saved in a file: bytes, once
     names, seen = [p.numpy().tobytes() for p in pixels], {} if seen is None else seen
     new = list({name: i for i, name in enumerate(names) if name not in seen}.values())
     for rows in torch.tensor(new).split(batch or (256 if reference.encoder.on_gpu else 16)) if new else ():
         with torch.no_grad():
             found = reference.encoder.means(from_uint8(pixels[rows]), reference.taps)
-        seen |= {names[i]: {t: found[t][k].float().cpu() for t in reference.taps} for k, i in enumerate(rows.tolist())}
+        seen |= {names[i]: {t: found[t][k].float().cpu() for t in reference.taps}
+                 for k, i in enumerate(rows.tolist())}
     features = {t: torch.stack([seen[name][t] for name in names]) for t in reference.taps}
     return score(features, from_uint8(pixels), items, reference)
 
-
+# %% ../../nbs/core/27_metrics.ipynb #17d5377f
 _last: list[Reference] = []
 
 
 def prepare(recipe: Any, prepared: Any,      # a `Recipe`; anything with .images and .split
             progress: bool = False) -> Reference:
-    "The reference that a recipe asks for; real features are computed now if they are not on disk. The last one is kept."
+    """The reference that a recipe asks for; real features are computed now if they are not on disk. The last
+    one is kept."""
     for known in _last:
-        if known.images is prepared.images and known.split is prepared.split and known.encoder.name == recipe.evaluate.features:
+        if (known.images is prepared.images and known.split is prepared.split
+            and known.encoder.name == recipe.evaluate.features):
             return known
     _last[:] = [Reference(prepared.images, prepared.split, recipe.evaluate.features, progress=progress)]
     return _last[0]
 
 # %% ../../nbs/core/27_metrics.ipynb #9907a819
-_BETTER = {"KID": False, "FD": False, "MMD": False, "MMD-biased": False, "retrieval@1": True, "retrieval@5": True,
-           "retrieval-rank": False, "style": True, "background": True, "duplicates": False, "images/s": True, "val": False,
-           "loss": False, "seconds": False, "memory": False}
+_BETTER = {"KID": False, "FD": False, "MMD": False, "MMD-biased": False, "retrieval@1": True,
+           "retrieval@5": True, "retrieval-rank": False, "style": True, "background": True,
+           "duplicates": False, "images/s": True, "val": False, "loss": False, "seconds": False,
+           "memory": False}
 
 
 def higher_is_better(name: str,       # as `evaluate` gives it, e.g. "KID[effnet-lite0]"

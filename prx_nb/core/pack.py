@@ -22,7 +22,8 @@ def write_pack(r: recipe.Recipe,                              # its data, captio
                kinds: tuple[str, ...] = captions.KINDS,       # whose states are kept
                progress: bool = True,
                ) -> Path:
-    "Write images, items and text states to one file, whole or not at all. Raises `DataError`, `TextError`, `OSError`."
+    """Write images, items and text states to one file, whole or not at all. Raises `DataError`, `TextError`,
+    `OSError`."""
     import torch
     from safetensors.torch import save_file
 
@@ -32,11 +33,13 @@ def write_pack(r: recipe.Recipe,                              # its data, captio
     images = data.load(r.data, progress)
     texts = list(dict.fromkeys(captions.caption(i, k) for k in kinds for i in images.items))
     tensors, meta = text_states(r.text.encoder, texts, r.text.tokens, progress).export(texts)
-    known = {"key": images.key, "bad": images.bad, "notice": images.notice, "items": [asdict(i) for i in images.items]}
+    known = {"key": images.key, "bad": images.bad, "notice": images.notice,
+             "items": [asdict(i) for i in images.items]}
     items = np.frombuffer(json.dumps(known).encode(), np.uint8)
     tensors |= {"images.pixels": torch.from_numpy(np.array(images.pixels)),
                 "images.items": torch.from_numpy(items.copy())}
-    meta |= {"format": PACK_FORMAT, "images.crc32": pack_crc(images.pixels, items), "captions.kinds": ",".join(kinds)}
+    meta |= {"format": PACK_FORMAT, "images.crc32": pack_crc(images.pixels, items),
+             "captions.kinds": ",".join(kinds)}
     with atomic(path) as part:
         save_file(tensors, part, meta)
     return path

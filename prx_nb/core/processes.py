@@ -62,7 +62,8 @@ class Place:
         return dict(zip(values, (every / self.count).tolist()))
 
     def average_gradients(self, module: nn.Module) -> None:
-        "Average the gradients of a module that every process holds whole; one without a gradient somewhere counts as zero there."
+        """Average the gradients of a module that every process holds whole; one without a gradient somewhere
+        counts as zero there."""
         for p in module.parameters() if self.count > 1 else ():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             torch.distributed.all_reduce(p.grad)
@@ -80,7 +81,7 @@ def launched() -> bool:
     "Whether this process is one of several, started by `accelerate launch` or `torchrun`."
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
-
+# %% ../../nbs/core/24_processes.ipynb #0f992d92
 def join(device: str | torch.device | None,     # none: a GPU if there is one
          processes: int,                        # as many as the recipe says there are
          ) -> Place:
@@ -96,35 +97,44 @@ def join(device: str | torch.device | None,     # none: a GPU if there is one
 
 # %% ../../nbs/core/24_processes.ipynb #641ce6ea
 def spread(state: State, place: Place, recipe: Recipe) -> nn.Module:
-    "Share a fresh state out among the processes; returns the model to train with. One process: the model itself."
+    """Share a fresh state out among the processes; returns the model to train with. One process: the model
+    itself."""
     if place.count == 1:
         return state.model
     if recipe.train.parallel == "ddp":
         from torch.nn.parallel import DistributedDataParallel
-        return DistributedDataParallel(state.model, device_ids=[place.device.index] if place.device.type == "cuda" else None)
+        return DistributedDataParallel(
+            state.model, device_ids=[place.device.index] if place.device.type == "cuda" else None)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(place.device.type, (place.count,))
     for model in (state.model, *(a.module for a in state.averages())):
         for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
-    state.optimizer = new_optimizer(recipe, state.model, state.techniques)     # the parameters are new: shares of the old
+    # the parameters are new: shares of the old
+    state.optimizer = new_optimizer(recipe, state.model, state.techniques)
     return state.model
 
 # %% ../../nbs/core/24_processes.ipynb #c4c9e4bd
 def settings(processes: int, threads: int) -> list[str]:
-    "What `accelerate launch` is told. (`multi_gpu` is its word for several processes; on a CPU they speak through gloo.)"
-    return ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no",
-            "--dynamo_backend", "no", "--main_process_port", "0", "--num_cpu_threads_per_process", str(threads)]
+    """What `accelerate launch` is told. (`multi_gpu` is its word for several processes; on a CPU they speak
+    through gloo.)"""
+    return ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision",
+            "no", "--dynamo_backend", "no", "--main_process_port", "0", "--num_cpu_threads_per_process",
+            str(threads)]
 
-
+# %% ../../nbs/core/24_processes.ipynb #dffc4a61
 def places(recipe: Recipe, device: str | torch.device | None) -> str:
-    "The kind of device several processes will use, cpu or cuda. Raises `RecipeError` if there are not enough of them."
+    """The kind of device several processes will use, cpu or cuda. Raises `RecipeError` if there are not
+    enough of them."""
     n, there = recipe.train.processes, torch.cuda.device_count()
     if str(device) == "cpu" or not there:
         return "cpu"
     if device is not None and str(device) != "cuda":
-        raise RecipeError(f"train.processes = {n} on the one device {device!s}; say cuda or cpu, and CUDA_VISIBLE_DEVICES which")
+        raise RecipeError(
+            f"train.processes = {n} on the one device {device!s}; say cuda or cpu, and CUDA_VISIBLE_DEVICES "
+            "which"
+        )
     if there < n:
         raise RecipeError(f"train.processes = {n}, but {there} GPU can be seen; each process needs one")
     return "cuda"
@@ -133,12 +143,13 @@ def places(recipe: Recipe, device: str | torch.device | None) -> str:
 class ProcessDied(RuntimeError):
     "One of a run's processes was killed, or ended without a word."
 
-
+# %% ../../nbs/core/24_processes.ipynb #861dac18
 def leave_fault(folder: Path, rank: int, error: BaseException) -> None:
     "Write down what went wrong in this process."
-    parts = [error.errno, error.strerror, error.filename] if isinstance(error, OSError) and error.errno else [str(error)]
-    what = {"rank": rank, "at": time.time(), "module": type(error).__module__, "kind": type(error).__name__, "parts": parts,
-            "trace": "".join(traceback.format_exception(error))}
+    parts = ([error.errno, error.strerror, error.filename] if isinstance(error, OSError) and error.errno
+             else [str(error)])
+    what = {"rank": rank, "at": time.time(), "module": type(error).__module__, "kind": type(error).__name__,
+            "parts": parts, "trace": "".join(traceback.format_exception(error))}
     part = folder / f"{rank}.part"
     part.write_text(json.dumps(what, default=str))
     part.rename(folder / f"{rank}.json")
@@ -156,7 +167,7 @@ def as_error(what: dict,         # as `leave_fault` wrote it
     error.add_note(f"in process {what['rank']}:\n{what['trace']}")
     return error
 
-
+# %% ../../nbs/core/24_processes.ipynb #ec590081
 def find_fault(folder: Path,
                said: str,        # the launcher's own words
                count: int, code: int) -> BaseException:
@@ -183,7 +194,7 @@ def stop_with_parent(wait: float = 10.0,       # seconds it may take to stop by 
         os.kill(os.getpid(), signal.SIGKILL)
     threading.Thread(target=watch, daemon=True, name="parent").start()
 
-
+# %% ../../nbs/core/24_processes.ipynb #ebddfa2d
 @contextlib.contextmanager
 def as_one_of_several(faults: str | None,      # where to leave what goes wrong; none: nobody asks
                       ) -> Iterator[None]:
@@ -220,9 +231,11 @@ def launch(recipe: Recipe, out: Path,
     with tempfile.TemporaryDirectory() as d, open(f"{d}/launcher.txt", "w+") as words:
         recipe.save(f"{d}/recipe.json")
         os.mkdir(f"{d}/faults")
-        command = [sys.executable, "-m", "accelerate.commands.launch", *settings(n, max(1, torch.get_num_threads() // n)),
-                   "-m", "prx_nb.core.train", f"{d}/recipe.json", str(out), json.dumps({**options, "faults": f"{d}/faults"})]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, text=True, start_new_session=True)
+        command = [sys.executable, "-m", "accelerate.commands.launch",
+                   *settings(n, max(1, torch.get_num_threads() // n)), "-m", "prx_nb.core.train",
+                   f"{d}/recipe.json", str(out), json.dumps({**options, "faults": f"{d}/faults"})]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words,
+                                 text=True, start_new_session=True)
         try:
             for line in child.stdout:
                 print(line, end="", flush=True)

@@ -25,26 +25,31 @@ from pydantic import ConfigDict, Field, SerializeAsAny, ValidationError, model_v
 from . import settings
 from .settings import Acts, Node, RecipeError, Routing, hint, named_in, stretch
 
-_all_ = ["Acts", "Node", "RecipeError", "Routing", "stretch"]       # so that who reads recipes needs no other import
+# so that who reads recipes needs no other import
+_all_ = ["Acts", "Node", "RecipeError", "Routing", "stretch"]
 
 # %% ../../nbs/core/01_recipe.ipynb #28a3c327
 class Data(Node):
     "Which captioned images, at which size, and what is held out."
     source: named_in("prx_nb.core.data:SOURCES", "emoji", "folder", "hf", "pack") = "emoji"
     path: str | None = None                       # folder, hub id or pack file; none for emoji
-    styles: tuple[Literal["noto", "twemoji", "openmoji", "fluent"], ...] = ("noto", "twemoji", "openmoji", "fluent")
+    styles: tuple[Literal["noto", "twemoji", "openmoji", "fluent"], ...] = (
+        "noto", "twemoji", "openmoji", "fluent")
     size: int = Field(32, ge=8, le=2048)          # side of the square image, pixels
     background: Literal["white", "colours"] = "colours"
     skin_tones: bool = False                      # also the skin-tone variants of each emoji
     limit: int | None = Field(None, ge=8)         # at most this many images (evenly thinned), for trials
     holdout_concepts: float = Field(0.05, ge=0, lt=1)
     holdout_pairs: float = Field(0.05, ge=0, lt=1)
-    max_bad: float = Field(0.01, ge=0, le=1)      # share of images that may be unreadable before the run is refused
-    augment: tuple[named_in("prx_nb.core.batch:AUGMENTATIONS"), ...] = ()   # what is done to training images, in order
+    # share of images that may be unreadable before the run is refused
+    max_bad: float = Field(0.01, ge=0, le=1)
+    # what is done to training images, in order
+    augment: tuple[named_in("prx_nb.core.batch:AUGMENTATIONS"), ...] = ()
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.source in ("emoji", "folder", "hf", "pack") and (self.source == "emoji") != (self.path is None):
+        if self.source in ("emoji", "folder", "hf", "pack") and (self.source == "emoji") != (
+            self.path is None):
             raise ValueError(f"data.path = {self.path!r} with data.source = '{self.source}': "
                              "emoji takes no path; folder, hf and pack need one")
         if not self.styles or len(set(self.styles)) != len(self.styles):
@@ -57,16 +62,17 @@ class Captions(Node):
     kind: named_in("prx_nb.core.captions:CAPTIONS", "short", "long", "dense", "mixed") = "dense"
     dropout: float = Field(0.1, ge=0, lt=1)       # share replaced by the encoded empty caption
 
-
+# %% ../../nbs/core/01_recipe.ipynb #7923f56d
 class Text(Node):
     "The frozen text encoder and how many of its token states are kept."
     encoder: str = "minilm-l6"                    # minilm-l6, minilm-l3, static, or a hub id / local folder
     tokens: int = Field(24, ge=2, le=512)
 
-
+# %% ../../nbs/core/01_recipe.ipynb #5da9b859
 class Latents(Node):
     "The space the flow lives in: pixels, or an autoencoder's latents, `(z - shift) * scale`."
-    autoencoder: str = "pixels"                   # pixels, emoji-kl-f4 (trained on first use), or a hub id / local folder of a diffusers one
+    # pixels, emoji-kl-f4 (trained on first use), or a hub id / local folder of a diffusers one
+    autoencoder: str = "pixels"
     channels: int = Field(3, ge=1)
     factor: int = Field(1, ge=1)                  # pixels per latent cell along one side
     scale: float = Field(1.0, gt=0)
@@ -74,7 +80,8 @@ class Latents(Node):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.autoencoder == "pixels" and (self.channels, self.factor, self.scale, self.shift) != (3, 1, 1.0, 0.0):
+        if self.autoencoder == "pixels" and (self.channels, self.factor, self.scale, self.shift) != (
+            3, 1, 1.0, 0.0):
             raise ValueError("latents.autoencoder = 'pixels' means channels 3, factor 1, scale 1, shift 0; "
                              f"got {self.channels}, {self.factor}, {self.scale}, {self.shift}")
         return self
@@ -94,8 +101,10 @@ class Flow(Node):
     @model_validator(mode="after")
     def _consistent(self):
         if self.prediction != self.loss and self.clamp == 0:
-            raise ValueError(f"flow.clamp = 0 with flow.prediction = '{self.prediction}' and flow.loss = '{self.loss}': "
-                             "the conversion divides by zero at one end of time; take a clamp above 0, e.g. 0.05")
+            raise ValueError(
+                f"flow.clamp = 0 with flow.prediction = '{self.prediction}' and flow.loss = '{self.loss}': "
+                "the conversion divides by zero at one end of time; take a clamp above 0, e.g. 0.05"
+            )
         return self
 
 # %% ../../nbs/core/01_recipe.ipynb #ca110ebb
@@ -114,18 +123,25 @@ class Denoiser(Node):
     time_max_period: int = Field(10_000, gt=0)
     bottleneck_size: int | None = Field(None, ge=1)
     resolution_embeds: bool = False
-    fusion: tuple[int, int | None] | None = None  # first and last block (none: last but one) of a sparse stream that is fused with the early one
+    # first and last block (none: last but one) of a sparse stream that is fused with the early one
+    fusion: tuple[int, int | None] | None = None
 
     @model_validator(mode="after")
     def _consistent(self):
         head, rest = divmod(self.hidden_size, self.num_heads)
         if rest:
-            raise ValueError(f"denoiser.hidden_size = {self.hidden_size} is not a multiple of num_heads = {self.num_heads}")
+            raise ValueError(
+                f"denoiser.hidden_size = {self.hidden_size} is not a multiple of num_heads = {self.num_heads}"
+            )
         axes = self.axes_dim or (head // 2, head // 2)
         if sum(axes) != head or any(a % 2 or a <= 0 for a in axes):
-            raise ValueError(f"denoiser.axes_dim = {axes}: rotary axes must be even and add up to the head width {head}")
+            raise ValueError(
+                f"denoiser.axes_dim = {axes}: rotary axes must be even and add up to the head width {head}")
         if self.fusion and (self.fusion[0] < 1 or self.depth < 2):
-            raise ValueError(f"denoiser.fusion = {self.fusion}: the fused stream begins at block 1 or later, after at least one that sees all tokens")
+            raise ValueError(
+                f"denoiser.fusion = {self.fusion}: the fused stream begins at block 1 or later, after at "
+                "least one that sees all tokens"
+            )
         try:
             self.fusion and stretch(*self.fusion, self.depth)
         except ValueError as why:
@@ -141,7 +157,10 @@ def register(name: str, settings: type[Acts]) -> None:
     old = KNOWN.get(name)
     file = lambda kind: getattr(sys.modules.get(kind.__module__), "__file__", None) or kind.__module__
     if old and "__main__" not in (old.__module__, settings.__module__) and file(old) != file(settings):
-        raise RecipeError(f"there is a technique '{name}' already, of {old.__module__}; {settings.__module__} must choose another name")
+        raise RecipeError(
+            f"there is a technique '{name}' already, of {old.__module__}; {settings.__module__} must choose "
+            "another name"
+        )
     KNOWN[name] = settings
 
 # %% ../../nbs/core/01_recipe.ipynb #0b2e6db9
@@ -150,16 +169,20 @@ def packaged() -> list[str]:
     import prx_nb.techniques as rooms
     return sorted({*KNOWN, *(m.name for m in pkgutil.iter_modules(rooms.__path__))})
 
-
+# %% ../../nbs/core/01_recipe.ipynb #7ee274a0
 def settings_of(name: str) -> type[Acts]:
-    "The settings of a technique: of one that was imported, else of `prx_nb.techniques.<name>`. Raises `RecipeError`."
+    """The settings of a technique: of one that was imported, else of `prx_nb.techniques.<name>`. Raises
+    `RecipeError`."""
     if name not in KNOWN and name.isidentifier() and importlib.util.find_spec(f"prx_nb.techniques.{name}"):
         importlib.import_module(f"prx_nb.techniques.{name}")
     if name not in KNOWN:
-        raise RecipeError(f"recipe has no field 'techniques.{name}'{hint(f'techniques.{name}', [f'techniques.{n}' for n in known()])}")
+        raise RecipeError(
+            "recipe has no field "
+            f"'techniques.{name}'{hint(f'techniques.{name}', [f'techniques.{n}' for n in known()])}"
+        )
     return KNOWN[name]
 
-
+# %% ../../nbs/core/01_recipe.ipynb #6043e791
 def known() -> dict[str, type[Acts]]:
     "All techniques that a recipe may name without `uses`, and their settings. Imports them."
     for name in packaged():
@@ -174,18 +197,20 @@ class _BranchError(ValueError):
         super().__init__(str(inner))
         self.name, self.inner = name, inner
 
-
+# %% ../../nbs/core/01_recipe.ipynb #db09e2bf
 def _branch(name: str, value: Any) -> Acts:
     "A technique's settings from what was given for them. Raises `RecipeError`, `_BranchError`."
     kind = settings_of(name)
     try:
-        return value if isinstance(value, kind) else kind.model_validate(value.model_dump() if isinstance(value, Node) else value)
+        return (value if isinstance(value, kind)
+                else kind.model_validate(value.model_dump() if isinstance(value, Node) else value))
     except ValidationError as error:
         raise _BranchError(name, error) from None
 
-
+# %% ../../nbs/core/01_recipe.ipynb #d1031e7e
 class Techniques(Node):
-    "What is added to plain training: a branch for each technique that is not as it is by default, which is off."
+    """What is added to plain training: a branch for each technique that is not as it is by default, which is
+    off."""
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
     __pydantic_extra__: dict[str, SerializeAsAny[Node]]
 
@@ -218,32 +243,46 @@ class Techniques(Node):
 # %% ../../nbs/core/01_recipe.ipynb #13cc85e3
 def _refuse_routes(r: "Recipe") -> None:
     "Raise `ValueError` where two techniques route tokens, or guidance needs a route and none does."
-    routing = [f"techniques.{n}.{node.switch} = {getattr(node, node.switch)}" for n, node in r.techniques.on.items() if node.routes]
+    routing = [f"techniques.{n}.{node.switch} = {getattr(node, node.switch)}"
+               for n, node in r.techniques.on.items() if node.routes]
     if len(routing) > 1:
         raise ValueError(f"{' and '.join(routing)}: both route tokens and only one can; set one to 0")
     if r.sample.guide != "caption" and not routing:
         able = [f"techniques.{n}.{kind.switch}" for n, kind in known().items() if kind.routes]
-        raise ValueError(f"sample.guide = '{r.sample.guide}' needs a network that is trained with routes: set {' or '.join(able)}")
+        raise ValueError(
+            f"sample.guide = '{r.sample.guide}' needs a network that is trained with routes: set "
+            f"{' or '.join(able)}"
+        )
 
-
+# %% ../../nbs/core/01_recipe.ipynb #f240365a
 def _refuse_shares(r: "Recipe") -> None:
     "Raise `ValueError` for what fsdp2 cannot share out among processes."
     if r.train.parallel != "fsdp2" or r.train.processes == 1:
         return
     one = f"train.parallel = 'fsdp2' in train.processes = {r.train.processes}"
-    if trained := [f"techniques.{n}.{node.switch} = {getattr(node, node.switch)}" for n, node in r.techniques.on.items() if node.trains]:
-        raise ValueError(f"{' and '.join(trained)} with {one}: fsdp2 does not share out a technique's own weights; set train.parallel = 'ddp'")
+    if trained := [f"techniques.{n}.{node.switch} = {getattr(node, node.switch)}"
+                   for n, node in r.techniques.on.items() if node.trains]:
+        raise ValueError(
+            f"{' and '.join(trained)} with {one}: fsdp2 does not share out a technique's own weights; set "
+            "train.parallel = 'ddp'"
+        )
     if r.optimizer.name == "muon":
-        raise ValueError(f"optimizer.name = 'muon' with {one}: it needs whole matrices, which fsdp2 cuts; set train.parallel = 'ddp'")
+        raise ValueError(
+            f"optimizer.name = 'muon' with {one}: it needs whole matrices, which fsdp2 cuts; set "
+            "train.parallel = 'ddp'"
+        )
 
-
+# %% ../../nbs/core/01_recipe.ipynb #d6cabe66
 def _refuse_pairs(r: "Recipe") -> None:
     "Raise `ValueError` for techniques that cannot go together, or not with the rest of the recipe."
     _refuse_routes(r)
     for name, node in r.techniques.given.items():
         first, stop = node.span(r.train.steps)
         if stop is not None and stop <= first:
-            raise ValueError(f"techniques.{name}: stop = {node.stop} does not come after start = {node.start} in train.steps = {r.train.steps}")
+            raise ValueError(
+                f"techniques.{name}: stop = {node.stop} does not come after start = {node.start} in "
+                f"train.steps = {r.train.steps}"
+            )
         if node.on and (why := next(iter(node.refuse(r, f"techniques.{name}")), None)):
             raise ValueError(why)
     _refuse_shares(r)
@@ -251,15 +290,17 @@ def _refuse_pairs(r: "Recipe") -> None:
 # %% ../../nbs/core/01_recipe.ipynb #a669c111
 class Muon(Node):
     "Settings of Muon, for the matrices of the blocks; all else goes on with AdamW."
-    lr: float | None = Field(None, gt=0)          # of the matrices, scaled to match AdamW's root mean square; none: optimizer.lr
+    # of the matrices, scaled to match AdamW's root mean square; none: optimizer.lr
+    lr: float | None = Field(None, gt=0)
     momentum: float = Field(0.95, ge=0, lt=1)
     steps: int = Field(5, ge=1, le=20)            # of the Newton-Schulz iteration
     modulation: bool = True                       # also the blocks' modulation matrices
     split_qkv: bool = False                       # query, key and value as matrices of their own
 
-
+# %% ../../nbs/core/01_recipe.ipynb #40f0da02
 class Optimizer(Node):
-    "AdamW or Muon with a linear warm-up, a constant rate, a linear fall at the end, and clipping by global norm."
+    """AdamW or Muon with a linear warm-up, a constant rate, a linear fall at the end, and clipping by global
+    norm."""
     name: named_in("prx_nb.core.optimizers:OPTIMIZERS", "adamw", "muon") = "adamw"
     lr: float = Field(5e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
@@ -276,19 +317,26 @@ class Optimizer(Node):
             raise ValueError(f"optimizer.betas = {self.betas}: each must be at least 0 and below 1")
         return self
 
-
+# %% ../../nbs/core/01_recipe.ipynb #f4f08386
 class Ema(Node):
-    "The running average of the weights that samples are drawn from. `decay` 0 switches it off; see `core.average`."
-    decay: float | None = Field(0.99, ge=0, lt=1) # share of the average that an update keeps; none: what half_life makes it
-    half_life: float | None = Field(None, gt=0)   # steps after which a state of the weights counts half; none: what decay makes it
+    """The running average of the weights that samples are drawn from. `decay` 0 switches it off; see
+    `core.average`."""
+    # share of the average that an update keeps; none: what half_life makes it
+    decay: float | None = Field(0.99, ge=0, lt=1)
+    # steps after which a state of the weights counts half; none: what decay makes it
+    half_life: float | None = Field(None, gt=0)
     every: int = Field(1, ge=1)                   # steps between updates
-    start: int = Field(0, ge=0)                   # first step that counts; until then the average is the weights
+    # first step that counts; until then the average is the weights
+    start: int = Field(0, ge=0)
     also: tuple[float, ...] = ()                  # half-lives of more averages, kept and validated beside it
 
     @model_validator(mode="after")
     def _consistent(self):
         if (self.decay is None) == (self.half_life is None):
-            raise ValueError(f"ema.decay = {self.decay} and ema.half_life = {self.half_life}: one says the other; give one, and null for the other")
+            raise ValueError(
+                f"ema.decay = {self.decay} and ema.half_life = {self.half_life}: one says the other; give "
+                "one, and null for the other"
+            )
         if min(self.also, default=1) <= 0 or len(set(self.also)) != len(self.also):
             raise ValueError(f"ema.also = {self.also}: half-lives in steps, above 0, each once")
         return self
@@ -304,7 +352,8 @@ class Train(Node):
     steps: int = Field(1500, ge=1)
     batch: int = Field(32, ge=1)                  # images a step, of all processes together
     precision: Literal["fp32", "bf16"] = "fp32"   # of the computation
-    weights: Literal["fp32", "bf16"] = "fp32"     # in which the denoiser's weights and their optimizer state are kept
+    # in which the denoiser's weights and their optimizer state are kept
+    weights: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False                         # torch.compile the denoiser
     validate_every: int = Field(300, ge=1)
     validate_samples: int = Field(128, ge=1)
@@ -316,10 +365,13 @@ class Train(Node):
     @model_validator(mode="after")
     def _consistent(self):
         if self.batch % self.processes:
-            raise ValueError(f"train.batch = {self.batch} cannot be shared out evenly among train.processes = {self.processes}")
+            raise ValueError(
+                f"train.batch = {self.batch} cannot be shared out evenly among train.processes = "
+                f"{self.processes}"
+            )
         return self
 
-
+# %% ../../nbs/core/01_recipe.ipynb #26daeb2b
 class Sample(Node):
     "From noise to image by a sampler, with classifier-free guidance."
     sampler: named_in("prx_nb.core.sample:SAMPLERS", "euler") = "euler"
@@ -327,14 +379,16 @@ class Sample(Node):
     guidance: float = Field(3.0, ge=1)            # 1 is no guidance
     shift: float = Field(1.0, gt=0)               # of the sampling grid
     grid: Literal["linear", "diffusers"] = "linear"
-    guide: Literal["caption", "route", "both"] = "caption"   # what guidance leads away from: the empty caption, a routed pass, both at once
+    # what guidance leads away from: the empty caption, a routed pass, both at once
+    guide: Literal["caption", "route", "both"] = "caption"
 
-
+# %% ../../nbs/core/01_recipe.ipynb #d9206e7e
 class Evaluate(Node):
     "How many samples are drawn and what is measured on them."
     samples: int = Field(128, ge=2)
     batch: int = Field(64, ge=1)
-    captions: Literal["short", "long", "dense"] = "dense"   # what held-out images are described with, whatever was trained on
+    # what held-out images are described with, whatever was trained on
+    captions: Literal["short", "long", "dense"] = "dense"
     features: named_in("prx_nb.core.encoders:ENCODERS", "effnet-lite0", "vit-s14") = "effnet-lite0"
     pictures: int = Field(16, ge=1)               # in the sample grid
 
@@ -351,7 +405,8 @@ def use(name: str) -> str:              # as a recipe keeps it: a path is made w
         except ImportError as error:
             raise RecipeError(f"recipe.uses names '{name}', which cannot be imported: {error}") from None
         return name
-    here = os.environ.get("PRX_NB_HERE")                           # folder of the notebook that a run executes elsewhere
+    # folder of the notebook that a run executes elsewhere
+    here = os.environ.get("PRX_NB_HERE")
     path = (Path(here) / path if here and not path.exists() else path).resolve()
     try:
         state = (path.stat().st_mtime_ns, path.stat().st_size)
@@ -361,10 +416,12 @@ def use(name: str) -> str:              # as a recipe keeps it: a path is made w
     except RecipeError:
         raise
     except Exception as error:
-        raise RecipeError(f"recipe.uses names '{path}', which cannot be imported: {type(error).__name__}: {error}") from error
+        raise RecipeError(
+            f"recipe.uses names '{path}', which cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     return str(path)
 
-
+# %% ../../nbs/core/01_recipe.ipynb #895f0c95
 def _run_file(path: Path) -> None:
     "Run a file as a module of its name, below `prx_nb_uses`."
     module = types.ModuleType(f"prx_nb_uses.{path.stem}")
@@ -372,16 +429,47 @@ def _run_file(path: Path) -> None:
     sys.modules[module.__name__] = module
     exec(compile(_source(path), str(path), "exec"), module.__dict__)
 
-
+# %% ../../nbs/core/01_recipe.ipynb #b4465265
 def _source(path: Path) -> str:
     "The code of a file; of a notebook its exported cells. Raises `RecipeError`."
     if path.suffix == ".py":
         return path.read_text()
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-    kept = [text for c in cells if (text := "".join(c["source"])).lstrip().startswith(("#| export", "#|export"))]
+    kept = [
+        text for c in cells if (text := "".join(c["source"])).lstrip().startswith(("#| export", "#|export"))]
     if not kept:
         raise RecipeError(f"recipe.uses names '{path}', of which no cell begins with '#| export'")
     return "\n\n".join(kept)
+
+# %% ../../nbs/core/01_recipe.ipynb #00d55063
+def _refuse_parts(recipe: "Recipe") -> None:
+    "Raise `ValueError` for parts that do not fit together."
+    if recipe.denoiser.in_channels != recipe.latents.channels:
+        raise ValueError(
+            f"denoiser.in_channels = {recipe.denoiser.in_channels} but latents.channels = "
+            f"{recipe.latents.channels}"
+        )
+    side = recipe.latents.factor * recipe.denoiser.patch_size
+    if recipe.data.size % side:
+        raise ValueError(
+            f"data.size = {recipe.data.size} does not divide into latents.factor {recipe.latents.factor} x "
+            f"denoiser.patch_size {recipe.denoiser.patch_size} = {side} pixels"
+        )
+    if recipe.data.augment and recipe.latents.autoencoder != "pixels":
+        raise ValueError(
+            f"data.augment = {recipe.data.augment} with latents.autoencoder = "
+            f"'{recipe.latents.autoencoder}': latents are computed once from the images as they are; set "
+            "latents.autoencoder = 'pixels', or data.augment to []"
+        )
+
+# %% ../../nbs/core/01_recipe.ipynb #8d0492b2
+def _refuse_guidance(recipe: "Recipe") -> None:
+    "Raise `ValueError` for guidance by an empty caption that was never shown."
+    if recipe.captions.dropout == 0 and recipe.sample.guidance > 1 and recipe.sample.guide != "route":
+        raise ValueError(
+            f"sample.guidance = {recipe.sample.guidance} with captions.dropout = 0: guidance needs a model "
+            "that has also seen the empty caption; set sample.guidance to 1 or a dropout above 0"
+        )
 
 # %% ../../nbs/core/01_recipe.ipynb #83a355b4
 class Recipe(Node):
@@ -399,7 +487,8 @@ class Recipe(Node):
     sample: Sample = Sample()
     evaluate: Evaluate = Evaluate()
     seed: int = Field(0, ge=0)
-    uses: tuple[str, ...] = ()                    # modules, or .py files and notebooks, to import first: your own techniques and choices
+    # modules, or .py files and notebooks, to import first: your own techniques and choices
+    uses: tuple[str, ...] = ()
     by_hand: tuple[str, ...] = ()                 # techniques passed to `train` as objects; it fills this in
 
     @model_validator(mode="before")
@@ -411,27 +500,19 @@ class Recipe(Node):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.denoiser.in_channels != self.latents.channels:
-            raise ValueError(f"denoiser.in_channels = {self.denoiser.in_channels} but latents.channels = {self.latents.channels}")
-        side = self.latents.factor * self.denoiser.patch_size
-        if self.data.size % side:
-            raise ValueError(f"data.size = {self.data.size} does not divide into latents.factor {self.latents.factor} x "
-                             f"denoiser.patch_size {self.denoiser.patch_size} = {side} pixels")
-        if self.data.augment and self.latents.autoencoder != "pixels":
-            raise ValueError(f"data.augment = {self.data.augment} with latents.autoencoder = '{self.latents.autoencoder}': latents are computed once "
-                             "from the images as they are; set latents.autoencoder = 'pixels', or data.augment to []")
+        _refuse_parts(self)
         _refuse_pairs(self)
-        if self.captions.dropout == 0 and self.sample.guidance > 1 and self.sample.guide != "route":
-            raise ValueError(f"sample.guidance = {self.sample.guidance} with captions.dropout = 0: guidance needs a model "
-                             "that has also seen the empty caption; set sample.guidance to 1 or a dropout above 0")
+        _refuse_guidance(self)
         return self
 
     @property
     def key(self) -> str:
         "Twelve hex digits that name this run: a hash of every setting that does something."
         tree = self.model_dump(mode="json")
-        tree["techniques"] = {name: tree["techniques"][name] for name in self.techniques.on}     # what is off changes nothing
-        text = json.dumps({k: v for k, v in tree.items() if v or k not in ("uses", "by_hand")}, sort_keys=True)
+        # what is off changes nothing
+        tree["techniques"] = {name: tree["techniques"][name] for name in self.techniques.on}
+        text = json.dumps(
+            {k: v for k, v in tree.items() if v or k not in ("uses", "by_hand")}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 # %% ../../nbs/core/01_recipe.ipynb #b3a2d56c
@@ -439,11 +520,14 @@ def routing(r: Recipe) -> Routing | None:
     "The route that a recipe trains with; none for plain training."
     return next((node.routing(r) for node in r.techniques.on.values() if node.routes), None)
 
-
+# %% ../../nbs/core/01_recipe.ipynb #0660245c
 def in_steps(r: Recipe) -> Recipe:
     "The same recipe with the techniques' `start` and `stop` as steps, where they are shares."
     spans = {name: node.span(r.train.steps) for name, node in r.techniques.given.items()}
-    return r.replace({f"techniques.{name}.{when}": step for name, both in spans.items() for when, step in zip(("start", "stop"), both)})
+    return r.replace(
+        {f"techniques.{name}.{when}": step for name, both in spans.items()
+         for when, step in zip(("start", "stop"), both)}
+    )
 
 # %% ../../nbs/core/01_recipe.ipynb #a5580c4d
 def fields(node: type[Node] | None = None,      # a branch; none: the whole recipe, all techniques included
@@ -451,7 +535,8 @@ def fields(node: type[Node] | None = None,      # a branch; none: the whole reci
     "The dotted paths of all settings. Imports every technique."
     if node not in (None, Recipe):
         return settings.fields(node)
-    added = [f"techniques.{name}.{field}" for name, kind in known().items() for field in settings.fields(kind)]
+    added = [
+        f"techniques.{name}.{field}" for name, kind in known().items() for field in settings.fields(kind)]
     return settings.fields(Recipe) + added
 
 # %% ../../nbs/core/01_recipe.ipynb #1e1e86e5
@@ -461,16 +546,18 @@ def explain(error: ValidationError,  # what pydantic says
     "Put a validation error in plain words."
     return "\n".join(_line(fault, prefix) for fault in error.errors())
 
-
+# %% ../../nbs/core/01_recipe.ipynb #12b1e68f
 def _line(fault: dict, prefix: str) -> str:
-    where, value, inner = prefix + ".".join(map(str, fault["loc"])), fault["input"], fault.get("ctx", {}).get("error")
+    where, value, inner = (prefix + ".".join(map(str, fault["loc"])), fault["input"],
+                           fault.get("ctx", {}).get("error"))
     if isinstance(inner, _BranchError):
         return explain(inner.inner, f"techniques.{inner.name}.")
     if isinstance(inner, RecipeError):
         return str(inner)
     if fault["type"] == "extra_forbidden":
         return f"recipe has no field '{where}'{hint(where, fields())}"
-    if fault["type"] == "value_error" and where.rstrip(".") not in fields():   # a rule across fields, in our own words already
+    # a rule across fields, in our own words already
+    if fault["type"] == "value_error" and where.rstrip(".") not in fields():
         return f"recipe: {inner}"
     said = fault["msg"].replace("Input should be", "should be").removeprefix("Value error, ")
     return f"recipe field '{where.rstrip('.')}' = {value!r}: {said}"
@@ -516,17 +603,21 @@ def replace(self: Recipe,
             ) -> Recipe:                  # a new recipe; this one stays as it is
     "Change settings by dotted path. All changes are checked together. Raises `RecipeError`."
     changes = dict(path) if isinstance(path, dict) else {path: value}
-    for name in changes.get("uses") or ():                         # so that its techniques can be named in the same breath
+    # so that its techniques can be named in the same breath
+    for name in changes.get("uses") or ():
         use(name)
     return parse(_patched(self.model_dump(mode="json"), changes))
 
-
+# %% ../../nbs/core/01_recipe.ipynb #483b4586
 def diff(self: Recipe,
          baseline: Recipe,
          ) -> dict[str, tuple]:           # {path: (value in the baseline, value here)}
     "What differs from `baseline`; a technique that is in one of them only is off in the other."
     names = {**self.techniques.given, **baseline.techniques.given}
-    whole = lambda r: flatten(r) | {k: v for n in names for k, v in flatten(getattr(r.techniques, n), f"techniques.{n}.").items()}
+    whole = lambda r: (
+        flatten(r)
+        | {k: v for n in names for k, v in flatten(getattr(r.techniques, n), f"techniques.{n}.").items()}
+    )
     mine, theirs = whole(self), whole(baseline)
     return {k: (theirs.get(k), mine.get(k)) for k in mine | theirs if mine.get(k) != theirs.get(k)}
 
@@ -544,7 +635,7 @@ def save(self: Recipe, path: str | Path) -> None:
         text = json.dumps(tree, indent=1) + "\n"
     Path(path).write_text(text)
 
-
+# %% ../../nbs/core/01_recipe.ipynb #364c0c99
 def load(path: str | Path) -> Recipe:
     "Read a recipe from JSON or YAML. Raises `RecipeError`, which names the file."
     import yaml
@@ -561,35 +652,30 @@ Recipe.save, Recipe.load = save, staticmethod(load)
 
 # %% ../../nbs/core/01_recipe.ipynb #59f34eb3
 _PRESETS = {
-    "smoke": {
-        "data.size": 16, "data.limit": 256, "text.encoder": "static", "text.tokens": 12,
-        "denoiser.hidden_size": 32, "denoiser.num_heads": 2, "denoiser.depth": 2,
-        "optimizer.lr": 1e-3, "train.steps": 12, "train.batch": 8, "train.validate_every": 6, "train.validate_samples": 16,
-        "train.checkpoint_every": 6, "optimizer.warmup": 4, "ema.decay": 0.8,
-        "sample.steps": 4, "evaluate.samples": 16, "evaluate.batch": 16, "evaluate.pictures": 8,
-    },
+    "smoke": {"data.size": 16, "data.limit": 256, "text.encoder": "static", "text.tokens": 12,
+              "denoiser.hidden_size": 32, "denoiser.num_heads": 2, "denoiser.depth": 2, "optimizer.lr": 1e-3,
+              "train.steps": 12, "train.batch": 8, "train.validate_every": 6, "train.validate_samples": 16,
+              "train.checkpoint_every": 6, "optimizer.warmup": 4, "ema.decay": 0.8, "sample.steps": 4,
+              "evaluate.samples": 16, "evaluate.batch": 16, "evaluate.pictures": 8},
     "cpu": {},
-    "gpu": {
-        "data.size": 64, "data.skin_tones": True, "text.tokens": 48,
-        "denoiser.hidden_size": 384, "denoiser.num_heads": 6, "denoiser.depth": 6,
-        "optimizer.lr": 1e-3, "optimizer.warmup": 100, "ema.decay": 0.995,
-        "train.steps": 1500, "train.batch": 256, "train.precision": "bf16", "train.compile": True,
-        "train.validate_every": 250, "train.validate_samples": 512, "train.checkpoint_every": 500,
-        "sample.steps": 30, "evaluate.samples": 1024, "evaluate.batch": 256,
-    },
-    "paper": {
-        "data.source": "hf", "data.path": "brivangl/midjourney-v6-llava", "data.size": 256, "captions.kind": "long",
-        "text.encoder": "google/t5gemma-2b-2b-ul2", "text.tokens": 256,
-        "latents.autoencoder": "black-forest-labs/FLUX.1-dev", "latents.channels": 16, "latents.factor": 8,
-        "latents.scale": 0.3611, "latents.shift": 0.1159,
-        "denoiser.in_channels": 16, "denoiser.patch_size": 2, "denoiser.context_in_dim": 2304,
-        "denoiser.hidden_size": 1792, "denoiser.num_heads": 28, "denoiser.depth": 16, "denoiser.axes_dim": (32, 32),
-        "optimizer.lr": 1e-4, "optimizer.eps": 1e-15, "optimizer.warmup": 1000, "optimizer.cooldown": 0.0, "optimizer.clip": 0.2,
-        "ema.decay": 0.0,
-        "train.steps": 100_000, "train.batch": 256, "train.precision": "bf16", "train.compile": True,
-        "train.validate_every": 10_000, "train.validate_samples": 2048, "train.checkpoint_every": 10_000,
-        "sample.steps": 50, "sample.guidance": 3.5, "evaluate.samples": 10_000, "evaluate.batch": 64, "evaluate.captions": "long",
-    },
+    "gpu": {"data.size": 64, "data.skin_tones": True, "text.tokens": 48, "denoiser.hidden_size": 384,
+            "denoiser.num_heads": 6, "denoiser.depth": 6, "optimizer.lr": 1e-3, "optimizer.warmup": 100,
+            "ema.decay": 0.995, "train.steps": 1500, "train.batch": 256, "train.precision": "bf16",
+            "train.compile": True, "train.validate_every": 250, "train.validate_samples": 512,
+            "train.checkpoint_every": 500, "sample.steps": 30, "evaluate.samples": 1024,
+            "evaluate.batch": 256},
+    "paper": {"data.source": "hf", "data.path": "brivangl/midjourney-v6-llava", "data.size": 256,
+              "captions.kind": "long", "text.encoder": "google/t5gemma-2b-2b-ul2", "text.tokens": 256,
+              "latents.autoencoder": "black-forest-labs/FLUX.1-dev", "latents.channels": 16,
+              "latents.factor": 8, "latents.scale": 0.3611, "latents.shift": 0.1159,
+              "denoiser.in_channels": 16, "denoiser.patch_size": 2, "denoiser.context_in_dim": 2304,
+              "denoiser.hidden_size": 1792, "denoiser.num_heads": 28, "denoiser.depth": 16,
+              "denoiser.axes_dim": (32, 32), "optimizer.lr": 1e-4, "optimizer.eps": 1e-15,
+              "optimizer.warmup": 1000, "optimizer.cooldown": 0.0, "optimizer.clip": 0.2, "ema.decay": 0.0,
+              "train.steps": 100_000, "train.batch": 256, "train.precision": "bf16", "train.compile": True,
+              "train.validate_every": 10_000, "train.validate_samples": 2048,
+              "train.checkpoint_every": 10_000, "sample.steps": 50, "sample.guidance": 3.5,
+              "evaluate.samples": 10_000, "evaluate.batch": 64, "evaluate.captions": "long"},
 }
 
 # %% ../../nbs/core/01_recipe.ipynb #3c5bde7b

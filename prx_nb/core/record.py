@@ -34,7 +34,7 @@ def hardware(device: torch.device) -> str:
         name = platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
-
+# %% ../../nbs/core/17_record.ipynb #dc677a87
 def versions() -> dict[str, str]:
     "Versions that a result may depend on."
     found = {"python": platform.python_version()}
@@ -45,7 +45,8 @@ def versions() -> dict[str, str]:
 
 # %% ../../nbs/core/17_record.ipynb #ae37f668
 def git_commit() -> str | None:
-    "The commit of the checkout this package runs from, with `-dirty` for uncommitted changes; none outside one."
+    """The commit of the checkout this package runs from, with `-dirty` for uncommitted changes; none outside
+    one."""
     run = lambda *a: subprocess.run(["git", *a], cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
         done = run("rev-parse", "--short=12", "HEAD")
@@ -54,23 +55,26 @@ def git_commit() -> str | None:
         return None
     return done.stdout.strip() + dirty if done.returncode == 0 else None
 
-
+# %% ../../nbs/core/17_record.ipynb #c1260282
 def peak_memory(device: torch.device) -> float:
     "Most memory held so far, MB: of the GPU, or of this process."
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    try:                                             # Linux: getrusage would count the parent's memory before exec too
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    # Linux: getrusage would count the parent's memory before exec too
+    try:
+        line = next(
+            line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024 / 1e6
     except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+                / 1e6)
 
 # %% ../../nbs/core/17_record.ipynb #f76d409c
 def now() -> str:
     "The time, ISO 8601."
     return datetime.now(UTC).isoformat(timespec="seconds")
 
-
+# %% ../../nbs/core/17_record.ipynb #27cc662f
 def update_record(folder: str | Path, **parts) -> dict:
     "Merge `parts` into a run's `record.json` (dictionaries key by key) and return the whole."
     path = Path(folder) / "record.json"
@@ -84,11 +88,13 @@ def update_record(folder: str | Path, **parts) -> dict:
 class Curves:
     "Numbers by step: rows of (step, name, value), kept in `curves.parquet`."
 
-    def __init__(self, folder: Path, until: int = 0):    # rows of steps after `until` are forgotten: they will come again
+    # rows of steps after `until` are forgotten: they will come again
+    def __init__(self, folder: Path, until: int = 0):
         self.path, self.rows = folder / "curves.parquet", []
         if until and self.path.exists():
             import pandas as pd
-            self.rows = [r for r in pd.read_parquet(self.path).itertuples(index=False, name=None) if r[0] <= until]
+            self.rows = [
+                r for r in pd.read_parquet(self.path).itertuples(index=False, name=None) if r[0] <= until]
 
     def add(self, step: int, **values: float) -> None:
         self.rows += [(step, name, float(value)) for name, value in values.items()]
@@ -115,5 +121,6 @@ class Progress:
             return
         self.said, part = time.monotonic(), self.path.with_name(f".progress.{os.getpid()}.part")
         with contextlib.suppress(OSError):
-            part.write_text(json.dumps({"step": step, "steps": self.steps, "seconds": round(seconds, 2), "at": now()}))
+            part.write_text(
+                json.dumps({"step": step, "steps": self.steps, "seconds": round(seconds, 2), "at": now()}))
             os.replace(part, self.path)

@@ -46,7 +46,8 @@ def euler(velocity: Callable[[Tensor, Tensor], Tensor],  # (x (B, ...), t (B,)) 
           times: Tensor,                                 # (N + 1,) from 1 to 0
           watch: Callable[[int, Tensor], None] | None = None,  # is shown each stop
           ) -> Tensor:                                   # (B, ...)
-    "Follow a velocity from noise to image with Euler's method (algorithm 1 of arXiv 2209.03003, time reversed)."
+    """Follow a velocity from noise to image with Euler's method (algorithm 1 of arXiv 2209.03003, time
+    reversed)."""
     x = start
     for i, (now, then) in enumerate(zip(times[:-1], times[1:])):
         x = x + (then - now).to(x) * velocity(x, now.to(x).expand(len(x)))
@@ -64,10 +65,12 @@ def guided(model: Callable,              # a denoiser
            null: Tensor, null_mask: Tensor | None,       # (B, L, D), (B, L) of the empty caption
            guidance: float = 1.0,        # w; 1 asks only with the caption
            clamp: float | None = None,   # none: as the prediction needs it, see above
-           weak: Callable[[Tensor], Route] | None = None,   # t (B,) -> the route on which the second caption is asked; none: all tokens
+           # t (B,) -> the route on which the second caption is asked; none: all tokens
+           weak: Callable[[Tensor], Route] | None = None,
            **inside,                     # passed to the denoiser
            ) -> Callable[[Tensor, Tensor], Tensor]:       # velocity(x, t)
-    "The velocity field of a model for given captions, led away from `null`, and from a routed pass if there is one."
+    """The velocity field of a model for given captions, led away from `null`, and from a routed pass if there
+    is one."""
     if clamp is None:
         clamp = flow.flow.clamp if flow.flow.prediction == "eps" else 0.0
     both = guidance != 1
@@ -93,7 +96,8 @@ def routes(recipe: recipes.Recipe,            # one that routes in training
            times: Tensor,                     # (N + 1,) the grid
            seed: int = 0,
            ) -> Callable[[Tensor], Route]:    # t (B,), one of the times -> a route
-    "Which tokens the weak branch of guidance keeps at each stop: none in a fused network, else as many as training kept."
+    """Which tokens the weak branch of guidance keeps at each stop: none in a fused network, else as many as
+    training kept."""
     r = recipes.routing(recipe)
 
     def at(t: Tensor) -> Route:
@@ -106,14 +110,17 @@ def routes(recipe: recipes.Recipe,            # one that routes in training
 
 # %% ../../nbs/core/26_sample.ipynb #67ed9617
 @torch.no_grad()
-def draw(model: torch.nn.Module,
-         recipe: recipes.Recipe,        # flow, sampling and sizes are read from it
-         text: Tensor, mask: Tensor,    # (N, L, D), (N, L)
-         null: Tensor, null_mask: Tensor,               # (1, L, D), (1, L): the empty caption
-         seed: int = 0,
-         size: tuple[int, int] | None = None,           # (H, W) in pixels; none: the recipe's square
-         watch: Callable[[int, Tensor], None] | None = None,
-         ) -> Tensor:                   # (N, C, h, w) latents (images in [-1, 1], if the latents are pixels), on the CPU
+def draw(
+    model: torch.nn.Module,
+    recipe: recipes.Recipe,  # flow, sampling and sizes are read from it
+    text: Tensor,
+    mask: Tensor,  # (N, L, D), (N, L)
+    null: Tensor,
+    null_mask: Tensor,  # (1, L, D), (1, L): the empty caption
+    seed: int = 0,
+    size: tuple[int, int] | None = None,  # (H, W) in pixels; none: the recipe's square
+    watch: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:  # (N, C, h, w) latents (images in [-1, 1], if the latents are pixels), on the CPU
     "Draw one picture a caption."
     device, s, factor = next(model.parameters()).device, recipe.sample, recipe.latents.factor
     shape = (recipe.latents.channels, *((n // factor) for n in size or (recipe.data.size,) * 2))
@@ -123,9 +130,14 @@ def draw(model: torch.nn.Module,
         part = slice(at, at + recipe.evaluate.batch)
         n = len(text[part])
         start = noise(seed, range(at, at + n), shape).to(device) * recipe.flow.noise_scale
-        words = [v.to(device) for v in (text[part], mask[part], null.expand(n, -1, -1), null_mask.expand(n, -1))]
-        words = words if s.guide != "route" else words[:2] * 2             # the same captions on both branches
+        words = [
+            v.to(device) for v in (text[part], mask[part], null.expand(n, -1, -1), null_mask.expand(n, -1))]
+        # the same captions on both branches
+        words = words if s.guide != "route" else words[:2] * 2
         weak = None if s.guide == "caption" else routes(recipe, range(at, at + n), tokens, times, seed)
         with precision.autocast(recipe, device):
-            done.append(SAMPLERS[s.sampler](guided(model, flow, *words, s.guidance, weak=weak), start, times, watch).cpu())
+            done.append(
+                SAMPLERS[s.sampler](
+                    guided(model, flow, *words, s.guidance, weak=weak), start, times, watch).cpu()
+            )
     return torch.cat(done)

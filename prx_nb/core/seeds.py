@@ -17,7 +17,8 @@ def stream(seed: int,                              # the run's seed
            ) -> torch.Generator:                   # a fresh generator, always the same for the same name
     "A random stream with a name."
     text = "|".join([str(seed), *(f"{type(n).__name__}:{n}" for n in name)])
-    start = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1   # manual_seed takes 63 bits
+    # manual_seed takes 63 bits
+    start = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
     return torch.Generator(device).manual_seed(start)
 
 # %% ../../nbs/core/03_seeds.ipynb #5f03e39c

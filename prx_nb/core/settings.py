@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, field_validator
 class RecipeError(ValueError):
     "A recipe holds a value that cannot be used: says the field, the value and what is allowed."
 
-
+# %% ../../nbs/core/00_settings.ipynb #7c407d25
 class Node(BaseModel):
     "A branch of the recipe: frozen, and closed to unknown fields."
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
@@ -61,12 +61,12 @@ class Choice(dict):
     def __missing__(self, name: str):
         raise RecipeError(f"{self.setting} = {name!r}: should be {either(self)}{hint(str(name), self)}")
 
-
+# %% ../../nbs/core/00_settings.ipynb #c6884268
 def _home(thing: Any) -> str:
     "The module in which a thing was made."
     return getattr(thing, "__module__", None) or type(thing).__module__
 
-
+# %% ../../nbs/core/00_settings.ipynb #a3eb0308
 def either(names: Iterable[str]) -> str:
     "`'a', 'b' or 'c'`."
     *most, last = [f"'{name}'" for name in names]
@@ -76,7 +76,8 @@ def either(names: Iterable[str]) -> str:
 def named_in(room: str,              # module:attribute of a `Choice`, e.g. prx_nb.core.flow:PATHS
              *builtin: str,          # names that need no look
              ) -> Any:               # the annotation of a field
-    "A field whose value is one of an open list of names. What is not builtin is looked for in the room, which is imported then."
+    """A field whose value is one of an open list of names. What is not builtin is looked for in the room,
+    which is imported then."""
     def check(name: str) -> str:
         if name not in builtin:
             module, _, attribute = room.partition(":")
@@ -109,21 +110,25 @@ class Routing:
 
 # %% ../../nbs/core/00_settings.ipynb #86fd4475
 class Acts(Node):
-    "What is common to techniques that act for a while. A whole number is a step, one between 0 and 1 a share of all steps."
+    """What is common to techniques that act for a while. A whole number is a step, one between 0 and 1 a
+    share of all steps."""
     switch: ClassVar[str] = "weight"              # the field that turns it on: anything but 0
     routes: ClassVar[bool] = False                # whether it sends tokens around blocks; only one can
     trains: ClassVar[bool] = False                # whether it has weights of its own
-    autoencoder: ClassVar[str] = ""               # folder, in a finished run's, of the autoencoder it trained; none: the recipe's is used
+    # folder, in a finished run's, of the autoencoder it trained; none: the recipe's is used
+    autoencoder: ClassVar[str] = ""
     teacher_field: ClassVar[str] = ""                   # the field that names a frozen encoder it learns from
 
     start: int | float = 0                        # first step
-    stop: int | float | None = None               # first step at which it no longer acts; none: it acts to the end
+    # first step at which it no longer acts; none: it acts to the end
+    stop: int | float | None = None
 
     @field_validator("start", "stop", mode="before")
     @classmethod
     def _moment(cls, value, info):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is None and info.field_name == "stop" or number and (0 < value < 1 or value >= 0 and float(value).is_integer()):
+        if (value is None and info.field_name == "stop" or number
+            and (0 < value < 1 or value >= 0 and float(value).is_integer())):
             return int(value) if number and float(value).is_integer() else value
         raise ValueError("should be a step (0, 1, 2, ...), or a share of all steps between 0 and 1")
 

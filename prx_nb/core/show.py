@@ -19,7 +19,7 @@ def to_uint8(images: torch.Tensor,     # (B, C, H, W) floating point in [-1, 1];
         raise TypeError(f"expected floating point images in [-1, 1], got {images.dtype}: converted already?")
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
-
+# %% ../../nbs/core/04_show.ipynb #a20416e3
 def from_uint8(images: torch.Tensor,   # uint8 in 0..255, any shape
                ) -> torch.Tensor:      # float32 in [-1, 1], same shape
     "Bytes as floating point. Raises `TypeError` for images that are not bytes."
@@ -44,7 +44,8 @@ def tile(images: torch.Tensor,         # (B, 3, H, W) in [-1, 1]
 
 # %% ../../nbs/core/04_show.ipynb #120b25f6
 def picture(images: torch.Tensor, columns: int | None = None, zoom: int = 1, gap: int = 2):
-    "A grid of images as a `PIL.Image` of at most 256 colours (small in notebooks), enlarged by a whole number without smoothing."
+    """A grid of images as a `PIL.Image` of at most 256 colours (small in notebooks), enlarged by a whole
+    number without smoothing."""
     from PIL import Image
     sheet = Image.fromarray(tile(images, columns, gap)).quantize()
     return sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST)
@@ -61,7 +62,8 @@ def show_images(images: torch.Tensor,          # (B, 3, H, W) in [-1, 1]
     import matplotlib.pyplot as plt
     rows = math.ceil(len(images) / columns)
     height = side * (1.55 if titles else 1.05)
-    fig, axes = plt.subplots(rows, columns, figsize=(columns * side * 1.05, rows * height), dpi=72, squeeze=False)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(columns * side * 1.05, rows * height), dpi=72, squeeze=False)
     pixels = to_uint8(images.detach().float().cpu()).permute(0, 2, 3, 1).numpy()
     for i, ax in enumerate(axes.flat):
         ax.axis("off")

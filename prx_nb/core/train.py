@@ -24,13 +24,16 @@ from torch import Tensor, nn
 
 from . import average, cost, precision, processes
 from .batch import Batch, Prepared, add_noise, data_key, prepare, read_batch
-from .checkpoint import CheckpointError, State, find_checkpoint, new_state, restore, same_data, save_checkpoint, whole
+from .checkpoint import CheckpointError, OtherRecipe, State, find_checkpoint, new_state, restore
+from .checkpoint import same_data
+from .checkpoint import save_checkpoint, whole
 from .denoiser import PRX
 from .files import read_json, require_writable
 from .flow import FlowMatching
 from .processes import Place
 from .recipe import Recipe, flatten
-from .record import Curves, Progress, git_commit, hardware, now, peak_memory, update_record, versions
+from .record import Curves, Progress, git_commit, hardware, now, peak_memory, update_record
+from .record import versions
 from .seeds import stream
 from .technique import Technique, as_learnt, build, described, objective
 
@@ -51,7 +54,8 @@ BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def validation_set(prepared: Prepared, recipe: Recipe, device: torch.device) -> list[Batch]:
-    "Fixed batches of held-out images with the caption they are asked for with, the same for every seed and variant."
+    """Fixed batches of held-out images with the caption they are asked for with, the same for every seed and
+    variant."""
     held = prepared.heldout
     n = min(recipe.train.validate_samples, len(held))
     index = held[torch.linspace(0, len(held) - 1, n).round().long()]
@@ -67,9 +71,14 @@ def validation_set(prepared: Prepared, recipe: Recipe, device: torch.device) -> 
 def validate(model: nn.Module, batches: list[Batch], flow: FlowMatching,
              ) -> dict[str, float]:      # "val" and one entry a bin of t, e.g. "val t 0.2-0.4"
     "Mean squared error of the velocity on fixed batches, overall and by time."
-    errors = [flow.loss(model(flow.mix(b.x0, b.noise, b.t), b.t, b.text, b.mask).prediction, b.x0, b.noise, b.t, "v") for b in batches]
+    errors = [
+        flow.loss(
+            model(flow.mix(b.x0, b.noise, b.t), b.t, b.text, b.mask).prediction, b.x0, b.noise, b.t, "v")
+        for b in batches
+    ]
     error, t = torch.cat(errors).cpu(), torch.cat([b.t for b in batches]).cpu()
-    named = {f"val t {low:.1f}-{high:.1f}": error[(t >= low) & (t < high)].mean().item() for low, high in zip(BINS, BINS[1:])}
+    named = {f"val t {low:.1f}-{high:.1f}": error[(t >= low) & (t < high)].mean().item()
+             for low, high in zip(BINS, BINS[1:])}
     return {"val": error.mean().item()} | named
 
 # %% ../../nbs/core/25_train.ipynb #3571fff9
@@ -89,14 +98,17 @@ class Run:
 
     @property
     def space(self):
-        "The space it draws in: the recipe's, or the one it trained (`autoencoder` in its folder). Raises `LatentsError`."
+        """The space it draws in: the recipe's, or the one it trained (`autoencoder` in its folder). Raises
+        `LatentsError`."""
         from prx_nb.core.latents import describe, load_latents
-        kept = next((node.autoencoder for node in self.recipe.techniques.on.values() if node.autoencoder), None)
+        kept = next(
+            (node.autoencoder for node in self.recipe.techniques.on.values() if node.autoencoder), None)
         return load_latents(describe(str(self.dir / kept)) if kept else self.recipe.latents)
 
     @staticmethod
     def load(folder: str | Path, device: str | torch.device = "cpu") -> "Run":
-        "Open a run's folder. Raises `CheckpointError` if there is no weight in it, `RecipeError` if no recipe."
+        """Open a run's folder. Raises `CheckpointError` if there is no weight in it, `RecipeError` if no
+        recipe."""
         folder = Path(folder)
         recipe = Recipe.load(folder / "recipe.json")
         found = find_checkpoint(folder / "checkpoint", recipe)
@@ -104,13 +116,15 @@ class Run:
             raise CheckpointError(f"{folder} has no checkpoint/step-*.safetensors")
         prefix = "ema.module." if recipe.ema.keeps > 0 else "model."
         model = PRX(**recipe.denoiser.model_dump())
-        model.load_state_dict({k.removeprefix(prefix): v for k, v in found[0].items() if k.startswith(prefix)})
+        model.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in found[0].items() if k.startswith(prefix)})
         record = read_json(folder / "record.json") if (folder / "record.json").exists() else {}
         return Run(folder, recipe, model.to(device).eval(), record)
 
 # %% ../../nbs/core/25_train.ipynb #78c1afe9
 def progress_bar(first: int, last: int, show: bool) -> tuple[Callable[[str], None], Callable[[], None]]:
-    "`(tell, tick)`: say something about the step, and count one; a bar on a terminal, about ten lines elsewhere."
+    """`(tell, tick)`: say something about the step, and count one; a bar on a terminal, about ten lines
+    elsewhere."""
     if show and sys.stderr.isatty():
         from tqdm import tqdm
         bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True)
@@ -127,7 +141,8 @@ def progress_bar(first: int, last: int, show: bool) -> tuple[Callable[[str], Non
 
 # %% ../../nbs/core/25_train.ipynb #48a9e81c
 def learning_rate(recipe: Recipe, step: int,
-                  height: float | None = None,     # of a group of weights with a rate of its own; none: optimizer.lr
+                  # of a group of weights with a rate of its own; none: optimizer.lr
+                  height: float | None = None,
                   ) -> float:
     "The rate of a step, numbered from 0."
     o, steps = recipe.optimizer, recipe.train.steps
@@ -136,8 +151,10 @@ def learning_rate(recipe: Recipe, step: int,
     return (o.lr if height is None else height) * min(1, rise, fall)
 
 # %% ../../nbs/core/25_train.ipynb #e6772abb
-def optimise(state: State, losses: dict[str, Tensor], recipe: Recipe, step: int, place: Place | None = None) -> Tensor:
-    "Backward, clip by the norm over all processes' shares, warm-up, step, average. Returns the norm before clipping."
+def optimise(
+    state: State, losses: dict[str, Tensor], recipe: Recipe, step: int, place: Place | None = None) -> Tensor:
+    """Backward, clip by the norm over all processes' shares, warm-up, step, average. Returns the norm before
+    clipping."""
     sum(losses.values()).backward()
     if place:
         for k in state.techniques:                                 # the denoiser's were averaged on the way
@@ -160,14 +177,18 @@ def _check_finite(losses: dict[str, float], step: int, recipe: Recipe, out: Path
     "Stop at a loss that is not a finite number."
     bad = {k: v for k, v in losses.items() if not torch.isfinite(torch.tensor(v))}
     if bad:
-        raise NonFiniteLoss(f"loss not finite, {', '.join(f'{v} ({k})' for k, v in bad.items())}, at step {step} of recipe {recipe.key} "
-                            f"({out / 'recipe.json'}); checkpoints from before it are kept in {out / 'checkpoint'}")
+        raise NonFiniteLoss(
+            f"loss not finite, {', '.join(f'{v} ({k})' for k, v in bad.items())}, at step {step} of recipe "
+            f"{recipe.key} ({out / 'recipe.json'}); checkpoints from before it are kept in "
+            f"{out / 'checkpoint'}"
+        )
 
 # %% ../../nbs/core/25_train.ipynb #7f6600d0
 class Clock:
     "Seconds and joules of training so far, those before an interruption included. `with` it around the loop."
 
-    def __init__(self, place: Place, header: dict[str, str]):      # of the checkpoint it goes on from; empty: the start
+    # of the checkpoint it goes on from; empty: the start
+    def __init__(self, place: Place, header: dict[str, str]):
         self.place, self.meter = place, cost.Energy(place.device)
         self.before = float(header.get("seconds", 0.0))
         self.spent_before = json.loads(header.get("joules", "null")) if header else 0.0
@@ -241,23 +262,26 @@ def _look(s: Session, fixed: list[Batch], done: int, latest: dict[str, float]) -
     with precision.autocast(s.recipe, s.place.device):
         now = as_learnt(fixed, s.state.techniques)
         errors = validate(s.state.ema.module if s.state.ema else s.state.model, now, s.flow)
-        errors |= {f"ema {h:g} val": validate(a.module, now, s.flow)["val"] for h, a in zip(s.recipe.ema.also, s.state.also)}
+        errors |= {f"ema {h:g} val": validate(a.module, now, s.flow)["val"]
+                   for h, a in zip(s.recipe.ema.also, s.state.also)}
     s.curves.add(done, **errors, seconds=s.clock.seconds())
     s.tracker.log(latest | errors, step=done)
 
-
+# %% ../../nbs/core/25_train.ipynb #95e2bc25
 def _keep(s: Session, done: int) -> None:
     "Save the state after so many steps."
     if s.place.main:
         s.curves.save()
-    save_checkpoint(s.out / "checkpoint", done, s.state, s.recipe, s.clock.seconds(), s.clock.joules(), s.place.main, s.data)
+    save_checkpoint(s.out / "checkpoint", done, s.state, s.recipe, s.clock.seconds(), s.clock.joules(),
+                    s.place.main, s.data)
 
 # %% ../../nbs/core/25_train.ipynb #9c8e9f1f
 def _loop(s: Session) -> None:
     "Steps `first` to the last."
     c, device, late = s.recipe.train, s.place.device, []
     s.model = torch.compile(s.model) if c.compile and device.type == "cuda" else s.model
-    fixed, (tell, tick) = validation_set(s.prepared, s.recipe, device), progress_bar(s.first, c.steps, s.progress)
+    fixed, (tell, tick) = (validation_set(s.prepared, s.recipe, device),
+                           progress_bar(s.first, c.steps, s.progress))
     far = Progress(s.out, c.steps) if s.place.main else None
     read = lambda step: read_batch(s.prepared, s.recipe, step, s.place.part(c.batch))
     for step, batch in enumerate(ahead(read, range(s.first, c.steps), device.type == "cuda"), s.first):
@@ -281,11 +305,12 @@ def _begin(s: Session) -> None:
     s.recipe.save(s.out / "recipe.json")
     started = {} if s.first else {"started": now()}
     by_hand = {"by_hand": list(s.recipe.by_hand)} if s.recipe.by_hand else {}
-    update_record(s.out, status="running", cause=None, recipe_key=s.recipe.key, data_key=s.data, seed=s.recipe.seed,
-                  git_commit=git_commit(), versions=versions(),
-                  hardware=hardware(s.place.device), cost={"flops_step": cost.flops_step(s.recipe)}, **by_hand, **started)
+    update_record(s.out, status="running", cause=None, recipe_key=s.recipe.key, data_key=s.data,
+                  seed=s.recipe.seed, git_commit=git_commit(), versions=versions(),
+                  hardware=hardware(s.place.device), cost={"flops_step": cost.flops_step(s.recipe)},
+                  **by_hand, **started)
 
-
+# %% ../../nbs/core/25_train.ipynb #9964dec4
 def _run(s: Session) -> None:
     "Train from where the checkpoint left off and keep the record, whatever happens."
     if s.place.main:
@@ -297,7 +322,8 @@ def _run(s: Session) -> None:
         if s.place.main:
             with contextlib.suppress(OSError):                     # a full disk must not hide what went wrong
                 s.curves.save()
-                update_record(s.out, status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
+                update_record(s.out,
+                              status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
                               cause=f"{type(error).__name__}: {error}".removesuffix(": "))
         raise
     if s.place.main:
@@ -311,11 +337,16 @@ def _finish(s: Session) -> None:
         technique.keep(s.out)
     s.curves.save()
     c, clock = s.recipe.train, s.clock
-    update_record(s.out, status="done", finished=now(), metrics=s.curves.last("val"), cost={
-        "train_seconds": clock.total, "step_seconds": clock.total / c.steps,
-        "images_seen": c.steps * c.batch, "peak_memory_mb": peak_memory(s.place.device),
-        "parameters": sum(p.numel() for p in s.state.model.parameters()),
-        "energy_joules": clock.spent, "energy_source": clock.meter.source if clock.spent is not None else None})
+    update_record(
+        s.out,
+        status="done",
+        finished=now(),
+        metrics=s.curves.last("val"),
+        cost={"train_seconds": clock.total, "step_seconds": clock.total / c.steps,
+              "images_seen": c.steps * c.batch, "peak_memory_mb": peak_memory(s.place.device),
+              "parameters": sum(p.numel() for p in s.state.model.parameters()), "energy_joules": clock.spent,
+              "energy_source": clock.meter.source if clock.spent is not None else None},
+    )
 
 # %% ../../nbs/core/25_train.ipynb #5b939059
 def _tracker(names: Sequence[str], out: Path, recipe: Recipe, place: Place) -> Any:
@@ -330,16 +361,33 @@ def _tracker(names: Sequence[str], out: Path, recipe: Recipe, place: Place) -> A
 
 # %% ../../nbs/core/25_train.ipynb #4eee24f6
 def _with_hand(recipe: Recipe, techniques: Sequence[Technique]) -> Recipe:
-    "The recipe that says which techniques were passed by hand. Raises `ValueError` where it speaks of others."
+    """The recipe that says which techniques were passed by hand. Raises `ValueError` where it speaks of
+    others."""
     said = tuple(described(t) for t in techniques if not t.observes)
     if recipe.by_hand and recipe.by_hand != said:
-        raise ValueError(f"recipe.by_hand names {', '.join(recipe.by_hand)}, but techniques = [{', '.join(said)}] were passed: "
-                         "pass the same objects again")
+        raise ValueError(
+            f"recipe.by_hand names {', '.join(recipe.by_hand)}, but techniques = [{', '.join(said)}] were "
+            "passed: pass the same objects again"
+        )
     return recipe.replace("by_hand", said) if said else recipe
+
+# %% ../../nbs/core/25_train.ipynb #d44acb98
+def _all_that_differs(
+    error: OtherRecipe, recipe: Recipe, out: Path, prepared: Prepared | None) -> CheckpointError:
+    """The refusal of a folder. Where only techniques by hand differ the data may do so too: both are named at
+    once."""
+    if set(error.changed) != {"by_hand"}:
+        return error
+    try:
+        same_data(error.header, data_key(prepared or prepare(recipe, False)), out)
+    except CheckpointError as other:
+        return CheckpointError(f"{error}; besides, {other}")
+    return error
 
 # %% ../../nbs/core/25_train.ipynb #762d9872
 def train(recipe: Recipe,
-          out: str | Path,                          # the run's folder; a run that was interrupted there goes on
+          # the run's folder; a run that was interrupted there goes on
+          out: str | Path,
           *,
           progress: bool = True,
           prepared: Prepared | None = None,         # what `prepare` gives, to share it between runs
@@ -347,7 +395,8 @@ def train(recipe: Recipe,
           trackers: Sequence[str] = (),             # names accelerate knows: tensorboard, trackio, wandb
           techniques: Sequence[Technique] = (),     # of your own, beside those that the recipe asks for
           ) -> Run:
-    "Train a recipe. Raises `CheckpointError`, `NonFiniteLoss`, `ProcessDied`, `OSError` and what `prepare` raises."
+    """Train a recipe. Raises `CheckpointError`, `NonFiniteLoss`, `ProcessDied`, `OSError` and what `prepare`
+    raises."""
     out = require_writable(out)
     recipe = _with_hand(recipe, techniques)
     if recipe.train.processes > 1 and techniques:
@@ -356,19 +405,24 @@ def train(recipe: Recipe,
     if recipe.train.processes > 1 and not processes.launched():
         return _launch(recipe, out, progress, prepared, device, trackers)
     place = processes.join(device, recipe.train.processes)
-    found = place.after_main(lambda: _find(out, recipe, place))
+    try:
+        found = place.after_main(lambda: _find(out, recipe, place))
+    except OtherRecipe as error:
+        raise _all_that_differs(error, recipe, out, prepared) from None
     prepared = prepared or place.after_main(lambda: prepare(recipe, progress and place.main))
     data = data_key(prepared)
     same_data(found[1] if found else {}, data, out)
-    asked = place.after_main(lambda: build(recipe, prepared, place.device))      # what they keep on disk is made once
+    # what they keep on disk is made once
+    asked = place.after_main(lambda: build(recipe, prepared, place.device))
     state = new_state(recipe, place.device, [*asked, *techniques])
     model = processes.spread(state, place, recipe)
     if found:
         restore(state, found[0])
     header = found[1] if found else {}
     first = int(header.get("step", 0))
-    session = Session(recipe, out, prepared, place, state, model, first, Clock(place, header), Curves(out, first),
-                      progress and place.main, _tracker(trackers, out, recipe, place), data)
+    session = Session(recipe, out, prepared, place, state, model, first, Clock(place, header),
+                      Curves(out, first), progress and place.main, _tracker(trackers, out, recipe, place),
+                      data)
     _run(session)
     return place.after_main(lambda: Run.load(out, place.device))   # when all is written
 
@@ -381,14 +435,17 @@ def _find(out: Path, recipe: Recipe, place: Place) -> tuple[dict[str, Tensor], d
         update_record(out, broken_checkpoints=broken)
     return found
 
-
-def _launch(recipe: Recipe, out: Path, progress: bool, prepared: Prepared | None, device, trackers: Sequence[str]) -> Run:
+# %% ../../nbs/core/25_train.ipynb #aafe06ac
+def _launch(
+    recipe: Recipe, out: Path, progress: bool, prepared: Prepared | None, device, trackers: Sequence[str]
+) -> Run:
     "Train in several processes, started here."
     kind = processes.places(recipe, device)
     found = _find(out, recipe, Place(torch.device("cpu")))
     prepared = prepared or prepare(recipe, progress)               # fetched and encoded once, not by each
     same_data(found[1] if found else {}, data_key(prepared), out)
-    if found and int(found[1]["step"]) == recipe.train.steps and read_json(out / "record.json").get("status") == "done":
+    if (found and int(found[1]["step"]) == recipe.train.steps
+        and read_json(out / "record.json").get("status") == "done"):
         return Run.load(out, kind)
     try:
         processes.launch(recipe, out, device=kind, progress=progress, trackers=list(trackers))
@@ -400,7 +457,8 @@ def _launch(recipe: Recipe, out: Path, progress: bool, prepared: Prepared | None
 # %% ../../nbs/core/25_train.ipynb #94dfca76
 def main(recipe: str,                      # a file
          out: str,                         # the run's folder
-         options: str = "{}",              # JSON: arguments of `train`, and `faults`, a folder for what goes wrong
+         # JSON: arguments of `train`, and `faults`, a folder for what goes wrong
+         options: str = "{}",
          ) -> None:
     "Train the recipe in a file."
     given = json.loads(options)
@@ -410,5 +468,7 @@ def main(recipe: str,                      # a file
             torch.distributed.destroy_process_group()
 
 # %% ../../nbs/core/25_train.ipynb #fd3689b1
-if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "prx_nb.core.train":   # python -m
-    importlib.import_module("prx_nb.core.train").main(*sys.argv[1:])      # its classes, not a second set of them
+# python -m
+if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "prx_nb.core.train":
+    # its classes, not a second set of them
+    importlib.import_module("prx_nb.core.train").main(*sys.argv[1:])

@@ -45,7 +45,7 @@ class Published:
 class AblationError(ValueError):
     "An ablation, a variant or a choice of them that does not exist."
 
-
+# %% ../../nbs/lab/01_ablations.ipynb #cdb711a1
 @dataclass(frozen=True)
 class Ablation:
     "A question, a baseline and what the variants change."
@@ -53,20 +53,25 @@ class Ablation:
     question: str
     baseline: str                                     # one of the variants
     variants: Mapping[str, Mapping[str, Any]]         # name -> {recipe path: value}
-    notebook: str = ""                                # the file that declares it; filled in where it is read from one
-    primary: str = ""                                 # the metric that decides, e.g. KID; none: all are looked at alike
+    # the file that declares it; filled in where it is read from one
+    notebook: str = ""
+    # the metric that decides, e.g. KID; none: all are looked at alike
+    primary: str = ""
     published: tuple[Published, ...] = ()
     references: tuple[str, ...] = ()                  # papers and posts, in words
     caveat: str = ""                                  # how the published setting differs from ours
     base: Mapping[str, Any] = field(default_factory=dict)   # what all variants share, the baseline included
-    seed_shift: Mapping[str, int] = field(default_factory=dict)   # variant -> added to its seeds, for a null check
+    # variant -> added to its seeds, for a null check
+    seed_shift: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         named = {"baseline": [self.baseline], "seed_shift": list(self.seed_shift)}
         for what, name in ((what, name) for what, names in named.items() for name in names):
             if name not in self.variants:
-                raise AblationError(f"ablation '{self.name}': {what} '{name}' is none of {', '.join(self.variants)}")
-        frozen = MappingProxyType({name: MappingProxyType(dict(changes)) for name, changes in self.variants.items()})
+                raise AblationError(
+                    f"ablation '{self.name}': {what} '{name}' is none of {', '.join(self.variants)}")
+        frozen = MappingProxyType(
+            {name: MappingProxyType(dict(changes)) for name, changes in self.variants.items()})
         object.__setattr__(self, "variants", frozen)
         for mapping in ("base", "seed_shift"):
             object.__setattr__(self, mapping, MappingProxyType(dict(getattr(self, mapping))))
@@ -75,7 +80,8 @@ class Ablation:
 def _unknown(kind: str, name: str, allowed: list[str]) -> AblationError:
     near = difflib.get_close_matches(name, allowed, 1, 0.4)
     hint = f"; did you mean '{near[0]}'?" if near and near[0] != name else ""
-    return AblationError(f"no {kind} '{name}'; there {'is' if len(allowed) == 1 else 'are'} {', '.join(allowed)}{hint}")
+    return AblationError(
+        f"no {kind} '{name}'; there {'is' if len(allowed) == 1 else 'are'} {', '.join(allowed)}{hint}")
 
 # %% ../../nbs/lab/01_ablations.ipynb #05d2e1e1
 def shift(ablation: str | Ablation,   # a name, or a declaration
@@ -85,12 +91,15 @@ def shift(ablation: str | Ablation,   # a name, or a declaration
     found = find(ablation) if isinstance(ablation, str) else ablation
     return found.seed_shift.get(variant, 0) if found else 0
 
-
+# %% ../../nbs/lab/01_ablations.ipynb #3a9c20c5
 def _shifted(ablation: Ablation, variant: str, seed: int) -> int:
     shifts = sorted({shift(ablation, v) for v in ablation.variants})
     room = min((b - a for a, b in zip(shifts, shifts[1:])), default=math.inf)
     if seed >= room:
-        raise AblationError(f"seed {seed} of '{ablation.name}' would be that of another variant's run: its seeds go from 0 to {room - 1}")
+        raise AblationError(
+            f"seed {seed} of '{ablation.name}' would be that of another variant's run: its seeds go from 0 "
+            f"to {room - 1}"
+        )
     return seed + shift(ablation, variant)
 
 # %% ../../nbs/lab/01_ablations.ipynb #43f7ac14
@@ -102,7 +111,7 @@ def changes(ablation: Ablation,
         raise _unknown("variant", variant, list(ablation.variants))
     return dict(ablation.base) | dict(ablation.variants[variant])
 
-
+# %% ../../nbs/lab/01_ablations.ipynb #51538070
 def recipe(ablation: Ablation,
            variant: str,                                # one of `ablation.variants`
            preset: str = "smoke",                       # smoke, cpu, gpu or paper
@@ -113,7 +122,8 @@ def recipe(ablation: Ablation,
     ours, overrides = changes(ablation, variant), dict(overrides or {})
     own = {"seed"}.union(*(changes(ablation, name) for name in ablation.variants))
     if clash := sorted(own & set(overrides)):
-        raise AblationError(f"'{clash[0]}' is what the ablation '{ablation.name}' sets itself; it cannot be overridden")
+        raise AblationError(
+            f"'{clash[0]}' is what the ablation '{ablation.name}' sets itself; it cannot be overridden")
     return recipes.preset(preset).replace(overrides | ours | {"seed": _shifted(ablation, variant, seed)})
 
 # %% ../../nbs/lab/01_ablations.ipynb #f656055b
@@ -121,32 +131,42 @@ def _tagged(path: Path) -> list[str]:
     "The sources of the cells tagged `ablation`. Raises `AblationError`."
     try:
         cells = json.loads(path.read_text())["cells"]
-        return ["".join(c["source"]) for c in cells if "ablation" in c.get("metadata", {}).get("tags", []) and c["cell_type"] == "code"]
+        return ["".join(c["source"]) for c in cells
+                if "ablation" in c.get("metadata", {}).get("tags", []) and c["cell_type"] == "code"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AblationError(f"{path} is not a notebook that can be read: {type(error).__name__}: {error}") from None
+        raise AblationError(
+            f"{path} is not a notebook that can be read: {type(error).__name__}: {error}") from None
 
-
+# %% ../../nbs/lab/01_ablations.ipynb #e1101326
 def _declared(path: Path) -> Ablation:
     sources = _tagged(path)
     if len(sources) != 1:
-        raise AblationError(f"{path} has {len(sources)} cells tagged 'ablation'; exactly one is needed, which leaves an `ablation = Ablation(...)`")
+        raise AblationError(
+            f"{path} has {len(sources)} cells tagged 'ablation'; exactly one is needed, which leaves an "
+            "`ablation = Ablation(...)`"
+        )
     room = types.ModuleType(path.stem)
     try:
         exec(compile(sources[0], str(path), "exec"), room.__dict__)
     except Exception as error:
-        raise AblationError(f"{path}: the cell tagged 'ablation' fails with {type(error).__name__}: {error}") from error
+        raise AblationError(
+            f"{path}: the cell tagged 'ablation' fails with {type(error).__name__}: {error}") from error
     found = room.__dict__.get("ablation")
-    if type(found).__name__ != "Ablation":                         # by name: a notebook may hold a second copy of the class
+    # by name: a notebook may hold a second copy of the class
+    if type(found).__name__ != "Ablation":
         raise AblationError(f"{path}: the cell tagged 'ablation' leaves no `ablation = Ablation(...)`")
     return _with_uses(replace(found, notebook=str(path)), path.parent)
 
-
+# %% ../../nbs/lab/01_ablations.ipynb #dfe9b45b
 def _with_uses(ablation: Ablation, folder: Path) -> Ablation:
-    "The declaration with the paths of `uses` whole, as seen from its notebook; they are imported, so that settings in them can be named."
+    """The declaration with the paths of `uses` whole, as seen from its notebook; they are imported, so that
+    settings in them can be named."""
     whole = lambda name: str((folder / name).resolve()) if name.endswith((".py", ".ipynb")) else name
-    mend = lambda changes: dict(changes) | ({"uses": [whole(name) for name in changes["uses"]]} if "uses" in changes else {})
+    mend = lambda changes: (
+        dict(changes) | ({"uses": [whole(name) for name in changes["uses"]]} if "uses" in changes else {}))
     try:
-        mended = replace(ablation, base=mend(ablation.base), variants={name: mend(changes) for name, changes in ablation.variants.items()})
+        mended = replace(ablation, base=mend(ablation.base),
+                         variants={name: mend(changes) for name, changes in ablation.variants.items()})
         for changes in (mended.base, *mended.variants.values()):
             for name in changes.get("uses", ()):
                 recipes.use(name)
@@ -163,7 +183,7 @@ def from_notebook(path: str | Path) -> Ablation:
     stat = path.stat()
     return _read(path, stat.st_mtime_ns, stat.st_size)
 
-
+# %% ../../nbs/lab/01_ablations.ipynb #42edbf10
 @lru_cache(256)
 def _read(path: Path, changed: int, size: int) -> Ablation:
     "Read once, as long as the file does not change."
@@ -176,30 +196,32 @@ def folder() -> Path:
     beside = package.parent / "nbs" / "ablations"
     return beside if beside.is_dir() else package / "ablations"
 
-
+# %% ../../nbs/lab/01_ablations.ipynb #7e56c012
 def names() -> list[str]:
     "The ablations that go by name."
     return sorted(p.stem for p in folder().glob("*.ipynb"))
 
-
+# %% ../../nbs/lab/01_ablations.ipynb #17de53d7
 def known() -> dict[str, Ablation]:
     "The workbook's own ablations."
     return {name: from_notebook(folder() / f"{name}.ipynb") for name in names()}
 
-
+# %% ../../nbs/lab/01_ablations.ipynb #57be1b13
 def _is_path(name: str) -> bool:
     return name.endswith(".ipynb") or "/" in name
 
-
+# %% ../../nbs/lab/01_ablations.ipynb #74aa05ae
 def find(name: str) -> Ablation | None:
-    "An ablation by name or by the path of its notebook; none where there is none of this name. Raises `AblationError` for a bad notebook."
+    """An ablation by name or by the path of its notebook; none where there is none of this name. Raises
+    `AblationError` for a bad notebook."""
     if _is_path(name):
         return from_notebook(name)
     return from_notebook(folder() / f"{name}.ipynb") if name in names() else None
 
-
+# %% ../../nbs/lab/01_ablations.ipynb #a9d80760
 def get(name: str) -> Ablation:
-    "An ablation by name or by the path of its notebook. Raises `AblationError`, which lists the ones there are."
+    """An ablation by name or by the path of its notebook. Raises `AblationError`, which lists the ones there
+    are."""
     found = find(name)
     if found is None:
         raise _unknown("ablation", name, names())
@@ -208,12 +230,15 @@ def get(name: str) -> Ablation:
                             "give it another name, or their runs would be mixed up")
     return found
 
-
+# %% ../../nbs/lab/01_ablations.ipynb #08b87b17
 def of_run(folder: str | Path) -> Ablation:
-    "The ablation of a run's folder: of the notebook that its job.json names, else by the name there. Raises `AblationError`."
-    said = {}
+    """The ablation of a run's folder: of the notebook that its job.json names, else by the name there. Raises
+    `AblationError`."""
+    job = {}
     for name in ("job.json", "record.json"):
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            said = said or {k: v for k, v in json.loads((Path(folder) / name).read_text()).items() if k in ("ablation", "notebook")}
-    path, name = str(said.get("notebook") or ""), str(said.get("ablation") or Path(folder).absolute().parents[1].name)
+            job = job or {k: v for k, v in json.loads((Path(folder) / name).read_text()).items()
+                            if k in ("ablation", "notebook")}
+    path, name = (str(job.get("notebook") or ""),
+                  str(job.get("ablation") or Path(folder).absolute().parents[1].name))
     return from_notebook(path) if Path(path).is_file() and name not in names() else get(name)

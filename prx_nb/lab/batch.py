@@ -31,32 +31,39 @@ from .plan import Job
 # %% ../../nbs/lab/06_batch.ipynb #4b3f2f50
 def failed_for_good(job: Job) -> bool:
     "Whether this very run has failed before, and would again."
-    said = runs.status(job.out)
-    return said.get("key") == job.key and said.get("state") not in {None, "done", "interrupted", *runs.OPEN, *runs.MAY_PASS}
+    status = runs.read_status(job.out)
+    return status.get("key") == job.key and status.get("state") not in {
+        None, "done", "interrupted", *runs.OPEN, *runs.MAY_PASS}
 
-
+# %% ../../nbs/lab/06_batch.ipynb #56789281
 def at_work(job: Job) -> bool:
     "Whether this very run is going on now."
-    said = runs.status(job.out)
-    return said.get("key") == job.key and runs.alive(said, job.out)
+    status = runs.read_status(job.out)
+    return status.get("key") == job.key and runs.alive(status, job.out)
 
 # %% ../../nbs/lab/06_batch.ipynb #955ad760
 def outdated(jobs: Iterable[Job]) -> list[str]:
-    "A line for each reason why finished runs no longer count: how many, and the seconds that they took, one after the other."
+    """A line for each reason why finished runs no longer count: how many, and the seconds that they took, one
+    after the other."""
     groups: dict[tuple[str, ...], list[float]] = {}
     for job in jobs:
-        said = runs.status(job.out)
-        if said.get("state") == "done" and said.get("key") != job.key and runs.record(job.out):
+        status = runs.read_status(job.out)
+        if status.get("state") == "done" and status.get("key") != job.key and runs.record(job.out):
             why = identity.differences(_parts(job.out), job.parts) or ["another key"]
-            groups.setdefault(tuple(why[:6] + ["and more"] * (len(why) > 6)), []).append(float(said.get("seconds") or 0))
-    return [f"{len(took)} finished run{'s' * (len(took) > 1)} no longer count{'s' * (len(took) == 1)} and will be trained again: "
-            f"{'; '.join(why)} (estimated {_length(sum(took))})" for why, took in groups.items()]
+            groups.setdefault(tuple(why[:6] + ["and more"] * (len(why) > 6)), []).append(
+                float(status.get("seconds") or 0))
+    return [
+        f"{len(took)} finished run{'s' * (len(took) > 1)} no longer count{'s' * (len(took) == 1)} and will "
+        f"be trained again: {'; '.join(why)} (estimated {_length(sum(took))})"
+        for why, took in groups.items()
+    ]
 
-
+# %% ../../nbs/lab/06_batch.ipynb #95f68de2
 def _length(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return (f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400
+            else f"{seconds / 3600:.1f} h")
 
-
+# %% ../../nbs/lab/06_batch.ipynb #28da3a79
 def _parts(folder: str) -> dict:
     "What decided the run that lies in a folder; empty where it does not say."
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -67,7 +74,7 @@ def _parts(folder: str) -> dict:
 # %% ../../nbs/lab/06_batch.ipynb #6dcc16ff
 def set_aside(job: Job) -> Path | None:
     "Make room for a run: what another version of it left is stopped and moved to `.replaced`."
-    folder, old = Path(job.out), runs.status(job.out)
+    folder, old = Path(job.out), runs.read_status(job.out)
     if not folder.exists() or old.get("key") == job.key:
         return None
     if process := runs.process_of(old):
@@ -77,14 +84,15 @@ def set_aside(job: Job) -> Path | None:
     place.parent.mkdir(exist_ok=True)
     return Path(shutil.move(folder, place))
 
-
+# %% ../../nbs/lab/06_batch.ipynb #1e41e0cf
 def queue(jobs: Iterable[Job]) -> None:
-    "Write down what is to be done. Runs at work are left as they are."
+    "Write down what is to be done. Runs at work are left as they are, and those that have just ended well."
     for job in jobs:
-        if not at_work(job):
+        if not at_work(job) and not runs.finished(job):
             set_aside(job)
-            said = runs.status(job.out)
-            before = said.pop("history", []) + ([said] if said.get("state", "queued") not in runs.OPEN else [])
+            status = runs.read_status(job.out)
+            before = status.pop("history", []) + (
+                [status] if status.get("state", "queued") not in runs.OPEN else [])
             write_json(Path(job.out) / "job.json", asdict(job))
             write_json(Path(job.out) / "status.json", {"state": "queued", "key": job.key, "history": before})
 
@@ -95,7 +103,7 @@ def cores() -> int:
     limit = os.environ.get("OMP_NUM_THREADS", "")
     return min(mine, int(limit)) if limit.isdigit() and int(limit) else mine
 
-
+# %% ../../nbs/lab/06_batch.ipynb #be5d4019
 def devices() -> list[str]:
     "The GPUs that may be used, by the names that `CUDA_VISIBLE_DEVICES` takes."
     import torch
@@ -111,24 +119,31 @@ class Places:
         if per_device < 1 or (at_once is not None and at_once < 1):
             name, value = ("jobs", at_once) if per_device >= 1 else ("per-device", per_device)
             raise AblationError(f"{name} = {value}: at least one is needed")
-        self.gpus, self.free, self.changed = gpus, [g for _ in range(per_device) for g in gpus], threading.Condition()
+        self.gpus, self.free, self.changed = (gpus, [g for _ in range(per_device) for g in gpus],
+                                              threading.Condition())
         self.at_once = at_once or len(self.free) or 1
         self.threads = max(1, cores() // self.at_once)
 
     def check(self, job: Job) -> None:
         "Raises `AblationError` for a run that wants more GPUs than there are."
         if self.gpus and _processes(job) > len(self.gpus):
-            raise AblationError(f"{job.ablation} {job.name} wants train.processes = {_processes(job)}, "
-                                f"but there {'is' if len(self.gpus) == 1 else 'are'} {len(self.gpus)} GPU{'s' * (len(self.gpus) > 1)}")
+            raise AblationError(
+                f"{job.ablation} {job.name} wants train.processes = {_processes(job)}, "
+                f"but there {'is' if len(self.gpus) == 1 else 'are'} {len(self.gpus)} "
+                f"GPU{'s' * (len(self.gpus) > 1)}"
+            )
 
     @contextlib.contextmanager
-    def take(self, job: Job) -> Iterator[str | None]:          # what `CUDA_VISIBLE_DEVICES` shall be; none: no GPU here
+    # what `CUDA_VISIBLE_DEVICES` shall be; none: no GPU here
+    def take(self, job: Job) -> Iterator[str | None]:
         "Wait for as many different GPUs as the run wants."
         wanted, mine = _processes(job) if self.gpus else 0, []
         with self.changed:
-            before = (runs.status(job.out).get("device") or "").split(",") if at_work(job) else []     # adopted: its own
+            # adopted: its own
+            before = (runs.read_status(job.out).get("device") or "").split(",") if at_work(job) else []
             self.changed.wait_for(lambda: len(set(self.free)) >= wanted)
-            mine = sorted(dict.fromkeys(self.free), key=lambda g: (g not in before, self.free.index(g)))[:wanted]
+            mine = sorted(dict.fromkeys(self.free), key=lambda g: (g not in before, self.free.index(g)))[
+                :wanted]
             for gpu in mine:
                 self.free.remove(gpu)
         try:
@@ -138,7 +153,7 @@ class Places:
                 self.free += mine
                 self.changed.notify_all()
 
-
+# %% ../../nbs/lab/06_batch.ipynb #d44f2a5b
 def _processes(job: Job) -> int:
     return job.recipe.get("train", {}).get("processes", 1)
 
@@ -150,13 +165,18 @@ def prepare_caches(recipes: Iterable[Recipe],
     from prx_nb.lab import judge
     seen = set()
     for recipe in recipes:
-        kind = json.dumps(recipe.model_dump(mode="json", include={"data", "captions", "text", "latents", "evaluate"}), sort_keys=True)
+        kind = json.dumps(
+            recipe.model_dump(mode="json", include={"data", "captions", "text", "latents", "evaluate"}),
+            sort_keys=True)
         if kind not in seen:
             seen.add(kind)
             begin = time.monotonic()
             ready = train.prepare(recipe, progress=False)
             metrics.prepare(recipe, ready).gallery(judge.exam(ready, recipe).items)
-            say(f"images, captions and reference ready in {time.monotonic() - begin:.0f} s: {len(ready.images)} images of {recipe.data.size} px")
+            say(
+                f"images, captions and reference ready in {time.monotonic() - begin:.0f} s: "
+                f"{len(ready.images)} images of {recipe.data.size} px"
+            )
 
 # %% ../../nbs/lab/06_batch.ipynb #c79685c6
 def _locked(lock) -> bool:
@@ -165,26 +185,29 @@ def _locked(lock) -> bool:
         return True
     return False
 
-
+# %% ../../nbs/lab/06_batch.ipynb #88f733d8
 @contextlib.contextmanager
 def only_driver(groups: Iterable[Path]) -> Iterator[None]:
     "Hold the folders' locks, so that two drivers do not share one. Raises `AblationError`, `OSError`."
     with contextlib.ExitStack() as stack:
         for group in sorted(set(groups)):
             lock = stack.enter_context(open(require_writable(group) / ".lock", "a"))
-            if not any(_locked(lock) or time.sleep(0.1) for _ in range(5)):       # `prx-nb status` holds it for an instant
+            # `prx-nb status` holds it for an instant
+            if not any(_locked(lock) or time.sleep(0.1) for _ in range(5)):
                 raise AblationError(f"another prx-nb is at work in {group}")
         yield
 
-
+# %% ../../nbs/lab/06_batch.ipynb #9418ebb7
 @contextlib.contextmanager
 def _terminate_is_interrupt() -> Iterator[None]:
-    "Within this block SIGTERM raises KeyboardInterrupt as Ctrl-C does (in the main thread, where signals arrive)."
+    """Within this block SIGTERM raises KeyboardInterrupt as Ctrl-C does (in the main thread, where signals
+    arrive)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(*_) -> None:                                          # raised here: a process started by nohup ignores SIGINT
+    # raised here: a process started by nohup ignores SIGINT
+    def stop(*_) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
@@ -199,15 +222,17 @@ def _label(job: Job, jobs: list[Job]) -> str:
     groups = {j.group for j in jobs}
     return job.name if len(groups) == 1 else f"{job.group.parent.name}/{job.group.name}/{job.name}"
 
-
+# %% ../../nbs/lab/06_batch.ipynb #a53f656b
 def _rest(took: list[float], left: int, at_once: int) -> str:
     "How long the rest may take, by what the runs so far took."
     seconds = sum(took) / len(took) * left / at_once if took else 0
     return f"  (about {seconds / 60:.0f} min left)" if seconds > 90 else ""
 
 # %% ../../nbs/lab/06_batch.ipynb #20887b88
-def _drive(waiting: list[Job], jobs: list[Job], places: Places, say: Callable[[str], None], fork_server: warm.ForkServer | None = None) -> None:
-    "Keep the workers busy until all runs are through. On an interrupt every run is stopped and the interrupt goes on."
+def _drive(waiting: list[Job], jobs: list[Job], places: Places, say: Callable[[str], None],
+           fork_server: warm.ForkServer | None = None) -> None:
+    """Keep the workers busy until all runs are through. On an interrupt every run is stopped and the
+    interrupt goes on."""
     stop, numbers, took = threading.Event(), iter(range(len(jobs) - len(waiting) + 1, len(jobs) + 1)), []
 
     def work(job: Job) -> None:
@@ -217,9 +242,12 @@ def _drive(waiting: list[Job], jobs: list[Job], places: Places, say: Callable[[s
             label, begin = f"[{next(numbers)}/{len(jobs)}] {_label(job, jobs)}", time.monotonic()
             say(f"{label} started {datetime.now():%H:%M:%S}" + (f" on GPU {device}" if device else ""))
             tell = lambda line: say(f"{label} {line.removeprefix(job.name).strip()}")
-            said = runs.supervise(job, places.threads, device, stop, tell, fork_server=fork_server)
+            status = runs.supervise(job, places.threads, device, stop, tell, fork_server=fork_server)
             took.append(time.monotonic() - begin)
-            say(f"{label} {runs.end_in_words(job, said)}{_rest(took, len(waiting) - len(took), places.at_once)}")
+            say(
+                f"{label} {runs.end_in_words(job, status)}"
+                f"{_rest(took, len(waiting) - len(took), places.at_once)}"
+            )
 
     with ThreadPoolExecutor(places.at_once) as pool:
         work_done = [pool.submit(work, job) for job in waiting]
@@ -237,7 +265,10 @@ def _sort_out(jobs: list[Job], again: bool, say: Callable[[str], None]) -> list[
     missing = [job for job in jobs if not runs.finished(job)]
     lost = [] if again else [job for job in missing if failed_for_good(job)]
     for job in lost:
-        say(f"{_label(job, jobs)} failed before and nothing has changed: {runs.end_in_words(job, runs.status(job.out))}")
+        say(
+            f"{_label(job, jobs)} failed before and nothing has changed: "
+            f"{runs.end_in_words(job, runs.read_status(job.out))}"
+        )
     if lost:
         say(f"{len(lost)} left alone; prx-nb retry runs them again")
     return sorted((job for job in missing if job not in lost), key=lambda job: not at_work(job))
@@ -246,11 +277,13 @@ def _sort_out(jobs: list[Job], again: bool, say: Callable[[str], None]) -> list[
 def run(jobs: list[Job],                        # from `plan`, of one group or several
         at_once: int | None = None,             # runs side by side; none: one a GPU, or one
         per_device: int = 1,                    # runs that share a GPU
-        prepare: Callable | None = prepare_caches,   # called with the recipes still to be run; none: nothing is prepared
+        # called with the recipes still to be run; none: nothing is prepared
+        prepare: Callable | None = prepare_caches,
         say: Callable[[str], None] = print,     # where lines go
         again: bool = False,                    # also what failed before and would again
         ) -> list[dict]:                        # the status of every job, in order
-    "Run what is missing. Raises `AblationError`, `OSError`; `KeyboardInterrupt` after all runs have been stopped."
+    """Run what is missing. Raises `AblationError`, `OSError`; `KeyboardInterrupt` after all runs have been
+    stopped."""
     if not jobs:
         raise AblationError("nothing to run: the plan is empty")
     places, begin = Places(devices(), at_once, per_device), time.monotonic()
@@ -258,22 +291,25 @@ def run(jobs: list[Job],                        # from `plan`, of one group or s
         places.check(job)
     with only_driver(job.group for job in jobs), _terminate_is_interrupt():
         done = sum(map(runs.finished, jobs))
-        say(f"{_names(jobs)}: {len(jobs)} runs, {done} of them done already, {places.at_once} at a time with {places.threads} threads"
-            + (f" on {len(places.gpus)} GPUs" if places.gpus else "") + f"; in {_where(jobs)}")
+        gpus = f" on {len(places.gpus)} GPUs" if places.gpus else ""
+        say(f"{_names(jobs)}: {len(jobs)} runs, {done} of them done already, {places.at_once} at a time with "
+            f"{places.threads} threads{gpus}; in {_where(jobs)}")
         for line in outdated(jobs):
             say(line)
         todo = _sort_out(jobs, again, say)
-        fresh = [job for job in todo if not at_work(job)]
+        # in this order: one that ends in between has ended well, or not, when it is asked for
+        fresh = [job for job in todo if not at_work(job) and not runs.finished(job)]
         try:
-            with warm.ForkServer([job.notebook for job in fresh], places.threads) if fresh else contextlib.nullcontext() as fork_server:
+            with (warm.ForkServer([job.notebook for job in fresh], places.threads) if fresh
+                  else contextlib.nullcontext() as fork_server):
                 if fresh:
                     if prepare:
                         prepare([parse(job.recipe) for job in fresh], say=say)
                     queue(fresh)
                 _drive(todo, jobs, places, say, fork_server)
         except KeyboardInterrupt:
-            say(f"Interrupted; the runs were stopped, {sum(map(runs.finished, jobs))} of {len(jobs)} are done. "
-                "The same command again does the rest.")
+            say(f"Interrupted; the runs were stopped, {sum(map(runs.finished, jobs))} of {len(jobs)} are "
+                "done. The same command again does the rest.")
             raise
     return _sum_up(jobs, time.monotonic() - begin, say)
 
@@ -282,14 +318,16 @@ def _names(jobs: list[Job]) -> str:
     groups = list(dict.fromkeys((job.ablation, job.group.name) for job in jobs))
     return ", ".join(f"{a}, preset {h}" for a, h in groups) if len(groups) < 4 else f"{len(groups)} groups"
 
-
+# %% ../../nbs/lab/06_batch.ipynb #0be9e66a
 def _where(jobs: list[Job]) -> str:
     return os.path.commonpath([job.group for job in jobs])
 
-
+# %% ../../nbs/lab/06_batch.ipynb #90a18e27
 def _sum_up(jobs: list[Job], seconds: float, say: Callable[[str], None]) -> list[dict]:
-    said = [runs.status(job.out) for job in jobs]
-    failed = [f"{_label(job, jobs)} {s.get('state', 'not run')}" for job, s in zip(jobs, said) if s.get("state") != "done"]
+    status = [runs.read_status(job.out) for job in jobs]
+    failed = [f"{_label(job, jobs)} {s.get('state', 'not run')}" for job, s in zip(jobs, status)
+              if s.get("state") != "done"]
     some = ", ".join(failed[:10]) + (" ..." if failed[10:] else "")
-    say(f"{len(jobs)} runs: {len(jobs) - len(failed)} done" + (f", {len(failed)} failed ({some})" if failed else "") + f"; {seconds:.0f} s in all")
-    return said
+    say(f"{len(jobs)} runs: {len(jobs) - len(failed)} done"
+        + (f", {len(failed)} failed ({some})" if failed else "") + f"; {seconds:.0f} s in all")
+    return status

@@ -32,9 +32,10 @@ def blur(images: torch.Tensor, items: list[Item], strength: float, generator: to
     weight = torch.exp(-torch.arange(-reach, reach + 1.0) ** 2 / (2 * sigma**2))
     weight = (weight / weight.sum()).expand(channels, 1, 1, -1)
     across = F.conv2d(F.pad(images, (reach, reach, 0, 0), "replicate"), weight, groups=channels)
-    return F.conv2d(F.pad(across, (0, 0, reach, reach), "replicate"), weight.transpose(2, 3), groups=channels), items
+    return F.conv2d(
+        F.pad(across, (0, 0, reach, reach), "replicate"), weight.transpose(2, 3), groups=channels), items
 
-
+# %% ../../nbs/lab/11_calibration.ipynb #0d308e24
 def noise(images: torch.Tensor, items: list[Item], strength: float, generator: torch.Generator) -> Samples:
     "Normal noise, up to a standard deviation of 1, clipped to [-1, 1]."
     return (images + strength * torch.randn(images.shape, generator=generator)).clamp(-1, 1), items
@@ -43,30 +44,38 @@ def noise(images: torch.Tensor, items: list[Item], strength: float, generator: t
 def _chosen(n: int, share: float, generator: torch.Generator) -> list[int]:
     return torch.randperm(n, generator=generator)[:round(share * n)].tolist()
 
-
-def wrong_captions(images: torch.Tensor, items: list[Item], strength: float, generator: torch.Generator) -> Samples:
-    "A share of the pictures stands for captions of other concepts. Raises `MetricError` where there is one concept only."
+# %% ../../nbs/lab/11_calibration.ipynb #17b7ad76
+def wrong_captions(
+    images: torch.Tensor, items: list[Item], strength: float, generator: torch.Generator) -> Samples:
+    """A share of the pictures stands for captions of other concepts. Raises `MetricError` where there is one
+    concept only."""
     if len({i.concept for i in items}) < 2:
-        raise metrics.MetricError(f"wrong captions need two concepts at least, all {len(items)} items show '{items[0].concept}'")
+        raise metrics.MetricError(
+            f"wrong captions need two concepts at least, all {len(items)} items show '{items[0].concept}'")
     asked, numbers = list(items), torch.rand(len(items), generator=generator).tolist()
     for k in _chosen(len(items), strength, generator):
         others = [i for i in items if i.concept != items[k].concept]
         asked[k] = others[int(numbers[k] * len(others))]
     return images, asked
 
-
-def mode_drop(images: torch.Tensor, items: list[Item], strength: float, generator: torch.Generator) -> Samples:
+# %% ../../nbs/lab/11_calibration.ipynb #822de243
+def mode_drop(
+    images: torch.Tensor, items: list[Item], strength: float, generator: torch.Generator) -> Samples:
     "A share of the pictures is replaced by copies of those of a few concepts, captions included."
     concepts = sorted({i.concept for i in items})
-    few = {concepts[k] for k in torch.randperm(len(concepts), generator=generator)[:max(1, len(concepts) // 16)].tolist()}
+    few = {
+        concepts[k]
+        for k in torch.randperm(len(concepts), generator=generator)[: max(1, len(concepts) // 16)].tolist()
+    }
     source = [k for k, i in enumerate(items) if i.concept in few]
     others = [k for k, i in enumerate(items) if i.concept not in few]
-    row, copy = list(range(len(items))), torch.randint(len(source), (len(items),), generator=generator).tolist()
+    row, copy = (list(range(len(items))),
+                 torch.randint(len(source), (len(items),), generator=generator).tolist())
     for k in _chosen(len(others), strength, generator):
         row[others[k]] = source[copy[k]]
     return images[row], [items[k] for k in row]
 
-
+# %% ../../nbs/lab/11_calibration.ipynb #726ed9f6
 def inverted(images: torch.Tensor, items: list[Item], strength: float, generator: torch.Generator) -> Samples:
     "A share of the pictures in negative."
     images, rows = images.clone(), _chosen(len(images), strength, generator)
@@ -93,7 +102,8 @@ def grade(reference: metrics.Reference,
         pick = torch.randperm(len(items), generator=stream(repeat, "calibration"))[:samples].tolist()
         for name, damage in damages.items():
             for strength in strengths:
-                spoiled, asked = damage(images[pick], [items[k] for k in pick], strength, stream(repeat, "calibration", name))
+                spoiled, asked = damage(
+                    images[pick], [items[k] for k in pick], strength, stream(repeat, "calibration", name))
                 found = metrics.evaluate(spoiled, asked, reference, seen=seen)
                 rows += [(metric, name, strength, repeat, value) for metric, value in found.items()]
     return pd.DataFrame(rows, columns=["metric", "damage", "strength", "repeat", "value"])
@@ -115,10 +125,11 @@ def _judged(values: pd.DataFrame,        # one row a repeat, one column a streng
     whole = step(names[0], names[-1])
     if len(flat) == len(steps) and not (whole.low > 0 or whole.high < 0):
         return "does not notice", ""
-    parts = [f"{words} {', '.join(some)}" for words, some in (("better between", back), ("cannot tell", flat)) if some]
+    parts = [f"{words} {', '.join(some)}" for words, some in (("better between", back), ("cannot tell", flat))
+             if some]
     return "not monotonic", "; ".join(parts)
 
-
+# %% ../../nbs/lab/11_calibration.ipynb #a7bd6493
 def monotonic(frame: pd.DataFrame,       # of `grade`, with two repeats at least
               confidence: float = 0.99,  # of the interval of each step
               ) -> pd.DataFrame:         # metric, damage, verdict, rho, change (worse is positive), why
@@ -129,7 +140,8 @@ def monotonic(frame: pd.DataFrame,       # of `grade`, with two repeats at least
         worse = some.assign(value=some.value * (-1 if metrics.higher_is_better(metric) else 1))
         wide = worse.pivot(index="repeat", columns="strength", values="value")
         if len(wide) < 2:
-            raise metrics.MetricError("verdicts need two repeats at least: one measurement of a grade says nothing of its noise")
+            raise metrics.MetricError(
+                "verdicts need two repeats at least: one measurement of a grade says nothing of its noise")
         rho = spearmanr(worse.strength, worse.value).statistic if worse.value.nunique() > 1 else 0.0
         verdict, why = _judged(wide, confidence)
         rows.append((metric, damage, verdict, rho, (wide.iloc[:, -1] - wide.iloc[:, 0]).mean(), why))
@@ -141,8 +153,8 @@ def figure(graded: pd.DataFrame, verdicts: pd.DataFrame):       # -> matplotlib 
     import matplotlib.pyplot as plt
     rows, columns = (list(dict.fromkeys(verdicts[k])) for k in ("metric", "damage"))
     colours = dict(zip(VERDICTS, ("tab:green", "0.6", "tab:red")))
-    fig, axes = plt.subplots(len(rows), len(columns), figsize=(1.4 * len(columns), 0.8 * len(rows)), dpi=72, sharex=True,
-                             sharey="row", squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(len(rows), len(columns), figsize=(1.4 * len(columns), 0.8 * len(rows)), dpi=72,
+                             sharex=True, sharey="row", squeeze=False, layout="constrained")
     for row in verdicts.itertuples():
         ax = axes[rows.index(row.metric), columns.index(row.damage)]
         some = graded[(graded.metric == row.metric) & (graded.damage == row.damage)]
@@ -155,13 +167,15 @@ def figure(graded: pd.DataFrame, verdicts: pd.DataFrame):       # -> matplotlib 
         ax.set_title(name, fontsize=8)
     for ax, name in zip(axes[:, 0], rows):
         ax.set_ylabel(name.replace("[", "\n["), fontsize=6, rotation=0, ha="right", va="center")
-    fig.supxlabel("strength of the damage      green: notices, grey: does not notice, red: not monotonic", fontsize=8)
+    fig.supxlabel(
+        "strength of the damage      green: notices, grey: does not notice, red: not monotonic", fontsize=8)
     return fig
 
 # %% ../../nbs/lab/11_calibration.ipynb #db2dcb10
 def spread(reference: metrics.Reference,
            images: torch.Tensor, items: list[Item],     # as in `grade`
-           counts: Sequence[int] = (16, 32, 64, 128),   # sample counts; those above half of the images are left out
+           # sample counts; those above half of the images are left out
+           counts: Sequence[int] = (16, 32, 64, 128),
            draws: int = 20,                             # random subsets of each
            ) -> pd.DataFrame:                           # metric, n, mean, sd (of a fresh draw of n)
     "How much a metric varies from one set of n samples to the next."
@@ -181,17 +195,20 @@ def seed_spread(folder: str | Path,            # of a published ablation: record
     "How much a metric varies from seed to seed. Empty where no variant has two seeds."
     from prx_nb.core.files import read_json
     records = [read_json(p) for p in sorted(Path(folder).glob("records/*-s*.json"))]
-    frame = pd.DataFrame([(r["variant"], m, v) for r in records for m, v in r.get("metrics", {}).items()], columns=["variant", "metric", "value"])
-    groups = frame.groupby(["metric", "variant"], sort=False).value.agg(["var", "count"]).query("count > 1").reset_index()
+    frame = pd.DataFrame([(r["variant"], m, v) for r in records for m, v in r.get("metrics", {}).items()],
+                         columns=["variant", "metric", "value"])
+    groups = (frame.groupby(["metric", "variant"], sort=False) .value.agg(["var", "count"])
+              .query("count > 1") .reset_index())
     free = groups["count"] - 1
-    sums = groups.assign(total=groups["var"] * free, free=free).groupby("metric", sort=False)[["total", "free"]].sum()
+    sums = (groups.assign(total=groups["var"] * free, free=free)
+            .groupby("metric", sort=False)[["total", "free"]] .sum())
     return ((sums.total / sums.free) ** 0.5).to_dict()
 
 # %% ../../nbs/lab/11_calibration.ipynb #1013e477
 class CalibrationError(ValueError):
     "A calibration table that cannot be read."
 
-
+# %% ../../nbs/lab/11_calibration.ipynb #2448f124
 def known(out: str | Path = "outputs",     # where `published/calibration/calibration.csv` lies
           ) -> pd.DataFrame | None:        # metric, damage, verdict, rho, change, why; none: never calibrated
     "The published verdicts. Raises `CalibrationError`, which names the file and what is wrong in it."
@@ -203,7 +220,11 @@ def known(out: str | Path = "outputs",     # where `published/calibration/calibr
     except (ValueError, OSError) as error:                 # pandas' parser errors are ValueErrors
         raise CalibrationError(f"{path} cannot be read: {error}") from None
     if missing := [c for c in ("metric", "damage", "verdict") if c not in frame]:
-        raise CalibrationError(f"{path} has no column '{missing[0]}'; its columns are {', '.join(map(str, frame))}")
+        raise CalibrationError(
+            f"{path} has no column '{missing[0]}'; its columns are {', '.join(map(str, frame))}")
     if len(bad := frame[~frame.verdict.isin(VERDICTS)]):
-        raise CalibrationError(f"{path}, line {bad.index[0] + 2}: verdict {bad.verdict.iloc[0]!r}; there are {', '.join(VERDICTS)}")
+        raise CalibrationError(
+            f"{path}, line {bad.index[0] + 2}: verdict {bad.verdict.iloc[0]!r}; there are "
+            f"{', '.join(VERDICTS)}"
+        )
     return frame

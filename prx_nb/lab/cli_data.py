@@ -30,7 +30,9 @@ def settings(pairs: list[str] | None,     # e.g. ["train.steps=50", "flow.predic
 
 # %% ../../nbs/lab/18_cli_data.ipynb #39ff1918
 Preset = Annotated[str, typer.Option(help="smoke, cpu, gpu or paper: how big")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="change a setting of the recipe; may be repeated")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="change a setting of the recipe; may be repeated")]
 
 
 def _recipe(preset: str, pairs: list[str] | None):
@@ -58,12 +60,13 @@ def _describe(r, images, split) -> str:
     from prx_nb.core import captions
     count = lambda values: ", ".join(f"{k} {n}" for k, n in Counter(values).most_common(8))
     item = images.items[int(split.train[0])]
-    lines = [f"{len(images)} images of {images.size} x {images.size} px from {r.data.source}" + (f" {r.data.path}" if r.data.path else ""),
-             f"  to train on     {len(split.train)}",
+    lines = [f"{len(images)} images of {images.size} x {images.size} px from {r.data.source}"
+             + (f" {r.data.path}" if r.data.path else ""), f"  to train on     {len(split.train)}",
              f"  held out        {len(split.concepts)} images of concepts never seen, "
              f"{len(split.pairs)} of concepts seen in other styles only",
              f"  styles          {count(i.style for i in images.items)}",
-             f"  groups          {count(i.group for i in images.items)}", f"  unreadable      {len(images.bad)}"]
+             f"  groups          {count(i.group for i in images.items)}",
+             f"  unreadable      {len(images.bad)}",]
     lines += [f"    {name}: {reason}" for name, reason in images.bad[:5]]
     lines += [f"  caption, {kind:6} {captions.caption(item, kind)}" for kind in captions.KINDS]
     return "\n".join(lines + ["", images.notice.strip()])
@@ -82,12 +85,15 @@ def data(context: typer.Context, preset: Preset = "cpu", set_: Set = None,
     typer.echo(_describe(r, ready.images, ready.split))
     if picture:
         some = torch.linspace(0, len(ready.images) - 1, min(64, len(ready.images))).long()
-        show.picture(ready.images.batch(some), columns=8, zoom=max(1, 64 // ready.images.size)).save(picture, format="PNG")
+        show.picture(ready.images.batch(some), columns=8, zoom=max(1, 64 // ready.images.size)).save(
+            picture, format="PNG")
         typer.echo(f"\nwrote {picture}")
 
 # %% ../../nbs/lab/18_cli_data.ipynb #c7a8dc50
 @data_app.command()
-def pack(out: Annotated[Path, typer.Option(help="the file to write")], preset: Preset = "cpu", set_: Set = None) -> None:
+def pack(
+    out: Annotated[Path, typer.Option(help="the file to write")], preset: Preset = "cpu", set_: Set = None
+) -> None:
     """Write images, captions and their text states to one file.
 
     \b
@@ -99,12 +105,13 @@ def pack(out: Annotated[Path, typer.Option(help="the file to write")], preset: P
     typer.echo(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB")
 
 # %% ../../nbs/lab/18_cli_data.ipynb #84705830
-def sample(run: Annotated[Path, typer.Argument(help="a run's folder")],
-           prompt: Annotated[list[str], typer.Option(help="what to draw; may be repeated")],
-           out: Annotated[Path, typer.Option(help="the PNG to write")] = Path("samples.png"),
-           seed: Annotated[int, typer.Option(help="of the starting noise")] = 0,
-           steps: Annotated[int | None, typer.Option(help="of the sampler (default: the recipe's)")] = None,
-           guidance: Annotated[float | None, typer.Option(help="1 is none (default: the recipe's)")] = None) -> None:
+def sample(
+    run: Annotated[Path, typer.Argument(help="a run's folder")],
+    prompt: Annotated[list[str], typer.Option(help="what to draw; may be repeated")],
+    out: Annotated[Path, typer.Option(help="the PNG to write")] = Path("samples.png"),
+    seed: Annotated[int, typer.Option(help="of the starting noise")] = 0,
+    steps: Annotated[int | None, typer.Option(help="of the sampler (default: the recipe's)")] = None,
+    guidance: Annotated[float | None, typer.Option(help="1 is none (default: the recipe's)")] = None) -> None:
     """Draw pictures with a trained run.
 
     \b
@@ -140,7 +147,10 @@ def export(run: Annotated[Path, typer.Argument(help="a run's folder")],
     """
     from prx_nb.core import interop, train
     trained = train.Run.load(run)
-    typer.echo(f"wrote {interop.to_diffusers(trained, folder)}, for diffusers' {interop.pipeline_for(trained.recipe)}")
+    typer.echo(
+        f"wrote {interop.to_diffusers(trained, folder)}, for diffusers' "
+        f"{interop.pipeline_for(trained.recipe)}"
+    )
 
 # %% ../../nbs/lab/18_cli_data.ipynb #7ea0aa37
 def register(app: typer.Typer) -> None:

@@ -24,30 +24,34 @@ from .run import scratch_folder
 
 # %% ../../nbs/lab/17_docs.ipynb #42e5ec3b
 def root() -> Path:
-    "The checkout: the nearest folder with settings.ini, from here upwards, else the package's. Raises `FileNotFoundError`."
+    """The checkout: the nearest folder with settings.ini, from here upwards, else the package's. Raises
+    `FileNotFoundError`."""
     for start in (Path.cwd(), Path(results.__file__).resolve().parent):
         for folder in (start, *start.parents):
             if (folder / "settings.ini").exists() and (folder / "nbs").is_dir():
                 return folder
     raise FileNotFoundError("no checkout of the workbook here: no folder with settings.ini and nbs/")
 
-
+# %% ../../nbs/lab/17_docs.ipynb #a309ec15
 def notebooks(home: Path) -> list[Path]:
     "All notebooks in reading order."
     rooms = ["core", "techniques", "architectures", "lab", "ablations", "benchmarks"]
-    found = [p for p in (home / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.name != "index.ipynb"]
+    found = [p for p in (home / "nbs").rglob("*.ipynb")
+             if ".ipynb_checkpoints" not in p.parts and p.name != "index.ipynb"]
     place = lambda p: (rooms.index(p.parent.name) if p.parent.name in rooms else len(rooms), p.as_posix())
     return sorted(found, key=place)
 
-
+# %% ../../nbs/lab/17_docs.ipynb #b77a66db
 def heading(path: Path) -> tuple[str, str]:
     "A notebook's title and the line under it."
-    text = "\n\n".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown")
+    text = "\n\n".join(
+        "".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "markdown")
     title, line = re.search(r"^# (.+)$", text, re.M), re.search(r"^> (.+)$", text, re.M)
     return title[1] if title else path.stem, line[1] if line else ""
 
 # %% ../../nbs/lab/17_docs.ipynb #abaf69b9
-_NOT_FOR_PAGES = ("add_show_docs", "exec_show_docs", "FrontmatterProc", "populate_language", "insert_warning", "rm_export")
+_NOT_FOR_PAGES = ("add_show_docs", "exec_show_docs", "FrontmatterProc", "populate_language", "insert_warning",
+                  "rm_export")
 
 # %% ../../nbs/lab/17_docs.ipynb #d93688c3
 def processed(path: Path):            # -> a notebook as nbformat has it
@@ -60,14 +64,20 @@ def processed(path: Path):            # -> a notebook as nbformat has it
     worked = NBProcessor(path, procs, rm_directives=True)
     worked.process()
     cells = []
-    for cell in json.loads(json.dumps(worked.nb, default=list))["cells"]:      # nbdev keeps lists of its own kind
+    # nbdev keeps lists of its own kind
+    for cell in json.loads(json.dumps(worked.nb, default=list))["cells"]:
         source = "".join(cell["source"])
         if "#| echo: false" in source:
-            cell["metadata"]["transient"] = {"remove_source": True}            # what nbconvert's templates look for
-        cell["source"] = "\n".join(line for line in source.split("\n") if not line.startswith("#|")).strip("\n")
+            # what nbconvert's templates look for
+            cell["metadata"]["transient"] = {"remove_source": True}
+        cell["source"] = "\n".join(line for line in source.split("\n") if not line.startswith("#|")).strip(
+            "\n")
         cell.pop("idx_", None)
         if cell["source"] or cell.get("outputs"):
-            cells.append({k: v for k, v in cell.items() if k in ("cell_type", "source", "metadata", "outputs", "execution_count", "id")})
+            cells.append(
+                {k: v for k, v in cell.items()
+                 if k in ("cell_type", "source", "metadata", "outputs", "execution_count", "id")}
+            )
     nb = nbformat.from_dict({"cells": cells, "nbformat": 4, "nbformat_minor": 5,
                              "metadata": {"language_info": {"name": "python"}}})
     for cell in nb.cells:
@@ -84,13 +94,14 @@ def moved_links(text: str, folder: str) -> str:
     move = lambda m: m[1] + os.path.normpath(os.path.join(folder, m[2])).replace(os.sep, "/") + m[3]
     return re.sub(r"(\]\()(?![a-z]+:|#|/)([^)\s]+)(\))", move, text)
 
-
+# %% ../../nbs/lab/17_docs.ipynb #d74048b4
 def as_markdown(path: Path) -> str:
     "A notebook as Markdown that stands in the folder above it."
     from nbconvert import MarkdownExporter
     text, resources = MarkdownExporter().from_notebook_node(processed(path))
     if resources.get("outputs"):
-        raise ValueError(f"{path} has pictures among its outputs; a README needs them as files, linked from Markdown")
+        raise ValueError(
+            f"{path} has pictures among its outputs; a README needs them as files, linked from Markdown")
     note = f"<!-- Made from {path.parent.name}/{path.name} by `make docs`; edit the notebook. -->\n\n"
     return note + re.sub(r"\n{3,}", "\n\n", moved_links(text, path.parent.name)).strip() + "\n"
 
@@ -98,11 +109,12 @@ def as_markdown(path: Path) -> str:
 def result_table(folder: Path, heading: str = "Verdict") -> str:
     "The first table below a heading of a published report.md."
     lines = (folder / "report.md").read_text().splitlines()
-    start = next((i for i, line in enumerate(lines) if line.lstrip("# ") == heading and line.startswith("#")), len(lines))
+    start = next((i for i, line in enumerate(lines) if line.lstrip("# ") == heading and line.startswith("#")),
+                 len(lines))
     first = next((i for i, line in enumerate(lines) if i > start and line.startswith("|")), len(lines))
     return "\n".join(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
 
-
+# %% ../../nbs/lab/17_docs.ipynb #27a63d5f
 def published(name: str,                     # an ablation
               folder: Path | None = None,    # none: outputs/published of the checkout
               preset: str = "cpu",
@@ -114,27 +126,36 @@ def published(name: str,                     # an ablation
     ablation, below = ablations.get(name), f"{name}/{preset}" if preset != "cpu" else name
     folder, link = (folder or root() / "outputs" / "published") / below, f"../outputs/published/{below}"
     if not (folder / "table.csv").exists():
-        how = f"`prx-nb ablate {name} --preset {preset}`, then `prx-nb report {name} --preset {preset} --publish`"
+        how = (f"`prx-nb ablate {name} --preset {preset}`, then `prx-nb report {name} --preset {preset} "
+               "--publish`")
         return Markdown(f"No result is published yet. Make it: {how}.")
     rows = pd.read_csv(folder / "table.csv")
     first, others = rows.iloc[0], "; ".join(map(str, ablation.published))
-    parts = [f"**{ablation.question}** Preset {first.preset}, {_images_seen(folder)}{int(rows.seeds.max())} seeds, {first.hardware}; "
-             f"{rows.groupby('variant').seconds.first().mean():.0f} s a run.",
-             "\n".join(f"- {line}" for line in results.sentences(rows, ablation)) if heading == "Verdict" else "",
-             f"![{_PICTURES[picture]}]({link}/{picture}.png)", result_table(folder, heading),
-             f"Published by others: {others}. {ablation.caveat}" if others else ablation.caveat,
-             f"More: [report]({link}/report.md), [table]({link}/table.csv), [attributions](../outputs/published/NOTICE)."]
+    parts = [
+        f"**{ablation.question}** Preset {first.preset}, {_images_seen(folder)}{int(rows.seeds.max())} "
+        f"seeds, {first.hardware}; {rows.groupby('variant').seconds.first().mean():.0f} s a run.",
+        "\n".join(f"- {line}" for line in results.sentences(rows, ablation)) if heading == "Verdict" else "",
+        f"![{_PICTURES[picture]}]({link}/{picture}.png)",
+        result_table(folder, heading),
+        f"Published by others: {others}. {ablation.caveat}" if others else ablation.caveat,
+        f"More: [report]({link}/report.md), [table]({link}/table.csv), "
+        "[attributions](../outputs/published/NOTICE).",
+    ]
     return Markdown("\n\n".join(part for part in parts if part))
 
-
+# %% ../../nbs/lab/17_docs.ipynb #b8944fc4
 def _images_seen(folder: Path) -> str:
     "Of a run of a published result: it may have been made longer or shorter than its preset."
-    seen = {json.loads(p.read_text())["cost"].get("images_seen") for p in (folder / "records").glob("*.json")} - {None}
+    seen = {
+        json.loads(p.read_text())["cost"].get("images_seen") for p in (folder / "records").glob("*.json")
+    } - {None}
     return f"{min(seen):,} images seen, " if seen else ""
 
 
-_PICTURES = {"samples": "Samples side by side: one row a variant, one column a prompt",
-             "chance": "Share of tests that called a difference where there is none, by metric, beside the 5% expected"}
+_PICTURES = {
+    "samples": "Samples side by side: one row a variant, one column a prompt",
+    "chance": "Share of tests that called a difference where there is none, by metric, beside the 5% "
+              "expected"}
 
 # %% ../../nbs/lab/17_docs.ipynb #78314889
 def compared(names: list[str],               # ablations
@@ -145,11 +166,15 @@ def compared(names: list[str],               # ablations
     "All that is published of some ablations, one line a variant; those without a result are named below."
     from IPython.display import Markdown
     found = overview.overview(folder or root() / "outputs" / "published", names, preset)
-    link = lambda name: f"[{name.replace('_', ' ')}]({home}/outputs/published/{name if preset == 'cpu' else f'{name}/{preset}'}/report.md)"
+    place = lambda name: name if preset == "cpu" else f"{name}/{preset}"
+    link = lambda name: f"[{name.replace('_', ' ')}]({home}/outputs/published/{place(name)}/report.md)"
     missing = [f"`{name}`" for name in names if name not in set(found.ablation)]
-    table = found.assign(ablation=found.ablation.map(link)).rename(columns={"ablation": "question", "needed": "seeds needed"})
-    lines = [" | ".join(map(str, row)) for row in (table.columns, ["---"] * len(table.columns), *table.itertuples(index=False))]
-    parts = ["\n".join(f"| {line} |" for line in lines) if len(table) else "", f"Not published yet: {', '.join(missing)}." if missing else ""]
+    table = found.assign(ablation=found.ablation.map(link)).rename(
+        columns={"ablation": "question", "needed": "seeds needed"})
+    lines = [" | ".join(map(str, row))
+             for row in (table.columns, ["---"] * len(table.columns), *table.itertuples(index=False))]
+    parts = ["\n".join(f"| {line} |" for line in lines) if len(table) else "",
+             f"Not published yet: {', '.join(missing)}." if missing else ""]
     return Markdown("\n\n".join(filter(None, parts)))
 
 # %% ../../nbs/lab/17_docs.ipynb #87bbec78
@@ -178,20 +203,23 @@ def write_page(path: Path, home: Path, out: Path) -> Path:
         part.write_text(body)
     return to
 
-
+# %% ../../nbs/lab/17_docs.ipynb #7bac107d
 def index_page(home: Path, out: Path) -> Path:
     "The list of all pages, room by room."
     rooms: dict[str, list[str]] = {}
     for path in notebooks(home):
         (title, line), link = heading(path), path.relative_to(home / "nbs").with_suffix(".html").as_posix()
-        rooms.setdefault(path.parent.name, []).append(f'<li><a href="{link}">{html.escape(title)}</a> {html.escape(line)}</li>')
+        rooms.setdefault(path.parent.name, []).append(
+            f'<li><a href="{link}">{html.escape(title)}</a> {html.escape(line)}</li>')
     lists = "".join(f"<h2>{room}</h2><ul>{''.join(items)}</ul>" for room, items in rooms.items())
     style = "body{font:16px/1.6 system-ui,sans-serif;max-width:48rem;margin:auto;padding:1rem;color:#222}"
     with atomic(out / "contents.html") as part:
-        part.write_text('<!doctype html><html lang="en"><head><meta charset="utf-8">'
-                        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-                        f"<title>PRX Workbook: contents</title><style>{style}</style></head><body><h1>Contents</h1>"
-                        f'<p><a href="index.html">Start</a></p>{lists}</body></html>\n')
+        part.write_text(
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width,initial-scale=1">'
+            f"<title>PRX Workbook: contents</title><style>{style}</style></head><body><h1>Contents</h1>"
+            f'<p><a href="index.html">Start</a></p>{lists}</body></html>\n'
+        )
     return out / "contents.html"
 
 # %% ../../nbs/lab/17_docs.ipynb #69b73345
@@ -202,7 +230,8 @@ def _run_again(path: Path) -> None:
     from traitlets.config import Config
     nb, scratch = nbformat.read(path, 4), scratch_folder()
     try:
-        NotebookClient(nb, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
+        NotebookClient(nb, timeout=300, kernel_name="python3",
+                       resources={"metadata": {"path": str(path.parent)}},
                        config=Config({"KernelManager": {"transport": "ipc", "ip": f"{scratch}/k"}})).execute()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -224,8 +253,12 @@ def main() -> None:
     for path in (index, *notebooks(home)):
         write_page(path, home, out)
     index_page(home, out)
-    print(f"{len(notebooks(home)) + 1} pages in {out.name}/, start with {out.name}/index.html; all are listed in {out.name}/contents.html")
+    print(
+        f"{len(notebooks(home)) + 1} pages in {out.name}/, start with {out.name}/index.html; all are listed "
+        f"in {out.name}/contents.html"
+    )
 
 
-if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "prx_nb.lab.docs":   # python -m
+# python -m
+if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "prx_nb.lab.docs":
     sys.exit(main())

@@ -20,18 +20,21 @@ from .results import better_up, by_seed, main_metrics, pareto, variant_order
 from .statistics import Interval, mean_interval
 
 # %% ../../nbs/lab/13_figures.ipynb #834914a2
-COLOURS = ("#333333", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")   # after Okabe & Ito, the yellows darker
+# after Okabe & Ito, the yellows darker
+COLOURS = ("#333333", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 PANEL = (5.0, 3.1)                                                                         # inches
-DOTS = 60                                                                                  # an inch, on screen; a page has more
+# an inch, on screen; a page has more
+DOTS = 60
 
 
 def look(ablation: Ablation) -> dict[str, tuple[str, str]]:     # variant -> (colour, mark)
     "The baseline first, the others as declared."
     order = [ablation.baseline, *(v for v in ablation.variants if v != ablation.baseline)]
-    return {v: (COLOURS[i % len(COLOURS)], MARKS[(i + i // len(COLOURS)) % len(MARKS)]) for i, v in enumerate(order)}
+    return {v: (COLOURS[i % len(COLOURS)], MARKS[(i + i // len(COLOURS)) % len(MARKS)])
+            for i, v in enumerate(order)}
 
-
+# %% ../../nbs/lab/13_figures.ipynb #cc7514fa
 def _panel(title: str, xlabel: str, **more):
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=PANEL, dpi=DOTS, constrained_layout=True)
@@ -40,7 +43,7 @@ def _panel(title: str, xlabel: str, **more):
     _tidy(ax)
     return fig, ax
 
-
+# %% ../../nbs/lab/13_figures.ipynb #5b233574
 def _tidy(ax, axis: str = "both") -> None:
     ax.grid(axis=axis, alpha=0.25, which="both", lw=0.5)
     ax.spines[["top", "right"]].set_visible(False)
@@ -54,16 +57,18 @@ def band(values: pd.DataFrame,     # rows x seeds
     half = values.std(axis=1) / np.sqrt(n) * stats.t.ppf(0.975, np.maximum(n - 1, 1))
     return pd.DataFrame({"mean": mean, "low": mean - half, "high": mean + half})
 
-
+# %% ../../nbs/lab/13_figures.ipynb #18f66605
 def _by(lines: pd.DataFrame, variant: str, name: str, clock: str, smooth: int) -> pd.DataFrame:
     "A curve of a variant on a grid of steps or seconds: rows x seeds."
     mine = lines[(lines.variant == variant) & (lines.name == name) & lines[clock].notna()].sort_values("step")
     width = lambda c: max(1, min(smooth, len(c) // 8))
-    of = {seed: c.set_index(clock).value.rolling(width(c), min_periods=1).mean() for seed, c in mine.groupby("seed")}
+    of = {seed: c.set_index(clock).value.rolling(width(c), min_periods=1).mean()
+          for seed, c in mine.groupby("seed")}
     if not of or clock == "step":
         values = pd.DataFrame(of)
         return values.iloc[::max(1, len(values) // 300)]
-    grid = np.linspace(max(c.index[0] for c in of.values()), min(c.index[-1] for c in of.values()), 100)    # where all seeds have been
+    # where all seeds have been
+    grid = np.linspace(max(c.index[0] for c in of.values()), min(c.index[-1] for c in of.values()), 100)
     return pd.DataFrame({seed: np.interp(grid, c.index, c) for seed, c in of.items()}, index=grid)
 
 # %% ../../nbs/lab/13_figures.ipynb #a14bb042
@@ -83,11 +88,13 @@ def curve_figure(lines: pd.DataFrame,      # from `results.curves`
     for variant, c in drawn.items():
         (colour, mark), b = look(ablation)[variant], band(c)
         ax.plot(c.index, c, color=colour, lw=0.6, alpha=0.5)
-        ax.plot(c.index, b["mean"], color=colour, lw=2, label=variant, marker=mark, ms=4, markevery=max(1, len(c) // 8))
+        ax.plot(c.index, b["mean"], color=colour, lw=2, label=variant, marker=mark, ms=4,
+                markevery=max(1, len(c) // 8))
     limits = ax.get_ylim()
     for variant, c in drawn.items():
         b = band(c)
-        ax.fill_between(c.index, b.low.clip(lower=limits[0] / 10), b.high, color=look(ablation)[variant][0], alpha=0.15, lw=0)
+        ax.fill_between(c.index, b.low.clip(lower=limits[0] / 10), b.high, color=look(ablation)[variant][0],
+                        alpha=0.15, lw=0)
     ax.set_ylim(limits)
     if not math.isnan(moment):
         ax.axvline(moment, color="0.5", lw=1, ls=":")
@@ -95,13 +102,14 @@ def curve_figure(lines: pd.DataFrame,      # from `results.curves`
     ax.legend(frameon=False)
     return fig
 
-
+# %% ../../nbs/lab/13_figures.ipynb #18fe559e
 def _plain_numbers(ax) -> None:
     from matplotlib import ticker
     plain = ticker.FuncFormatter(lambda v, _: f"{v:.3g}")
     low, high = ax.get_ylim()
     ax.yaxis.set_major_formatter(plain)
-    ax.yaxis.set_minor_formatter(plain if high < 8 * low else ticker.NullFormatter())    # few decades need all their labels
+    # few decades need all their labels
+    ax.yaxis.set_minor_formatter(plain if high < 8 * low else ticker.NullFormatter())
 
 # %% ../../nbs/lab/13_figures.ipynb #5be5f7d1
 def time_figure(runs: pd.DataFrame, ablation: Ablation):
@@ -127,13 +135,15 @@ def _span(values: list[float], intervals: list[Interval], room: float) -> tuple[
     pad = room * (max(ends) - min(ends)) or 0.05 * abs(max(ends)) or 1
     return min(ends) - pad, max(ends) + pad
 
-
+# %% ../../nbs/lab/13_figures.ipynb #9828b112
 def _one_metric(ax, runs: pd.DataFrame, ablation: Ablation, metric: str) -> None:
     variants = variant_order(runs, ablation)
     values = {v: by_seed(runs, v, metric) for v in variants}
     found = {v: mean_interval(list(of.values())) for v, of in values.items() if of}
     for seed in sorted(set().union(*values.values())):
-        ax.plot(range(len(variants)), [values[v].get(seed, np.nan) for v in variants], color="0.8", lw=1, zorder=1)
+        ax.plot(
+            range(len(variants)), [values[v].get(seed, np.nan) for v in variants], color="0.8", lw=1, zorder=1
+        )
     for v, m in found.items():
         i, (colour, mark) = variants.index(v), look(ablation)[v]
         ax.scatter([i] * m.n, list(values[v].values()), color=colour, marker=mark, s=18, zorder=3)
@@ -144,13 +154,14 @@ def _one_metric(ax, runs: pd.DataFrame, ablation: Ablation, metric: str) -> None
     ax.set_title(f"{metric}\n{'up' if better_up(metric) else 'down'} is better", fontsize=9)
     _tidy(ax, "y")
 
-
+# %% ../../nbs/lab/13_figures.ipynb #4ea5dbdd
 def metrics_figure(runs: pd.DataFrame, results: pd.DataFrame, ablation: Ablation, columns: int = 4):
     "Every main metric, seed by seed: a matplotlib figure."
     import matplotlib.pyplot as plt
     names = main_metrics(results)
     rows, columns = math.ceil(len(names) / columns), min(columns, len(names))
-    fig, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.6 * rows), dpi=DOTS, squeeze=False, constrained_layout=True)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(2.6 * columns, 2.6 * rows), dpi=DOTS, squeeze=False, constrained_layout=True)
     for ax, name in zip(axes.flat, names):
         _one_metric(ax, runs, ablation, name)
     for ax in axes.flat[len(names):]:
@@ -167,7 +178,8 @@ def pareto_figure(runs: pd.DataFrame, ablation: Ablation, metric: str, cost: str
             points[variant] = mean_interval(spent), mean_interval(list(got.values()))
     if not points:
         return None
-    front = pareto([c.mean for c, _ in points.values()], [q.mean for _, q in points.values()], better_up(metric))
+    front = pareto(
+        [c.mean for c, _ in points.values()], [q.mean for _, q in points.values()], better_up(metric))
     fig, ax = _panel(f"{metric}, {'up' if better_up(metric) else 'down'} is better", "training seconds a run")
     for on, (variant, (c, q)) in zip(front, points.items()):
         colour, mark = look(ablation)[variant]
@@ -180,7 +192,8 @@ def pareto_figure(runs: pd.DataFrame, ablation: Ablation, metric: str, cost: str
         ax.plot([c.low, c.high], [q.mean] * 2, color=colour, lw=1, zorder=2)
         ax.plot([c.mean] * 2, [q.low, q.high], color=colour, lw=1, zorder=2)
     costs, qualities = zip(*points.values())
-    ax.set(xlim=_span([c.mean for c in costs], costs, 0.15), ylim=_span([q.mean for q in qualities], qualities, 0.15))
+    ax.set(xlim=_span([c.mean for c in costs], costs, 0.15),
+           ylim=_span([q.mean for q in qualities], qualities, 0.15))
     fig.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3)
     return fig
 
@@ -191,7 +204,8 @@ def chance_figure(rates: pd.DataFrame):
         return None
     fig, ax = _panel("called a difference, though nothing differs", "share of tests")
     y = np.arange(len(rates))[::-1]
-    ax.errorbar(rates.rate, y, xerr=[rates.rate - rates.low, rates.high - rates.rate], fmt="o", color=COLOURS[1], capsize=3)
+    ax.errorbar(rates.rate, y, xerr=[rates.rate - rates.low, rates.high - rates.rate], fmt="o",
+                color=COLOURS[1], capsize=3)
     ax.axvline(0.05, color=COLOURS[2], lw=1.5, ls="--", label="5%")
     ax.set(yticks=y, yticklabels=rates.metric, xlim=(0, None), ylim=(-0.6, len(rates) - 0.4))
     ax.xaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
@@ -218,18 +232,20 @@ def forest_figure(names: list[str], differences: list[Interval], verdicts: list[
     return fig
 
 # %% ../../nbs/lab/13_figures.ipynb #36fc1453
-def read_samples(folder: str | Path) -> dict | None:   # images and reference (N, 3, H, W) uint8, prompts, notice
+# images and reference (N, 3, H, W) uint8, prompts, notice
+def read_samples(folder: str | Path) -> dict | None:
     "The samples a run has left, `None` if it left none that can be read."
     from safetensors import SafetensorError, safe_open
     path = Path(folder) / "samples.safetensors"
     try:
         with safe_open(path, "numpy") as f:
             tensors, words = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-        return tensors | {"prompts": json.loads(words.get("prompts", "[]")), "notice": words.get("notice", "")}
+        return tensors | {"prompts": json.loads(words.get("prompts", "[]")),
+                          "notice": words.get("notice", "")}
     except (OSError, ValueError, SafetensorError):
         return None
 
-
+# %% ../../nbs/lab/13_figures.ipynb #4c395988
 def _strip(images: np.ndarray, gap: int = 2) -> np.ndarray:    # (N, 3, H, W) -> (H, N W + gaps, 3)
     padded = np.pad(images, ((0, 0), (0, 0), (0, 0), (0, gap)), constant_values=255)
     return np.concatenate(list(padded.transpose(0, 2, 3, 1)), 1)[:, :-gap]
@@ -243,11 +259,14 @@ def samples_figure(runs: pd.DataFrame, ablation: Ablation, seed: int = 0, count:
     if not found:
         return None
     any_ = next(iter(found.values()))
-    rows = ([("held out", any_["reference"])] if "reference" in any_ else []) + [(v, s["images"]) for v, s in found.items()]
+    rows = ([("held out", any_["reference"])] if "reference" in any_ else []) + [
+        (v, s["images"]) for v, s in found.items()]
     count = min(count, len(any_["images"]) - first)
-    prompts = [textwrap.fill(p, 20, max_lines=4, placeholder=" ...") for p in any_["prompts"][first:first + count]]
+    prompts = [
+        textwrap.fill(p, 20, max_lines=4, placeholder=" ...") for p in any_["prompts"][first : first + count]]
     top = 0.1 + 0.14 * max((p.count("\n") + 1 for p in prompts), default=0)          # inches for the words
-    fig, axes = plt.subplots(len(rows), figsize=(1.25 * count + 0.4, 1.25 * len(rows) + top), dpi=DOTS, squeeze=False)
+    fig, axes = plt.subplots(
+        len(rows), figsize=(1.25 * count + 0.4, 1.25 * len(rows) + top), dpi=DOTS, squeeze=False)
     for ax, (name, images) in zip(axes[:, 0], rows):
         ax.imshow(_strip(images[first:first + count]), interpolation="nearest")
         ax.set(xticks=[], yticks=[])
@@ -255,6 +274,8 @@ def samples_figure(runs: pd.DataFrame, ablation: Ablation, seed: int = 0, count:
         ax.set_ylabel(name, fontsize=11)
     width = (any_["images"].shape[-1] + 2)
     for i, words in enumerate(prompts):
-        axes[0, 0].text(i * width + width / 2 - 1, -2, words, fontsize=7, ha="center", va="bottom", parse_math=False)
-    fig.subplots_adjust(left=0.3 / fig.get_figwidth(), right=1, bottom=0.01, top=1 - top / fig.get_figheight(), hspace=0.04)
+        axes[0, 0].text(
+            i * width + width / 2 - 1, -2, words, fontsize=7, ha="center", va="bottom", parse_math=False)
+    fig.subplots_adjust(
+        left=0.3 / fig.get_figwidth(), right=1, bottom=0.01, top=1 - top / fig.get_figheight(), hspace=0.04)
     return fig

@@ -25,9 +25,10 @@ from ..core.recipe import Recipe
 def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-
+# %% ../../nbs/lab/02_identity.ipynb #266e03df
 def meaning(source: str) -> str:
-    "A hash of what a piece of Python does: comments, docstrings and layout left out. What does not parse counts as it is."
+    """A hash of what a piece of Python does: comments, docstrings and layout left out. What does not parse
+    counts as it is."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -35,13 +36,20 @@ def meaning(source: str) -> str:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list):                                 # a text that is a statement does nothing
-            node.body = [n for n in body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) and isinstance(n.value.value, str))]
-    tree.body = [n for n in tree.body if not (isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__")]
+            node.body = [
+                n
+                for n in body
+                if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)
+                        and isinstance(n.value.value, str))
+            ]
+    tree.body = [n for n in tree.body
+                 if not (isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__")]
     return _short(ast.dump(tree))
 
 # %% ../../nbs/lab/02_identity.ipynb #b66225a8
 def _imports(tree: ast.AST, package: str) -> list[str]:
-    "Modules, and names that may be modules below them, that a source imports; `package` is what its dots stand for."
+    """Modules, and names that may be modules below them, that a source imports; `package` is what its dots
+    stand for."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -52,7 +60,7 @@ def _imports(tree: ast.AST, package: str) -> list[str]:
             found += [module, *(f"{module}.{a.name}" for a in node.names)]
     return found
 
-
+# %% ../../nbs/lab/02_identity.ipynb #87e94ea0
 @lru_cache(4096)
 def _seen(path: Path, changed: int, size: int, package: str) -> tuple[str, tuple[str, ...]]:
     "Meaning and imports of a file, read once as long as it does not change."
@@ -62,7 +70,7 @@ def _seen(path: Path, changed: int, size: int, package: str) -> tuple[str, tuple
     except SyntaxError:
         return _short(source), ()
 
-
+# %% ../../nbs/lab/02_identity.ipynb #faa9d2b8
 def _look(path: Path, package: str) -> tuple[str, tuple[str, ...]]:
     stat = path.stat()
     return _seen(path, stat.st_mtime_ns, stat.st_size, package)
@@ -94,7 +102,7 @@ def libraries() -> dict[str, str]:
              "scipy", "pillow", "resvg_py", "tokenizers")
     return {name: metadata.version(name) for name in names if any(metadata.distributions(name=name))}
 
-
+# %% ../../nbs/lab/02_identity.ipynb #c34d25c6
 def _undeclared(source: str) -> str:
     "A declaring cell without the declaration and the import that it needs; what else stands there counts."
     try:
@@ -105,12 +113,14 @@ def _undeclared(source: str) -> str:
     serves = lambda n: isinstance(n, ast.ImportFrom) and n.module == "prx_nb.lab.ablations"
     return "\n".join(ast.unparse(n) for n in body if not declares(n) and not serves(n))
 
-
+# %% ../../nbs/lab/02_identity.ipynb #1eeaa989
 @lru_cache(1024)
 def _notebook(path: Path, changed: int, size: int) -> tuple[str, tuple[str, ...]]:
-    "Meaning of a notebook's code and what it imports. The declaration is left out: what it decides is in the recipe."
+    """Meaning of a notebook's code and what it imports. The declaration is left out: what it decides is in
+    the recipe."""
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-    sources = [_undeclared(s) if "ablation" in c["metadata"].get("tags", []) else s for c in cells for s in ["".join(c["source"])]]
+    sources = [_undeclared(s) if "ablation" in c["metadata"].get("tags", []) else s for c in cells
+               for s in ["".join(c["source"])]]
     imports = []
     for source in sources:
         try:
@@ -119,7 +129,7 @@ def _notebook(path: Path, changed: int, size: int) -> tuple[str, tuple[str, ...]
             pass
     return _short("|".join(map(meaning, sources))), tuple(imports)
 
-
+# %% ../../nbs/lab/02_identity.ipynb #72f92f7d
 def _used(name: str) -> tuple[str, tuple[str, ...]]:
     "What stands for a module or file of the reader's own, and what it imports."
     path = Path(name)
@@ -128,11 +138,14 @@ def _used(name: str) -> tuple[str, tuple[str, ...]]:
         path = Path(spec.origin) if spec and spec.origin else path
     if path.suffix == ".ipynb" and path.is_file():
         return _notebook(path, path.stat().st_mtime_ns, path.stat().st_size)
-    return _look(path, "" if name.endswith(".py") else name.rpartition(".")[0]) if path.is_file() else (name, ())
+    return (
+        _look(path, "" if name.endswith(".py") else name.rpartition(".")[0]) if path.is_file() else (name, ())
+    )
 
-
+# %% ../../nbs/lab/02_identity.ipynb #711d6d5c
 def _files(settings: recipes.Data) -> dict[str, str]:
-    "The content of local images, where the recipe names some. What cannot be read is for `prepare` to refuse."
+    """The content of local images, where the recipe names some. What cannot be read is for `prepare` to
+    refuse."""
     with contextlib.suppress(OSError):
         if found := data.source_key(settings):
             return {f"what is in data.path {settings.path}": found}
@@ -152,9 +165,10 @@ def parts(notebook: Path, parameters: Mapping[str, Any], recipe: Recipe,
     found = {"the notebook's code": cells, "the parameters": _short(chosen), "the recipe": recipe.key}
     found |= {f"library {name}": version for name, version in libraries().items()}
     found |= {f"module {name}": mark for name, mark in _reached(tuple(dict.fromkeys(imported)), root).items()}
-    return found | _files(recipe.data) | {f"{name}, which the recipe uses": mark for name, (mark, _) in used.items()}
+    return (found | _files(recipe.data)
+            | {f"{name}, which the recipe uses": mark for name, (mark, _) in used.items()})
 
-
+# %% ../../nbs/lab/02_identity.ipynb #3e470e58
 _KEPT: dict[tuple, tuple[float, dict[str, str]]] = {}
 
 
@@ -167,7 +181,7 @@ def _reached(names: tuple[str, ...], root: Path | None) -> dict[str, str]:
         _KEPT[names, root] = time.monotonic(), found
     return found
 
-
+# %% ../../nbs/lab/02_identity.ipynb #30e0392c
 def key(parts: Mapping[str, str]) -> str:
     "One hash of all parts."
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -177,11 +191,11 @@ def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     "What is not the same, in words; versions are named."
     if not old:
         return ["it was made before runs kept what decides them"]
-    said = []
+    lines = []
     for name in sorted(old.keys() | new.keys()):
         a, b = old.get(name), new.get(name)
         if a != b and name.startswith("library"):
-            said.append(f"{name} was {a or 'not there'}, is {b or 'not there'}")
+            lines.append(f"{name} was {a or 'not there'}, is {b or 'not there'}")
         elif a != b:
-            said.append(f"{name} {'changed' if a and b else 'is new' if b else 'is gone'}")
-    return said
+            lines.append(f"{name} {'changed' if a and b else 'is new' if b else 'is gone'}")
+    return lines

@@ -34,13 +34,14 @@ class Exam:
     prompts: list[str]                # what each is asked for with, `evaluate.captions`
     reference: Tensor                 # (N, 3, H, W) in [-1, 1]
 
-
+# %% ../../nbs/lab/10_judge.ipynb #e596d5da
 def exam(prepared: Prepared, recipe: Recipe) -> Exam:
     "The exam of a recipe: the same for all seeds and variants."
     held = prepared.heldout
     index = held[torch.linspace(0, len(held) - 1, min(recipe.evaluate.samples, len(held))).round().long()]
     index = index[torch.randperm(len(index), generator=stream(0, "exam"))]
-    return Exam(index, [prepared.images.items[i] for i in index], [prepared.asked[i] for i in index], prepared.images.batch(index))
+    return Exam(index, [prepared.images.items[i] for i in index], [prepared.asked[i] for i in index],
+                prepared.images.batch(index))
 
 # %% ../../nbs/lab/10_judge.ipynb #b5ce301c
 def reworded(prepared: Prepared, recipe: Recipe,
@@ -49,8 +50,8 @@ def reworded(prepared: Prepared, recipe: Recipe,
     "The same held-out images with other prompts; their states are encoded if they are not on disk."
     asked = [captions.caption(item, kind) for item in prepared.images.items]
     pack = recipe.data.path if recipe.data.source == "pack" else None
-    said = sorted({asked[i] for i in prepared.heldout.tolist()})
-    states = text.text_states(recipe.text.encoder, said, recipe.text.tokens, False, pack=pack)
+    prompts = sorted({asked[i] for i in prepared.heldout.tolist()})
+    states = text.text_states(recipe.text.encoder, prompts, recipe.text.tokens, False, pack=pack)
     return replace(prepared, asked=asked, states=states, texts=[], rows=torch.empty(0, 0))
 
 # %% ../../nbs/lab/10_judge.ipynb #6a473fbf
@@ -60,7 +61,7 @@ def draw(run: Run, prepared: Prepared, questions: Exam) -> Tensor:    # (N, 3, H
     drawn = sampling.draw(run.model, run.recipe, states, mask, *prepared.states.null(1))
     return run.space.decode(drawn).clamp(-1, 1)
 
-
+# %% ../../nbs/lab/10_judge.ipynb #cf8c2d06
 def keep(folder: Path, images: Tensor, questions: Exam, notice: str, count: int) -> None:
     "Write the first `count` pictures as samples.safetensors and samples.png."
     from safetensors.torch import save_file
@@ -71,7 +72,8 @@ def keep(folder: Path, images: Tensor, questions: Exam, notice: str, count: int)
         picture(images[:count], columns=8, zoom=max(1, 96 // images.shape[-1])).save(part, format="PNG")
 
 # %% ../../nbs/lab/10_judge.ipynb #31afea4a
-def take(run: Run, prepared: Prepared) -> tuple[Exam, Tensor]:    # the questions and the pictures (N, 3, H, W)
+# the questions and the pictures (N, 3, H, W)
+def take(run: Run, prepared: Prepared) -> tuple[Exam, Tensor]:
     "Let a run sit the exam: draw its pictures and keep some of them in its folder."
     questions = exam(prepared, run.recipe)
     images = draw(run, prepared, questions)
@@ -83,13 +85,13 @@ def judge(run: Run, prepared: Prepared, questions: Exam, images: Tensor) -> dict
     "All metrics of the drawn pictures, by name."
     return metrics.evaluate(images, questions.items, metrics.prepare(run.recipe, prepared))
 
-
+# %% ../../nbs/lab/10_judge.ipynb #b5977974
 def bounds(prepared: Prepared, recipe: Recipe) -> dict[str, dict[str, float]]:
     "What the same metrics give for real held-out drawings, and for guessing."
     reference = metrics.prepare(recipe, prepared)
     return {"real": reference.limits, "guessing": reference.chance}
 
-
+# %% ../../nbs/lab/10_judge.ipynb #3aea99cf
 def complete(run: Run,
              ablation: str | ablations.Ablation, variant: str, preset: str,
              measured: dict[str, float],
@@ -99,25 +101,29 @@ def complete(run: Run,
     "Finish the record of a run. Returns it."
     seed = run.recipe.seed - ablations.shift(ablation, variant)
     name = ablation if isinstance(ablation, str) else ablation.name
-    return train.update_record(run.dir, ablation=name, variant=variant, preset=preset, seed=seed, metrics=measured,
-                               cost={"total_seconds": round(time.time() - begin, 2)}, **more)
+    return train.update_record(run.dir, ablation=name, variant=variant, preset=preset, seed=seed,
+                               metrics=measured, cost={"total_seconds": round(time.time() - begin, 2)},
+                               **more)
 
 # %% ../../nbs/lab/10_judge.ipynb #522f199a
 def plot_training(run: Run):                                          # the matplotlib figure
     "Training and validation error by step."
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 2.6), dpi=72)
-    for name, said in {"loss flow": "training", "val": "validation"}.items():
+    for name, label in {"loss flow": "training", "val": "validation"}.items():
         c = run.curves[run.curves.name == name]
-        ax.plot(c.step, c.value.rolling(max(1, len(c) // 30), min_periods=1).mean(), label=said)
+        ax.plot(c.step, c.value.rolling(max(1, len(c) // 30), min_periods=1).mean(), label=label)
     ax.set(xlabel="step", ylabel="squared error of v", yscale="log")
     ax.legend()
     return fig
 
-
+# %% ../../nbs/lab/10_judge.ipynb #2db11f6e
 def tell(record: dict) -> None:
     "Print metrics and cost."
     for name, value in record["metrics"].items():
         print(f"{name:28} {value:.4g}")
     cost = record["cost"]
-    print(f"\n{cost['total_seconds']:.0f} s in all, {cost['train_seconds']:.0f} s of training, {cost['parameters']:,} parameters")
+    print(
+        f"\n{cost['total_seconds']:.0f} s in all, {cost['train_seconds']:.0f} s of training, "
+        f"{cost['parameters']:,} parameters"
+    )

@@ -17,7 +17,8 @@ from . import ablations, results
 from .ablations import Published
 
 # %% ../../nbs/lab/16_overview.ipynb #19b71c44
-FAMILIES = ("FD", "MMD")           # the distances to real images that have published kin: FID, and CMMD or DINO-MMD
+# the distances to real images that have published kin: FID, and CMMD or DINO-MMD
+FAMILIES = ("FD", "MMD")
 
 
 def percent(change: float, low: float = math.nan, high: float = math.nan) -> str:
@@ -27,33 +28,40 @@ def percent(change: float, low: float = math.nan, high: float = math.nan) -> str
     short = lambda v: f"{100 * v:+.0f}%" if abs(v) >= 0.095 else f"{100 * v:+.1f}%"
     return short(change) + ("" if math.isnan(low) else f" [{short(low)}, {short(high)}]")
 
-
-def by_source(said: Iterable[tuple[str, str]]) -> str:
-    "(source, words) in one line, once each. Sources that say different things are named by a part in which all of them differ, the shortest."
+# %% ../../nbs/lab/16_overview.ipynb #bdaeddda
+def by_source(pairs: Iterable[tuple[str, str]]) -> str:
+    """(source, words) in one line, once each. Sources that say different things are named by a part in which
+    all of them differ, the shortest."""
     words = {}
-    for source, word in said:
+    for source, word in pairs:
         words.setdefault(source, {})[word] = None
     lines = {source: ", ".join(found) for source, found in words.items()}
     if len(set(lines.values())) < 2:
         return next(iter(lines.values()), "")
-    names = [column for column in zip(*(source.split(", ") for source in lines)) if len(set(column)) == len(column)]
+    names = [
+        column for column in zip(*(source.split(", ") for source in lines)) if len(set(column)) == len(column)
+    ]
     named = zip(min(names, key=lambda column: max(map(len, column)), default=lines), lines.values())
     return "; ".join(f"{name}: {line}" for name, line in named)
 
-
+# %% ../../nbs/lab/16_overview.ipynb #0e54032c
 def theirs(published: Iterable[Published], variant: str) -> str:
     "What others found of a variant, e.g. `FID -20%, CMMD -15%`."
-    return by_source((p.source, f"{p.metric} {percent(p.value / p.baseline_value - 1)}") for p in published if p.variant == variant)
-
+    return by_source((p.source, f"{p.metric} {percent(p.value / p.baseline_value - 1)}") for p in published
+                     if p.variant == variant)
 
 # %% ../../nbs/lab/16_overview.ipynb #9dae8423
 def teachers(recipe: Recipe) -> tuple[str, ...]:
     "The frozen encoders that a training learns from."
-    return tuple(getattr(node, node.teacher_field) for node in recipe.techniques.on.values() if node.teacher_field)
+    return tuple(
+        getattr(node, node.teacher_field) for node in recipe.techniques.on.values() if node.teacher_field)
 
-
-def _effect(rows: pd.DataFrame, family: str, variant: str, baseline: str, known: tuple[str, ...] = ()) -> dict[str, str]:
-    "Our difference on a family of metrics, but not in the features of a `known` encoder; its verdict, and the seeds needed."
+# %% ../../nbs/lab/16_overview.ipynb #5de4b476
+def _effect(
+    rows: pd.DataFrame, family: str, variant: str, baseline: str, known: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """Our difference on a family of metrics, but not in the features of a `known` encoder; its verdict, and
+    the seeds needed."""
     name = rows.metric.str.removesuffix("]").str.partition("[")
     rows = rows[(name[0] == family) & ~name[2].str.startswith(known)]
     mine = rows[rows.variant == variant]
@@ -63,9 +71,10 @@ def _effect(rows: pd.DataFrame, family: str, variant: str, baseline: str, known:
     r, scale = mine.iloc[0], abs(base["mean"].iloc[0]) or math.nan
     open_ = r.verdict == "not distinguishable" and not pd.isna(r.seeds_needed)
     needed = "" if not open_ else str(int(r.seeds_needed)) if r.seeds_needed > r.seeds else f">{r.seeds}"
-    return {family: percent(r.difference / scale, r.difference_low / scale, r.difference_high / scale), "verdict": r.verdict, "needed": needed}
+    return {family: percent(r.difference / scale, r.difference_low / scale, r.difference_high / scale),
+            "verdict": r.verdict, "needed": needed}
 
-
+# %% ../../nbs/lab/16_overview.ipynb #cc145ced
 def _cost(folder: Path, variant: str, baseline: str) -> str:
     "Seconds and operations a step, as multiples of the baseline's."
     if not (folder / "cost.csv").exists():
@@ -73,7 +82,8 @@ def _cost(folder: Path, variant: str, baseline: str) -> str:
     spent = pd.read_csv(folder / "cost.csv").set_index("variant")
     if not {variant, baseline} <= set(spent.index):
         return ""
-    ratio = {word: spent[name][variant] / spent[name][baseline] for word, name in (("time", "step_seconds"), ("FLOPs", "flops_step"))}
+    ratio = {word: spent[name][variant] / spent[name][baseline]
+             for word, name in (("time", "step_seconds"), ("FLOPs", "flops_step"))}
     return ", ".join(f"{word} x{value:.2f}" for word, value in ratio.items() if not math.isnan(value))
 
 # %% ../../nbs/lab/16_overview.ipynb #d088270e
@@ -81,19 +91,36 @@ def overview(folder: Path,                     # outputs/published
              names: Iterable[str],             # ablations
              preset: str = "cpu",
              ) -> pd.DataFrame:                # one row a variant that was published, in words
-    "Ablation, variant, published effect, ours on each family with verdict, agreement, seeds (needed), cost. Empty where nothing is published."
+    """Ablation, variant, published effect, ours on each family with verdict, agreement, seeds (needed), cost.
+    Empty where nothing is published."""
     rows = []
     for name in names:
         ablation, home = ablations.get(name), folder / (name if preset == "cpu" else f"{name}/{preset}")
-        found = pd.read_csv(home / "table.csv") if (home / "table.csv").exists() else pd.DataFrame(columns=results.COLUMNS)
-        others = results.published_table(found, ablation) if len(found) else pd.DataFrame(columns=["variant", "source", "agreement"])
+        found = (pd.read_csv(home / "table.csv") if (home / "table.csv").exists()
+                 else pd.DataFrame(columns=results.COLUMNS))
+        others = (results.published_table(found, ablation) if len(found)
+                  else pd.DataFrame(columns=["variant", "source", "agreement"]))
         for variant in dict.fromkeys(v for v in found.variant if v != ablation.baseline):
             known = teachers(ablations.recipe(ablation, variant, preset, 0))
-            effects = {family: _effect(found, family, variant, ablation.baseline, known) for family in FAMILIES}
-            row = {"ablation": name, "variant": f"{variant} against {ablation.baseline}", "published": theirs(ablation.published, variant)}
-            row |= {f"{f}, ours": " ".join(filter(None, (e[f], f"({e['verdict']})" if e["verdict"] else ""))) for f, e in effects.items()}
-            rows.append(row | {"agreement": by_source(others.loc[others.variant == variant, ["source", "agreement"]].itertuples(index=False)),
-                               "seeds": int(found[found.variant == variant].seeds.max()),
-                               "needed": ", ".join(f"{f} {e['needed']}" for f, e in effects.items() if e["needed"]),
-                               "cost": _cost(home, variant, ablation.baseline)})
-    return pd.DataFrame(rows, columns=["ablation", "variant", "published", *(f"{f}, ours" for f in FAMILIES), "agreement", "seeds", "needed", "cost"])
+            effects = {
+                family: _effect(found, family, variant, ablation.baseline, known) for family in FAMILIES}
+            row = {"ablation": name, "variant": f"{variant} against {ablation.baseline}",
+                   "published": theirs(ablation.published, variant)}
+            row |= {f"{f}, ours": " ".join(filter(None, (e[f], f"({e['verdict']})" if e["verdict"] else "")))
+                    for f, e in effects.items()}
+            rows.append(
+                row
+                | {
+                    "agreement": by_source(
+                        others.loc[others.variant == variant, ["source", "agreement"]].itertuples(index=False)
+                    ),
+                    "seeds": int(found[found.variant == variant].seeds.max()),
+                    "needed": ", ".join(f"{f} {e['needed']}" for f, e in effects.items() if e["needed"]),
+                    "cost": _cost(home, variant, ablation.baseline),
+                }
+            )
+    return pd.DataFrame(
+        rows,
+        columns=["ablation", "variant", "published", *(f"{f}, ours" for f in FAMILIES), "agreement", "seeds",
+                 "needed", "cost"],
+    )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+from fastcore.basics import patch
 import numpy as np
 import pandas as pd
 
@@ -33,7 +34,7 @@ class Link(str):
         made.target = quote(str(target))
         return made
 
-
+# %% ../../nbs/lab/14_page.ipynb #5cf378e1
 def _png(fig, colours: int | None) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
@@ -53,30 +54,10 @@ class Page:
     title: str
     parts: list[tuple] = field(default_factory=list)         # (kind, content ...)
 
-    def text(self, words: str, kind: str = "p") -> None:     # p, h2, h3, li, code, small or warn; `code` and **strong** within
-        self.parts.append((kind, words))
-
-    def frame(self, rows: pd.DataFrame, about: str, cards: bool = False) -> None:   # `about` says what it holds
-        "A table. On a phone it scrolls within itself, or (`cards`) every row becomes a card headed by its first two cells."
-        if len(rows):
-            self.parts.append(("table", rows, about, cards))
-
-    def figures(self, *drawn: tuple, colours: int | None = 64, wide: bool = False) -> None:   # (figure or None, name, alternative text)
-        "Figures side by side where there is room; `wide` ones are not made smaller than can be read. Written as <name>.png."
-        import matplotlib.pyplot as plt
-        names = []
-        for fig, name, alt in drawn:
-            if fig is not None:
-                with atomic(self.folder / f"{name}.png") as part:
-                    part.write_bytes(_png(fig, colours))
-                plt.close(fig)
-                names.append((name, alt))
-        if names:
-            self.parts.append(("figures", names, wide))
-
     @contextlib.contextmanager
     def folded(self, title: str):
-        "What is added within this block is folded away under a title; nothing stays of a block without parts."
+        """What is added within this block is folded away under a title; nothing stays of a block without
+        parts."""
         self.parts.append(("open", title))
         begin = len(self.parts)
         yield
@@ -85,29 +66,67 @@ class Page:
         else:
             self.parts.append(("close",))
 
-    def section(self, title: str) -> "Page":
-        "The parts below a heading, up to the next; a page without parts if there is no such heading."
-        heads = [i for i, part in enumerate(self.parts) if part[0] == "h2"] + [len(self.parts)]
-        first = next((i for i in heads[:-1] if self.parts[i][1] == title), None)
-        return Page(self.folder, title, [] if first is None else self.parts[first + 1:heads[heads.index(first) + 1]])
+# %% ../../nbs/lab/14_page.ipynb #b0f1752e
+# p, h2, h3, li, code, small or warn; `code` and **strong** within
+@patch
+def text(self: Page, words: str, kind: str = "p") -> None:
+    self.parts.append((kind, words))
+
+# %% ../../nbs/lab/14_page.ipynb #954093a4
+# `about` says what it holds
+@patch
+def frame(self: Page, rows: pd.DataFrame, about: str, cards: bool = False) -> None:
+    """A table. On a phone it scrolls within itself, or (`cards`) every row becomes a card headed by its
+    first two cells."""
+    if len(rows):
+        self.parts.append(("table", rows, about, cards))
+
+# %% ../../nbs/lab/14_page.ipynb #3aca7f93
+# (figure or None, name, alternative text)
+@patch
+def figures(self: Page, *drawn: tuple, colours: int | None = 64, wide: bool = False) -> None:
+    """Figures side by side where there is room; `wide` ones are not made smaller than can be read.
+    Written as <name>.png."""
+    import matplotlib.pyplot as plt
+    names = []
+    for fig, name, alt in drawn:
+        if fig is not None:
+            with atomic(self.folder / f"{name}.png") as part:
+                part.write_bytes(_png(fig, colours))
+            plt.close(fig)
+            names.append((name, alt))
+    if names:
+        self.parts.append(("figures", names, wide))
+
+# %% ../../nbs/lab/14_page.ipynb #a9609bed
+@patch
+def section(self: Page, title: str) -> "Page":
+    "The parts below a heading, up to the next; a page without parts if there is no such heading."
+    heads = [i for i, part in enumerate(self.parts) if part[0] == "h2"] + [len(self.parts)]
+    first = next((i for i in heads[:-1] if self.parts[i][1] == title), None)
+    return Page(
+        self.folder, title, [] if first is None else self.parts[first + 1 : heads[heads.index(first) + 1]]
+    )
 
 # %% ../../nbs/lab/14_page.ipynb #50a79267
 def _cells(row) -> list[str]:
     return ["" if v is None or v is pd.NA else v if isinstance(v, str) else str(v) for v in row]
 
-
+# %% ../../nbs/lab/14_page.ipynb #4ab2754a
 def _escaped(words: str) -> str:
     "What Markdown would take for HTML is not; `code` is left alone."
-    return "".join(p if i % 2 else p.replace("&", "&amp;").replace("<", "&lt;") for i, p in enumerate(re.split(r"(`[^`\n]*`)", words)))
+    return "".join(p if i % 2 else p.replace("&", "&amp;").replace("<", "&lt;")
+                   for i, p in enumerate(re.split(r"(`[^`\n]*`)", words)))
 
-
+# %% ../../nbs/lab/14_page.ipynb #7c557dee
 def _table_lines(rows: pd.DataFrame) -> list[str]:
     cell = lambda c: _escaped(c).replace("|", "\\|").replace("\n", "<br>")
     linked = lambda c: f"[{cell(c)}]({c.target})" if isinstance(c, Link) else cell(c)
-    grid = [list(map(str, rows.columns)), ["---"] * rows.shape[1], *map(_cells, rows.itertuples(index=False, name=None))]
+    grid = [list(map(str, rows.columns)), ["---"] * rows.shape[1],
+            *map(_cells, rows.itertuples(index=False, name=None))]
     return ["| " + " | ".join(map(linked, row)) + " |" for row in grid]
 
-
+# %% ../../nbs/lab/14_page.ipynb #071adf78
 def _markdown_part(kind: str, *what) -> list[str]:
     if kind == "table":
         return ["", *_table_lines(what[0]), ""]
@@ -115,12 +134,13 @@ def _markdown_part(kind: str, *what) -> list[str]:
         return ["", " ".join(f"![{_escaped(alt)}]({quote(name)}.png)" for name, alt in what[0]), ""]
     if kind == "code":
         return ["", "```", what[0].replace("```", "` ` `"), "```", ""]
-    around = {"open": ("<details><summary>", "</summary>"), "close": ("</details>", ""), "warn": ("**Note.** ", "")}
+    around = {"open": ("<details><summary>", "</summary>"), "close": ("</details>", ""),
+              "warn": ("**Note.** ", "")}
     before, after = (around | {"h2": ("## ", ""), "h3": ("### ", "")}).get(kind, ("", ""))
     words = before + (_escaped(what[0]) if what else "") + after
     return [f"- {words}"] if kind == "li" else ["", words, ""]
 
-
+# %% ../../nbs/lab/14_page.ipynb #6b9a3120
 def markdown(page: Page) -> str:
     "A page as Markdown; figures are named by their files."
     lines = [f"# {_escaped(page.title)}"] + [line for part in page.parts for line in _markdown_part(*part)]
@@ -134,28 +154,37 @@ _STYLE = """
 --bg:#14181d;--box:#20262d;--good:#5ad1ac;--bad:#ff9d6e;--link:#7cb7ff}}
 *{box-sizing:border-box}
 body{font:16px/1.55 system-ui,sans-serif;
-max-width:72rem;margin:auto;padding:0 1rem 3rem;color:var(--ink);background:var(--bg);overflow-wrap:break-word}
+max-width:72rem;margin:auto;padding:0 1rem 3rem;color:var(--ink);background:var(--bg);
+overflow-wrap:break-word}
 h1{font-size:1.7rem;line-height:1.25;margin-bottom:.3rem}
 h2{font-size:1.3rem;margin:2.4rem 0 .6rem;padding-top:.4rem;border-top:1px solid var(--line)}
 h3{font-size:1.05rem;margin:1.4rem 0 .3rem}p,ul{max-width:46rem}a{color:var(--link)}nav{font-size:.9rem}
 nav a{margin-right:.9rem;white-space:nowrap}
-.box{overflow-x:auto;margin:.8rem 0}table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
+"""
+
+# %% ../../nbs/lab/14_page.ipynb #34e9785d
+_STYLE += """.box{overflow-x:auto;margin:.8rem 0}
+table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--soft);padding-bottom:.3rem}
 th,td{padding:.35rem .8rem .35rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
-thead th{border-bottom:2px solid var(--line);vertical-align:bottom}tbody th{font-weight:400}td{white-space:nowrap}
+thead th{border-bottom:2px solid var(--line);vertical-align:bottom}
+tbody th{font-weight:400}td{white-space:nowrap}
 td.words{white-space:normal;min-width:9rem}
 tr.next>*{border-top:2px solid var(--line)}small,.small{font-size:.8rem;color:var(--soft)}
 td small,th small{display:block;white-space:normal;max-width:20rem;line-height:1.35}
 .box>table:not(.cards) tbody th{position:sticky;left:0;background:var(--bg)}.small{white-space:pre-line}
 .better{color:var(--good);font-weight:600}.worse,.disagrees{color:var(--bad);font-weight:600}
 .warn{border-left:4px solid var(--bad);background:var(--box);padding:.5rem .8rem;max-width:46rem}
-pre{background:var(--box);padding:.7rem;white-space:pre-wrap;font-size:.85rem}code{font-size:.9em;background:var(--box)}
+pre{background:var(--box);padding:.7rem;white-space:pre-wrap;font-size:.85rem}
+code{font-size:.9em;background:var(--box)}
 img{display:block;width:100%;height:auto;background:#fff;border-radius:4px}
 summary{cursor:pointer;padding:.4rem 0;color:var(--link)}
 .row{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));margin:1rem 0}
 .row img{max-width:34rem}
 .wide{overflow-x:auto;margin:1rem 0}.wide img{min-width:40rem;max-width:72rem}
 """
+
+# %% ../../nbs/lab/14_page.ipynb #8e914a75
 _NARROW = """
 @media(max-width:46rem){.cards,.cards tbody,.cards tr,.cards th,.cards td,.cards caption{display:block}
 .cards thead{display:none}
@@ -168,9 +197,12 @@ _NARROW = """
 .cards td:nth-child(n+3)::before{content:attr(data-name);color:var(--soft);flex:0 0 7.2rem;font-weight:400}
 .cards td:empty{display:none!important}}
 """
+
+# %% ../../nbs/lab/14_page.ipynb #efcfa536
 _PRINT = """
 @page{size:A4;margin:14mm}
-@media print{:root{color-scheme:light;--ink:#000;--soft:#444;--line:#bbb;--bg:#fff;--box:#f4f6f8;--good:#00604a;--bad:#a33000;--link:#000}
+@media print{:root{color-scheme:light;--ink:#000;--soft:#444;
+--line:#bbb;--bg:#fff;--box:#f4f6f8;--good:#00604a;--bad:#a33000;--link:#000}
 body{max-width:none;padding:0;font-size:10pt}nav{display:none}h2,h3,caption{break-after:avoid}
 img,tr,pre{break-inside:avoid}thead{display:table-header-group}
 table{font-size:7.6pt}small,td small,th small,.small{font-size:7pt}
@@ -189,7 +221,7 @@ def _inline(words: str) -> str:
     words = re.sub(r"`([^`\n]+)`", r"<code>\1</code>", html.escape(words))
     return re.sub(r"\*\*([^*\n]+)\*\*", r"<strong>\1</strong>", words).replace(" -&gt; ", " → ")
 
-
+# %% ../../nbs/lab/14_page.ipynb #7d4382a3
 def _cell(words: str, name: str, first: bool) -> str:
     main, *rest = words.split("\n")
     inner = _inline(main) + "".join(f"<small>{_inline(line)}</small>" for line in rest)
@@ -198,9 +230,10 @@ def _cell(words: str, name: str, first: bool) -> str:
     kind = words if words in _MARKED else "words" if len(main) > 20 and "[" not in main else ""
     if first:
         return f'<th scope="row" role="rowheader">{inner}</th>'
-    return f'<td role="cell" data-name="{html.escape(name)}"' + (f' class="{kind}"' if kind else "") + f">{inner}</td>"
+    return (f'<td role="cell" data-name="{html.escape(name)}"' + (f' class="{kind}"' if kind else "")
+            + f">{inner}</td>")
 
-
+# %% ../../nbs/lab/14_page.ipynb #a740a449
 def _table(rows: pd.DataFrame, about: str, cards: bool) -> str:
     names, body, before = list(map(str, rows.columns)), [], None
     for row in map(_cells, rows.itertuples(index=False, name=None)):
@@ -209,22 +242,26 @@ def _table(rows: pd.DataFrame, about: str, cards: bool) -> str:
         body.append(f'<tr role="row"{" class=next" if new else ""}>{cells}</tr>')
         before = row[0]
     head = "".join(f'<th scope="col" role="columnheader">{_inline(n)}</th>' for n in names)
-    return (f'<div class="box" role="region" tabindex="0" aria-label="{html.escape(about)}">'
-            f'<table role="table"{" class=cards" if cards else ""}>'
-            f'<caption>{_inline(about)}</caption><thead><tr role="row">{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>')
+    return (
+        f'<div class="box" role="region" tabindex="0" aria-label="{html.escape(about)}">'
+        f'<table role="table"{" class=cards" if cards else ""}>'
+        f'<caption>{_inline(about)}</caption><thead><tr '
+        f'role="row">{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    )
 
 # %% ../../nbs/lab/14_page.ipynb #3221aa60
 def _figures(folder: Path, names: list[tuple[str, str]], wide: bool) -> str:
     data = [(base64.b64encode((folder / f"{name}.png").read_bytes()).decode(), alt) for name, alt in names]
-    images = "".join(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{text}">' for text, alt in data)
+    images = "".join(
+        f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{text}">' for text, alt in data)
     kind = 'wide" role="group" tabindex="0" aria-label="wide figure' if wide else "row"
     return f'<div class="{kind}">{images}</div>'
 
-
+# %% ../../nbs/lab/14_page.ipynb #03bdbb4d
 def _slug(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
-
+# %% ../../nbs/lab/14_page.ipynb #514bd864
 def _html_part(folder: Path, kind: str, *what) -> str:
     if kind == "table":
         return _table(*what)
@@ -235,11 +272,12 @@ def _html_part(folder: Path, kind: str, *what) -> str:
     if kind == "close":
         return "</details>"
     words = _inline(what[0])
-    special = {"open": f"<details><summary>{words}</summary>", "h2": f'<h2 id="{_slug(what[0])}">{words}</h2>',
-               "small": f'<p class="small">{words}</p>', "warn": f'<p class="warn">{words}</p>'}
+    special = {"open": f"<details><summary>{words}</summary>",
+               "h2": f'<h2 id="{_slug(what[0])}">{words}</h2>', "small": f'<p class="small">{words}</p>',
+               "warn": f'<p class="warn">{words}</p>'}
     return special.get(kind) or f"<{kind}>{words}</{kind}>"
 
-
+# %% ../../nbs/lab/14_page.ipynb #35145c09
 def as_html(page: Page) -> str:
     "A page as one HTML file that needs nothing else."
     title, heads = html.escape(page.title), [part[1] for part in page.parts if part[0] == "h2"]
@@ -247,10 +285,13 @@ def as_html(page: Page) -> str:
     body = "\n".join(_html_part(page.folder, *part) for part in page.parts)
     body = re.sub(r"((?:<li>.*?</li>\n?)+)", r"<ul>\1</ul>", body)
     before, cut, after = body.partition("<h2 ")
-    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>{title}</title><style>{_STYLE}{_NARROW}{_PRINT}</style></head><body><main><h1>{title}</h1>\n{before}"
-            f'{f"<nav aria-label=Sections>{nav}</nav>" if nav else ""}{cut}{after}</main></body></html>\n')
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}{_NARROW}{_PRINT}</style></head>"
+        f"<body><main><h1>{title}</h1>\n{before}"
+        f'{f"<nav aria-label=Sections>{nav}</nav>" if nav else ""}{cut}{after}</main></body></html>\n'
+    )
 
 # %% ../../nbs/lab/14_page.ipynb #fbe2bec8
 def _smaller(path: Path, width: int) -> bytes:
@@ -260,7 +301,7 @@ def _smaller(path: Path, width: int) -> bytes:
     picture.quantize(32, dither=Image.Dither.NONE).save(file := io.BytesIO(), format="PNG", optimize=True)
     return file.getvalue()
 
-
+# %% ../../nbs/lab/14_page.ipynb #667e0a65
 def show(page: Page) -> None:
     "Display a page, or a section of one, in a notebook, without what is folded away."
     from IPython.display import Image, Markdown, display

@@ -69,13 +69,17 @@ def check_parameters(notebook: Path, wanted: Iterable[str]) -> None:
         raise AblationError(f"{notebook} has {tagged} cells tagged 'parameters'; exactly one is needed")
     known = papermill.inspect_notebook(str(notebook))
     if unknown := sorted(set(wanted) - set(known)):
-        raise AblationError(f"{notebook}: its parameters cell does not know '{unknown[0]}'; it knows {', '.join(known) or 'none'}")
+        raise AblationError(
+            f"{notebook}: its parameters cell does not know '{unknown[0]}'; it knows "
+            f"{', '.join(known) or 'none'}"
+        )
 
 # %% ../../nbs/lab/03_plan.ipynb #146fd82c
 _TOY = """
 import json, pathlib
 print("hello from", variant, "seed", seed)
-(pathlib.Path(out) / "record.json").write_text(json.dumps({"status": "done", "metrics": {"KID[toy]": 0.1 + 0.01 * seed}}))
+record = {"status": "done", "metrics": {"KID[toy]": 0.1 + 0.01 * seed}}
+(pathlib.Path(out) / "record.json").write_text(json.dumps(record))
 """
 
 
@@ -89,7 +93,8 @@ def pretend_ablation(folder: str | Path,      # toy.ipynb is written there
     new, path = nbformat.v4, Path(folder) / f"{name}.ipynb"
     defaults = f"variant = {variants[0]!r}\nseed = 0\npreset = 'smoke'\noverrides = {{}}\nout = '.'"
     changed = {v: {"flow.clamp": 0.05 + i / 100} for i, v in enumerate(variants)}
-    declared = f"from prx_nb.lab.ablations import Ablation\nablation = Ablation({name!r}, 'Does it run?', {variants[0]!r}, {changed!r})"
+    declared = (f"from prx_nb.lab.ablations import Ablation\nablation = Ablation({name!r}, 'Does it run?', "
+                f"{variants[0]!r}, {changed!r})")
     tagged = ((declared, ["ablation"]), (defaults, ["parameters"]), (body, []), ("print('end')", []))
     cells = [new.new_code_cell(source, metadata={"tags": tags} if tags else {}) for source, tags in tagged]
     kernel = {"name": "python3", "display_name": "python3", "language": "python"}
@@ -119,8 +124,9 @@ def plan(ablation: str | Ablation,                     # a name, the path of a n
     group = Path(out).absolute() / ablation.name / (f"{preset}@{label}" if label else preset)
     with looked_at_once():
         for (variant, seed), recipe in recipes.items():
-            job = Job(ablation.name, variant, preset, seed, dict(overrides or {}), str(notebook), str(group / f"{variant}-s{seed}"),
-                      recipe.model_dump(mode="json"), timeout=timeout, cell_timeout=cell_timeout)
+            job = Job(ablation.name, variant, preset, seed, dict(overrides or {}), str(notebook),
+                      str(group / f"{variant}-s{seed}"), recipe.model_dump(mode="json"), timeout=timeout,
+                      cell_timeout=cell_timeout)
             made_of = identity.parts(notebook, job.parameters, recipe)
             jobs.append(replace(job, key=identity.key(made_of), parts=made_of))
     return jobs
@@ -129,10 +135,11 @@ def plan(ablation: str | Ablation,                     # a name, the path of a n
 def _seeds(seeds: int | Iterable[int]) -> list[int]:
     numbers = list(range(seeds)) if isinstance(seeds, int) else list(dict.fromkeys(seeds))
     if not numbers or any(not isinstance(s, int) or s < 0 for s in numbers):
-        raise AblationError(f"seeds = {seeds}: a number of at least one, or a list of whole numbers from 0 up, is needed")
+        raise AblationError(
+            f"seeds = {seeds}: a number of at least one, or a list of whole numbers from 0 up, is needed")
     return numbers
 
-
+# %% ../../nbs/lab/03_plan.ipynb #08f3ccc8
 def _variants(ablation: Ablation, variants: Iterable[str] | None) -> list[str]:
     names = list(dict.fromkeys(ablation.variants if variants is None else variants))
     if not names:

@@ -45,7 +45,7 @@ class Findings:
     def variants(self) -> list[str]:
         return results.variant_order(self.runs, self.ablation)
 
-
+# %% ../../nbs/lab/15_report.ipynb #e5e65480
 def _calibration(group: Path) -> dict[str, str] | None:
     "What is published beside these runs, else in the checkout."
     for out in (group.parents[1], Path("outputs"), Path(results.__file__).parents[2] / "outputs"):
@@ -54,13 +54,15 @@ def _calibration(group: Path) -> dict[str, str] | None:
             return results.flags(known(out))
     return None
 
-
+# %% ../../nbs/lab/15_report.ipynb #53f7daa9
 def read(folder: str | Path, ablation: Ablation | None = None) -> Findings:
-    "Read a folder of runs; without an ablation, the one its records name. Raises `ReportError`, `AblationError`."
+    """Read a folder of runs; without an ablation, the one its records name. Raises `ReportError`,
+    `AblationError`."""
     group = Path(folder).absolute()
     runs = collect(group)
     ablation = ablation or ablations.of_run(runs.folder.iloc[0])
-    return Findings(group, ablation, runs, table(runs, ablation), results.curves(runs), results.unfinished(group), _calibration(group))
+    return Findings(group, ablation, runs, table(runs, ablation), results.curves(runs),
+                    results.unfinished(group), _calibration(group))
 
 # %% ../../nbs/lab/15_report.ipynb #a1a0d68f
 def _opening(page: Page, f: Findings) -> None:
@@ -72,19 +74,22 @@ def _opening(page: Page, f: Findings) -> None:
               f"{n} {'seeds' if n > 1 else 'seed'}, on {hardware}.", "small")
     failed = len(f.failed)
     if failed or results.odd_runs(f.runs):
-        said = [f"{failed} {'runs' if failed > 1 else 'run'} did not finish"] if failed else []
-        said += ["not all runs were made alike"] if results.odd_runs(f.runs) else []
-        page.text(f"{in_list(said).capitalize()}; see Runs below.", "warn")
+        warnings = [f"{failed} {'runs' if failed > 1 else 'run'} did not finish"] if failed else []
+        warnings += ["not all runs were made alike"] if results.odd_runs(f.runs) else []
+        page.text(f"{in_list(warnings).capitalize()}; see Runs below.", "warn")
 
-
-_HOW = ("Differences are paired by seed; the interval is that of the comparison alone (Student's t). p is corrected over "
-        "this table (Benjamini-Hochberg), and decides the verdict: a difference where it is below 0.05. "
-        "Seeds needed: to see a difference as large as this one looks in 8 of 10 tries.")
+# %% ../../nbs/lab/15_report.ipynb #35dbcc58
+_HOW = (
+    "Differences are paired by seed; the interval is that of the comparison alone (Student's t). p is "
+    "corrected over this table (Benjamini-Hochberg), and decides the verdict: a difference where it is below "
+    "0.05. Seeds needed: to see a difference as large as this one looks in 8 of 10 tries."
+)
 
 
 def _verdict(page: Page, f: Findings) -> None:
     page.text("Verdict", "h2")
-    for line in sentences(f.table, f.ablation) or ["Only the baseline has been run, so there is nothing to compare it with."]:
+    for line in sentences(f.table, f.ablation) or [
+        "Only the baseline has been run, so there is nothing to compare it with."]:
         page.text(line, "li")
     if len(f.seeds) == 1 and len(f.variants) > 1:
         page.text("One seed says nothing about chance: run more before believing a difference.", "warn")
@@ -93,7 +98,9 @@ def _verdict(page: Page, f: Findings) -> None:
         page.frame(rows, "Every comparison", cards=True)
         page.text(_HOW, "small")
         if f.flags is None:
-            page.text("The metrics were not calibrated here: whether they notice damage to a picture is not known.", "small")
+            page.text(
+                "The metrics were not calibrated here: whether they notice damage to a picture is not known.",
+                "small")
 
 # %% ../../nbs/lab/15_report.ipynb #20b1dffc
 def _published(page: Page, f: Findings) -> None:
@@ -105,9 +112,13 @@ def _published(page: Page, f: Findings) -> None:
         page.text(line, "li")
     beside = results.published_table(f.table, f.ablation)
     for p in beside[beside.agreement == "disagrees"].itertuples():
-        page.text(f"**Disagrees**: {p.variant} was {p.direction} in {p.published.split(' ')[0]} there, and is not in {p.metric} here. "
-                  f"Why that may be: {f.ablation.caveat}", "warn")
-    lone = sorted(set(beside[beside.metric.isna() & beside.variant.isin(f.variants)].published.str.split(" ").str[0]))
+        page.text(
+            f"**Disagrees**: {p.variant} was {p.direction} in {p.published.split(' ')[0]} there, and is not "
+            f"in {p.metric} here. Why that may be: {f.ablation.caveat}",
+            "warn",
+        )
+    lone = sorted(
+        set(beside[beside.metric.isna() & beside.variant.isin(f.variants)].published.str.split(" ").str[0]))
     if lone:
         page.text(f"No metric here is of the kind of {in_list(lone)}.", "small")
     if f.ablation.caveat and "disagrees" not in set(beside.agreement):
@@ -116,23 +127,32 @@ def _published(page: Page, f: Findings) -> None:
 # %% ../../nbs/lab/15_report.ipynb #64ad6dec
 def _samples(page: Page, f: Findings, more: int = 3) -> None:
     draw = lambda seed: figures.samples_figure(f.runs, f.ablation, seed)
-    alt = f"Samples of {in_list(f.variants)}: one row a variant, one column a prompt and its starting noise, seed "
+    alt = (f"Samples of {in_list(f.variants)}: one row a variant, one column a prompt and its starting "
+           "noise, seed ")
     if (first := draw(f.seeds[0])) is None:
         return
     page.text("Samples", "h2")
-    page.text("Same column: same prompt, same starting noise. Top row: the held-out drawing that the prompt describes.")
+    page.text(
+        "Same column: same prompt, same starting noise. Top row: the held-out drawing that the prompt "
+        "describes."
+    )
     page.figures((first, "samples", alt + str(f.seeds[0])), colours=None, wide=True)
     with page.folded("Other seeds"):
         for seed in f.seeds[1:1 + more]:
             page.figures((draw(seed), f"samples-s{seed}", alt + str(seed)), colours=256, wide=True)
 
-
+# %% ../../nbs/lab/15_report.ipynb #ff4e2da4
 def _means(page: Page, f: Findings) -> None:
     page.text("Results", "h2")
     page.frame(results.means(f.table, bounds(f.runs), f.flags),
                "Means with 95% intervals over seeds; real: held-out drawings in place of samples")
-    page.figures((figures.metrics_figure(f.runs, f.table, f.ablation), "metrics",
-                  f"Every metric of {in_list(f.variants)}: a mark a seed, a bar for the mean, a whisker for its interval"), wide=True)
+    page.figures(
+        (
+            figures.metrics_figure(f.runs, f.table, f.ablation), "metrics",
+            f"Every metric of {in_list(f.variants)}: a mark a seed, a bar for the mean, a whisker for its "
+            "interval"),
+        wide=True,
+    )
 
 # %% ../../nbs/lab/15_report.ipynb #e4e6b887
 def _curves(page: Page, f: Findings) -> None:
@@ -142,19 +162,25 @@ def _curves(page: Page, f: Findings) -> None:
     curve = lambda *name, **more: figures.curve_figure(f.lines, f.ablation, *name, **more)
     by_clock = curve(clock="seconds", moment=moment, title="validation error by the clock")
     loss = curve("loss flow", smooth=50, title="training loss, smoothed")
-    drawn = [(curve(), "curves", f"Validation error over steps {who}"),
-             (by_clock, "curves-seconds", f"Validation error over training seconds {who}"),
-             (loss, "curves-loss", f"Training loss over steps {who}"),
-             (figures.time_figure(f.runs, f.ablation), "curves-time", f"Final validation error over diffusion time {who.split(',')[0]}")]
+    drawn = [
+        (curve(), "curves", f"Validation error over steps {who}"),
+        (by_clock, "curves-seconds", f"Validation error over training seconds {who}"),
+        (loss, "curves-loss", f"Training loss over steps {who}"),
+        (figures.time_figure(f.runs, f.ablation), "curves-time",
+         f"Final validation error over diffusion time {who.split(',')[0]}"),
+    ]
     if all(fig is None for fig, *_ in drawn):
         return
     page.text("Curves", "h2")
     page.figures(*drawn)
     if len(rows):
         page.text("Equal steps, equal time", "h3")
-        page.text(f"After {moment:.3g} training seconds the first run was through (dotted line). "
-                  "What the others had reached by then is read off between two validations. "
-                  "Verdicts are corrected over the comparisons of this table only, which are fewer than those above.")
+        page.text(
+            f"After {moment:.3g} training seconds the first run was through (dotted line). "
+            "What the others had reached by then is read off between two validations. "
+            "Verdicts are corrected over the comparisons of this table only, which are fewer than those "
+            "above."
+        )
         page.frame(rows, "Validation error when all steps are done, and when the first run was through")
 
 # %% ../../nbs/lab/15_report.ipynb #a84cab76
@@ -163,14 +189,18 @@ def _cost(page: Page, f: Findings) -> None:
     page.frame(results.cost_words(results.costs(f.runs, f.ablation)), "Means over runs")
     metrics = results.main_metrics(f.table)
     chosen = list(dict.fromkeys([*metrics[:1], *[m for m in metrics if m == "val"]]))
-    alt = "against training seconds, one point a variant with intervals; variants on the Pareto front are filled and joined"
-    drawn = [(figures.pareto_figure(f.runs, f.ablation, m), "pareto" if i == 0 else f"pareto-{m}", f"{m} {alt}")
-             for i, m in enumerate(chosen)]
+    alt = ("against training seconds, one point a variant with intervals; variants on the Pareto front are "
+           "filled and joined")
+    drawn = [
+        (figures.pareto_figure(f.runs, f.ablation, m), "pareto" if i == 0 else f"pareto-{m}", f"{m} {alt}")
+        for i, m in enumerate(chosen)
+    ]
     page.figures(*drawn)
     if any(fig is not None for fig, *_ in drawn):
-        page.text("Filled: on the Pareto front, no other variant is better in one and as good in the other.", "small")
+        page.text("Filled: on the Pareto front, no other variant is better in one and as good in the other.",
+                  "small")
 
-
+# %% ../../nbs/lab/15_report.ipynb #931ff367
 def _chance(page: Page, f: Findings) -> None:
     "Of a null check only."
     if not f.ablation.seed_shift:
@@ -180,12 +210,17 @@ def _chance(page: Page, f: Findings) -> None:
     if not len(rates):
         page.text("Fewer than three seeds of each: too few to draw tests from.")
         return
-    page.text("Nothing differs between these runs but their seeds. So whatever is called a difference is chance, "
-              "and 5% of all tests should call one.")
+    page.text(
+        "Nothing differs between these runs but their seeds. So whatever is called a difference is chance, "
+        "and 5% of all tests should call one."
+    )
     words = [(r.metric, f"{r.rate:.1%} [{r.low:.1%}, {r.high:.1%}]", r.seeds) for r in rates.itertuples()]
     page.frame(pd.DataFrame(words, columns=["metric", "called a difference [95%]", "seeds of each"]),
                "Share of tests of three runs against three, each at 5%, not corrected")
-    page.figures((figures.chance_figure(rates), "chance", "Share of tests that called a difference, by metric, beside the 5% expected"))
+    page.figures(
+        (figures.chance_figure(rates), "chance",
+         "Share of tests that called a difference, by metric, beside the 5% expected")
+    )
 
 # %% ../../nbs/lab/15_report.ipynb #9c47572a
 def _runs(page: Page, f: Findings) -> None:
@@ -198,27 +233,34 @@ def _runs(page: Page, f: Findings) -> None:
     for line in again:
         page.text(line, "li")
     if not (len(f.failed) or again or odd):
-        page.text(f"All {len(f.runs)} finished at their first attempt, on the same machine, versions and commit.")
+        page.text(
+            f"All {len(f.runs)} finished at their first attempt, on the same machine, versions and commit.")
 
-
+# %% ../../nbs/lab/15_report.ipynb #8cacb6b7
 def _again(page: Page, f: Findings) -> None:
     "The commands, the versions, the keys."
     page.text("How to make it again", "h2")
-    rows = [(v, results.command(f.runs, f.ablation, v)) for v in f.variants if v != f.ablation.baseline or len(f.variants) == 1]
+    rows = [(v, results.command(f.runs, f.ablation, v)) for v in f.variants
+            if v != f.ablation.baseline or len(f.variants) == 1]
     for variant, line in rows:
         page.text(f"The rows of {variant}:")
         page.text(line, "code")
     if results.point(f.group):
-        page.text("These runs are a point of a sweep. The commands make the same runs in a folder of their own, "
-                  "so that they do not take the place of others.", "small")
+        page.text(
+            "These runs are a point of a sweep. The commands make the same runs in a folder of their own, "
+            "so that they do not take the place of others.",
+            "small",
+        )
     usual = f.runs.iloc[0]
     versions = ", ".join(f"{k} {v}" for k, v in (usual.versions or {}).items()) or "versions unknown"
     page.text(f"Commit {usual.git_commit}; {versions}.", "small")
     with page.folded("Every run"):
         seconds = f.runs.seconds.map(lambda s: "" if s is None or math.isnan(s) else f"{s:.0f}")
         keys = f.runs[["variant", "seed", "recipe_key", "git_commit"]].assign(seconds=seconds)
-        page.frame(keys.rename(columns={"recipe_key": "recipe", "git_commit": "commit"}), "Recipe, commit and seconds of every run")
-    if notice := next((s["notice"] for folder in f.runs.folder if (s := read_samples(folder)) and s["notice"]), ""):
+        page.frame(keys.rename(columns={"recipe_key": "recipe", "git_commit": "commit"}),
+                   "Recipe, commit and seconds of every run")
+    if notice := next(
+        (s["notice"] for folder in f.runs.folder if (s := read_samples(folder)) and s["notice"]), ""):
         page.text("Attribution", "h2")
         page.text(notice, "small")
 
@@ -231,11 +273,12 @@ def assemble(f: Findings) -> Page:
         part(page, f)
     return page
 
-
+# %% ../../nbs/lab/15_report.ipynb #cb99c8c4
 def write_report(folder: str | Path,                 # a folder of runs
                  ablation: Ablation | None = None,   # none: the one the records name
                  ) -> Page:                          # its files are in <folder>/report
-    "Write table.csv, cost.csv, figures, report.md and report.html. Raises `ReportError`, `AblationError`, `OSError`."
+    """Write table.csv, cost.csv, figures, report.md and report.html. Raises `ReportError`, `AblationError`,
+    `OSError`."""
     f = read(folder, ablation)
     page = assemble(f)
     for name, rows in (("table.csv", f.table), ("cost.csv", results.costs(f.runs, f.ablation))):
@@ -253,15 +296,17 @@ def template() -> Path:
     for place in (package.parent / "nbs" / "lab", package / "template"):
         if (path := place / "report_template.ipynb").is_file():
             return path
-    raise ReportError(f"the report notebook report_template.ipynb is not in {package}; install the package again")
+    raise ReportError(
+        f"the report notebook report_template.ipynb is not in {package}; install the package again")
 
-
+# %% ../../nbs/lab/15_report.ipynb #c00bc1f2
 def make_report(folder: str | Path,                         # of runs, e.g. outputs/prediction_target/cpu
                 say: Callable[[str], None] | None = None,   # told where the report is
                 ) -> Path:                                  # the folder of the report
     "Run the report notebook on a folder of runs. Raises `AblationError`, `ReportError`."
     group = Path(folder)
-    ablations.of_run(collect(group).folder.iloc[0])                  # nothing to report: said before a kernel is started
+    # nothing to report: said before a kernel is started
+    ablations.of_run(collect(group).folder.iloc[0])
     template()
     made = group.absolute() / "report"
     made.mkdir(exist_ok=True)
@@ -270,12 +315,15 @@ def make_report(folder: str | Path,                         # of runs, e.g. outp
                               stdout=log, stderr=log, stdin=subprocess.DEVNULL).returncode
     if code:
         words = [line for line in (made / "log.txt").read_text().splitlines() if line.strip()]
-        raise ReportError(f"the report notebook failed: {words[-1] if words else f'exit code {code}'}; see {made / 'log.txt'}")
+        raise ReportError(
+            f"the report notebook failed: {words[-1] if words else f'exit code {code}'}; see "
+            f"{made / 'log.txt'}"
+        )
     if say:
         say(f"report: {group / 'report' / 'report.html'}")
     return group / "report"
 
-
+# %% ../../nbs/lab/15_report.ipynb #3d0fc0e4
 def _run_template(made: str) -> None:
     "What the report's own process does."
     scratch = scratch_folder()
@@ -285,7 +333,8 @@ def _run_template(made: str) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "prx_nb.lab.report":   # python -m
+# python -m
+if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "prx_nb.lab.report":
     _run_template(*sys.argv[1:])
 
 # %% ../../nbs/lab/15_report.ipynb #e42e981f
@@ -301,29 +350,43 @@ def _headlines(found: list[Findings], metric: str | None) -> dict[tuple[int, str
                 pairs[i, v] = (name, mine, base)
     return pairs
 
-
+# %% ../../nbs/lab/15_report.ipynb #b1716093
 def _summary_row(f: Findings, variant: str, name: str, c: results.Comparison | None, out: Path) -> tuple:
     alone = "baseline only" if len(f.variants) == 1 else "no pair"
-    words = (results.in_words(c.difference.mean, c.difference.low, c.difference.high, "+"), results.p_words(c.p_corrected),
-             results.verdict_words(c)) if c else ("", "", alone)
+    words = (
+        (results.in_words(c.difference.mean, c.difference.low, c.difference.high, "+"),
+         results.p_words(c.p_corrected), results.verdict_words(c))
+        if c
+        else ("", "", alone)
+    )
     made = f.group / "report" / "report.html"
-    return (f"{f.ablation.name}, {f.runs.preset[0]}", results.point(f.group), variant, name and results.direction(name), *words,
-            c.difference.n if c else len(f.seeds), len(f.failed), Link("report", os.path.relpath(made, out)) if made.exists() else "")
+    return (f"{f.ablation.name}, {f.runs.preset[0]}", results.point(f.group), variant,
+            name and results.direction(name), *words, c.difference.n if c else len(f.seeds), len(f.failed),
+            Link("report", os.path.relpath(made, out)) if made.exists() else "")
 
-
-_SUMMARY = ("ablation", "point", "variant", "metric", "minus baseline [95%]", "p, corrected", "verdict", "seeds", "failed runs", "more")
+# %% ../../nbs/lab/15_report.ipynb #e37b2d24
+_SUMMARY = ("ablation", "point", "variant", "metric", "minus baseline [95%]", "p, corrected", "verdict",
+            "seeds", "failed runs", "more")
 
 
 def _summary_rows(found: list[Findings], metric: str | None, out: Path) -> tuple[pd.DataFrame, list[tuple]]:
     "The rows in words; and what a figure needs: (row's name, difference, verdict, metric)."
     pairs = _headlines(found, metric)
-    said = results.compare({k: (mine, base, results.better_up(name)) for k, (name, mine, base) in pairs.items()})
+    compared = results.compare(
+        {k: (mine, base, results.better_up(name)) for k, (name, mine, base) in pairs.items()})
     rows, drawn = [], []
     for i, f in enumerate(found):
         for v in [v for v in f.variants if v != f.ablation.baseline] or f.variants:
-            name, c = pairs[i, v][0] if (i, v) in pairs else "", said.get((i, v))
+            name, c = pairs[i, v][0] if (i, v) in pairs else "", compared.get((i, v))
             rows.append(_summary_row(f, v, name, c, out))
-            drawn += [(", ".join(filter(None, (f.ablation.name, results.point(f.group), v))), c.difference, c.verdict, name)] if c else []
+            drawn += (
+                [
+                    (", ".join(filter(None, (f.ablation.name, results.point(f.group), v))), c.difference,
+                     c.verdict, name)
+                ]
+                if c
+                else []
+            )
     return pd.DataFrame(rows, columns=_SUMMARY, dtype=object), drawn
 
 # %% ../../nbs/lab/15_report.ipynb #72b8a5d5
@@ -332,14 +395,16 @@ def _light(folder: str | Path) -> Findings:
     group = Path(folder).absolute()
     runs = collect(group)
     ablation = ablations.of_run(runs.folder.iloc[0])
-    return Findings(group, ablation, runs, table(runs, ablation), pd.DataFrame(), results.unfinished(group), None)
+    return Findings(
+        group, ablation, runs, table(runs, ablation), pd.DataFrame(), results.unfinished(group), None)
 
-
+# %% ../../nbs/lab/15_report.ipynb #81ebd8f2
 def summary(groups: Iterable[str | Path],     # folders of runs
             out: str | Path,                 # where summary.html, summary.md and summary.csv go
             metric: str | None = None,       # to compare on; none: the first main metric of each group
             ) -> Path:                       # of the HTML page
-    "One page over several groups. A group without finished runs is named. Raises `ReportError` if none has any."
+    """One page over several groups. A group without finished runs is named. Raises `ReportError` if none has
+    any."""
     found, empty, out = [], [], Path(out)
     for group in dict.fromkeys(map(Path, groups)):
         try:
@@ -356,11 +421,15 @@ def summary(groups: Iterable[str | Path],     # folders of runs
               "Differences are from the baseline of the same folder, paired by seed; "
               f"p is corrected over the {compared} comparisons of this page (Benjamini-Hochberg).")
     where = [f"{r.ablation}\n{r.point}" if r.point else r.ablation for r in rows.itertuples()]
-    page.frame(rows.assign(runs=where)[["runs", "variant", *_SUMMARY[3:]]], "One row a folder and variant", cards=True)
+    page.frame(rows.assign(runs=where)[["runs", "variant", *_SUMMARY[3:]]], "One row a folder and variant",
+               cards=True)
     if len({name for *_, name in drawn}) == 1:
         names, differences, words, (name, *_) = zip(*drawn)
-        page.figures((figures.forest_figure(names, differences, words, name), "summary",
-                      f"Difference of {name} from the baseline with its interval, one line a row of the table"), wide=True)
+        page.figures(
+            (figures.forest_figure(names, differences, words, name), "summary",
+             f"Difference of {name} from the baseline with its interval, one line a row of the table"),
+            wide=True,
+        )
     for line in empty:
         page.text(line, "li")
     with atomic(out / "summary.csv") as part:
@@ -370,15 +439,32 @@ def summary(groups: Iterable[str | Path],     # folders of runs
             part.write_text(text)
     return out / "summary.html"
 
+# %% ../../nbs/lab/15_report.ipynb #fe9d4754
+def _add_notices(notice: Path, runs: pd.DataFrame) -> None:
+    opening = (
+        "The figures in this folder show drawings by others, or images generated by models trained on them.\n"
+    )
+    before = notice.read_text() if notice.exists() else opening
+    for words in dict.fromkeys(
+        s["notice"].strip() for r in runs.folder if (s := read_samples(r)) and s["notice"]):
+        before += "" if words in before else f"\n{words}\n"
+    with atomic(notice) as part:
+        part.write_text(before)
+
 # %% ../../nbs/lab/15_report.ipynb #72b30f9a
-def publish(folder: str | Path,               # of runs with a report
-            out: str | Path | None = None,    # none: the folder that all runs are in
-            ) -> Path:                        # <out>/published/<ablation>, for groups other than cpu with a folder of their own below it
-    "Copy the small files of a report and the records to `published`, and add the attributions to its NOTICE. Raises `ReportError`."
+def publish(
+    folder: str | Path,  # of runs with a report
+    out: str | Path | None = None,  # none: the folder that all runs are in
+) -> Path:  # <out>/published/<ablation>, for groups other than cpu with a folder of their own below it
+    """Copy the small files of a report and the records to `published`, and add the attributions to its
+    NOTICE. Raises `ReportError`."""
     group = Path(folder).absolute()
     runs, made = collect(group), group / "report"
     if not (made / "report.md").exists():
-        raise ReportError(f"no report in {made} yet; make it first with: prx-nb report {runs.ablation.iloc[0]} --preset {group.name}")
+        raise ReportError(
+            f"no report in {made} yet; make it first with: prx-nb report {runs.ablation.iloc[0]} --preset "
+            f"{group.name}"
+        )
     place = Path(out or group.parents[1]) / "published"
     to = place / runs.ablation.iloc[0] / ("" if group.name == "cpu" else group.name)
     (to / "records").mkdir(parents=True, exist_ok=True)
@@ -388,12 +474,3 @@ def publish(folder: str | Path,               # of runs with a report
         shutil.copy(run / "record.json", to / "records" / f"{run.name}.json")
     _add_notices(place / "NOTICE", runs)
     return to
-
-
-def _add_notices(notice: Path, runs: pd.DataFrame) -> None:
-    opening = "The figures in this folder show drawings by others, or images generated by models trained on them.\n"
-    before = notice.read_text() if notice.exists() else opening
-    for words in dict.fromkeys(s["notice"].strip() for r in runs.folder if (s := read_samples(r)) and s["notice"]):
-        before += "" if words in before else f"\n{words}\n"
-    with atomic(notice) as part:
-        part.write_text(before)

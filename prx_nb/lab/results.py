@@ -23,7 +23,7 @@ import pandas as pd
 from ..core.files import read_json
 from . import ablations
 from .ablations import Ablation, Published
-from .run import record, status
+from .run import record, read_status
 from .statistics import Comparison, compare, mean_interval, null_rates
 
 # %% ../../nbs/lab/12_results.ipynb #792c9681
@@ -37,7 +37,7 @@ def _pretend_curves(run: Path, base: float, pace: float, rng: np.random.Generato
     pd.DataFrame(rows, columns=["step", "name", "value"]).to_parquet(run / "curves.parquet")
     return float(smooth[-1])
 
-
+# %% ../../nbs/lab/12_results.ipynb #430cea6d
 def _pretend_samples(run: Path, shift: float, rng: np.random.Generator) -> None:
     "Blurred patterns, worse with a larger `shift`."
     from safetensors.numpy import save_file
@@ -49,31 +49,36 @@ def _pretend_samples(run: Path, shift: float, rng: np.random.Generator) -> None:
               {"prompts": json.dumps([f"invented pattern {k}" for k in range(1, 9)]), "notice": ""})
 
 # %% ../../nbs/lab/12_results.ipynb #f8fdf634
-def _pretend(run: Path, ablation: str, variant: str, seed: int, shift: float, luck: np.random.Generator) -> None:
+def _pretend(
+    run: Path, ablation: str, variant: str, seed: int, shift: float, luck: np.random.Generator) -> None:
     "One invented run."
     run.mkdir(parents=True, exist_ok=True)
     preset, _, label = run.parent.name.partition("@")
-    overrides = {k: json.loads(v) for k, v in (pair.split("=") for pair in label.split(",") if pair) if "." in k}
+    overrides = {
+        k: json.loads(v) for k, v in (pair.split("=") for pair in label.split(",") if pair) if "." in k}
     rng = np.random.default_rng([*variant.encode(), seed, round(shift * 1000)])
-    base, pace = 1 + shift + 0.2 * luck.normal() + 0.02 * rng.normal(), 0.1 * (1 + 0.5 * abs(shift - 0.2)) * (1 + 0.02 * rng.normal())
+    base, pace = (1 + shift + 0.2 * luck.normal() + 0.02 * rng.normal(),
+                  0.1 * (1 + 0.5 * abs(shift - 0.2)) * (1 + 0.02 * rng.normal()))
     metrics = {"KID[invented]": base * 0.01, "FD[invented]": base * 100 + 3 * rng.normal(),
                "retrieval@1[invented]": 0.5 - 0.1 * shift + 0.05 * luck.normal() + 0.05 * rng.normal(),
                "val": _pretend_curves(run, base, pace, rng)}
     metrics |= {f"val t {a / 5:.1f}-{(a + 1) / 5:.1f}": base * (1 - a / 6) for a in range(5)}
-    cost = {"train_seconds": 200 * pace, "total_seconds": 200 * pace + 5, "step_seconds": pace, "images_seen": 6400,
-            "peak_memory_mb": 500 + 100 * shift, "parameters": 400_000, "flops_step": 3e9 * (1 - shift / 4),
-            "energy_joules": None, "energy_source": None}
+    cost = {"train_seconds": 200 * pace, "total_seconds": 200 * pace + 5, "step_seconds": pace,
+            "images_seen": 6400, "peak_memory_mb": 500 + 100 * shift, "parameters": 400_000,
+            "flops_step": 3e9 * (1 - shift / 4), "energy_joules": None, "energy_source": None}
     made = {"status": "done", "ablation": ablation, "variant": variant, "preset": preset, "seed": seed,
-            "recipe_key": "invented", "metrics": metrics,
-              "hardware": "no machine, numbers are invented", "git_commit": None, "versions": {"python": "3.11"}, "cost": cost,
-              "bounds": {"real": {"KID[invented]": 0.001}, "guessing": {"retrieval@1[invented]": 0.02}}}
-    for name, value in {"record": made, "status": {"state": "done", "key": "invented", "attempt": 1, "history": []},
+            "recipe_key": "invented", "metrics": metrics, "hardware": "no machine, numbers are invented",
+            "git_commit": None, "versions": {"python": "3.11"}, "cost": cost,
+            "bounds": {"real": {"KID[invented]": 0.001}, "guessing": {"retrieval@1[invented]": 0.02}}}
+    for name, value in {"record": made,
+                        "status": {"state": "done", "key": "invented", "attempt": 1, "history": []},
                         "job": {"overrides": overrides}, "recipe": {"train": {"steps": 200}}}.items():
         (run / f"{name}.json").write_text(json.dumps(value))
     _pretend_samples(run, shift, rng)
 
 # %% ../../nbs/lab/12_results.ipynb #c24ab9d7
-def pretend_runs(folder: str | Path,                    # made there: <folder>/<ablation>/smoke[@label]/<variant>-s<seed>/
+# made there: <folder>/<ablation>/smoke[@label]/<variant>-s<seed>/
+def pretend_runs(folder: str | Path,
                  seeds: int = 3,
                  ablation: str = "prediction_target",
                  label: str = "",                       # a point of a grid, e.g. "optimizer.lr=0.002"
@@ -83,24 +88,27 @@ def pretend_runs(folder: str | Path,                    # made there: <folder>/<
     group = Path(folder) / ablation / ("smoke@" + label if label else "smoke")
     shifts = {"v": 0.2, "x": 0.0, "eps": 0.6}
     for number, variant in enumerate(declared.variants):
-        other = declared.seed_shift.get(variant)                           # the baseline's own runs under other seeds
+        # the baseline's own runs under other seeds
+        other = declared.seed_shift.get(variant)
         shift = shifts.get(declared.baseline, 0) if other else shifts.get(variant, 0.2 * number)
-        for seed in range(seeds):                                          # luck goes with the seed, whatever the variant
-            _pretend(group / f"{variant}-s{seed}", ablation, variant, seed, shift, np.random.default_rng(seed + (other or 0)))
+        # luck goes with the seed, whatever the variant
+        for seed in range(seeds):
+            _pretend(group / f"{variant}-s{seed}", ablation, variant, seed, shift,
+                     np.random.default_rng(seed + (other or 0)))
     return group
 
 # %% ../../nbs/lab/12_results.ipynb #7ff053dd
 class ReportError(ValueError):
     "There is nothing to report on, or it cannot be compared."
 
-
+# %% ../../nbs/lab/12_results.ipynb #362e7c96
 def _job(folder: Path) -> dict:
     try:
         return read_json(folder / "job.json")
     except (OSError, ValueError):
         return {}
 
-
+# %% ../../nbs/lab/12_results.ipynb #791f0927
 def _steps(folder: Path) -> float:
     try:
         return read_json(folder / "recipe.json")["train"]["steps"]
@@ -119,12 +127,14 @@ def collect(folder: str | Path,       # a folder of runs, <out>/<ablation>/<pres
         run, found = path.parent, record(path.parent)
         if run.name.startswith(".") or "ablation" not in found:
             continue                                               # set aside, or not at its end yet
-        cost, said = found.get("cost", {}), status(run)
-        rows.append({k: found.get(k) for k in _FROM_RECORD}
-                    | {"seconds": cost.get("total_seconds") or cost.get("train_seconds"), "folder": str(run),
-                       "cost": cost, "steps": _steps(run),
-                       "hardware": found.get("hardware") or "unknown", "git_commit": found.get("git_commit") or "unknown",
-                       "overrides": _job(run).get("overrides") or {}, "history": said.get("history") or []})
+        cost, status = found.get("cost", {}), read_status(run)
+        rows.append(
+            {k: found.get(k) for k in _FROM_RECORD}
+            | {"seconds": cost.get("total_seconds") or cost.get("train_seconds"), "folder": str(run),
+               "cost": cost, "steps": _steps(run), "hardware": found.get("hardware") or "unknown",
+               "git_commit": found.get("git_commit") or "unknown",
+               "overrides": _job(run).get("overrides") or {}, "history": status.get("history") or []}
+        )
     if not rows:
         raise ReportError(f"no finished run in {folder}; make some with: prx-nb ablate NAME --preset PRESET")
     runs = pd.DataFrame(rows)
@@ -132,49 +142,53 @@ def collect(folder: str | Path,       # a folder of runs, <out>/<ablation>/<pres
         raise ReportError(f"{folder} mixes runs of {', '.join(f'{a} at {p}' for a, p in kinds.values)}")
     return runs.sort_values(["seed", "variant"], ignore_index=True)
 
-
+# %% ../../nbs/lab/12_results.ipynb #274a27d0
 def point(folder: str | Path) -> str:
     "The point of a grid that a folder of runs stands for, e.g. `optimizer.lr=0.002`; empty for none."
     return Path(folder).absolute().name.partition("@")[2]
 
 # %% ../../nbs/lab/12_results.ipynb #c226d429
-def _cause(said: dict) -> str:
-    where = f" (cell {said['cell']}: {said.get('source', '')[:60]})" if "cell" in said else ""
-    return next(iter((said.get("error") or "").splitlines()), "") + where
+def _cause(status: dict) -> str:
+    where = f" (cell {status['cell']}: {status.get('source', '')[:60]})" if "cell" in status else ""
+    return next(iter((status.get("error") or "").splitlines()), "") + where
 
-
+# %% ../../nbs/lab/12_results.ipynb #770fedb7
 def unfinished(folder: str | Path) -> pd.DataFrame:    # run, state, attempts, cause, log
     "Runs that ended otherwise, or have not ended."
     rows = []
     for path in sorted(Path(folder).glob("*/status.json")):
-        run, said = path.parent, status(path.parent)
-        if said.get("state") != "done" and not run.name.startswith("."):
+        run, status = path.parent, read_status(path.parent)
+        if status.get("state") != "done" and not run.name.startswith("."):
             log = f"{run.name}/log.txt" if (run / "log.txt").exists() else ""
-            rows.append((run.name, said.get("state", "unreadable"), said.get("attempt", 1), _cause(said), log))
+            rows.append(
+                (run.name, status.get("state", "unreadable"), status.get("attempt", 1), _cause(status), log))
     return pd.DataFrame(rows, columns=["run", "state", "attempts", "cause", "log"])
 
-
+# %% ../../nbs/lab/12_results.ipynb #1bca4c7f
 def retried(runs: pd.DataFrame) -> list[str]:
     "Finished runs that needed more than one attempt, one line each."
-    said = []
+    lines = []
     for folder, history in zip(runs.folder, runs.history):
         before = "; ".join(f"{h.get('state', 'unknown')}, {_cause(h)}".rstrip(", ") for h in history)
-        said += [f"{Path(folder).name} was done at attempt {len(history) + 1}, after: {before}"] if history else []
-    return said
+        lines += ([f"{Path(folder).name} was done at attempt {len(history) + 1}, after: {before}"] if history
+                 else [])
+    return lines
 
 # %% ../../nbs/lab/12_results.ipynb #a6634edc
 _ASKS = ("data", "captions", "evaluate")       # branches of the recipe that choose images and captions
 
 
 def odd_data(runs: pd.DataFrame) -> list[str]:
-    "Runs that asked for the same images and captions and had others. Not for variants that ask for others, nor for runs without a key."
+    """Runs that asked for the same images and captions and had others. Not for variants that ask for others,
+    nor for runs without a key."""
     asked: dict[str, dict[str, str]] = {}
     for run in runs.itertuples():
         if isinstance(key := getattr(run, "data_key", None), str):
             recipe = _job(Path(run.folder)).get("recipe") or {}
             same = json.dumps([recipe.get(branch) for branch in _ASKS], sort_keys=True)
             asked.setdefault(same, {})[Path(run.folder).name] = key
-    return [line + ": their images or captions were not the same" for values in asked.values() for line in _odd("data_key", values)]
+    return [line + ": their images or captions were not the same" for values in asked.values()
+            for line in _odd("data_key", values)]
 
 # %% ../../nbs/lab/12_results.ipynb #4cbdc964
 def _facts(run) -> dict[str, str]:
@@ -182,26 +196,27 @@ def _facts(run) -> dict[str, str]:
     settings = {f"setting {k}": json.dumps(v) for k, v in (run.overrides or {}).items()}
     return {"hardware": run.hardware, "commit": run.git_commit} | versions | settings
 
-
-def odd_runs(runs: pd.DataFrame) -> list[str]:
-    "What runs do not share with most of the others, one line a fact."
-    facts = {Path(r.folder).name: _facts(r) for r in runs.itertuples()}
-    said = []
-    for kind in dict.fromkeys(k for f in facts.values() for k in f):
-        said += _odd(kind, {run: f.get(kind, "none") for run, f in facts.items()})
-    return said + odd_data(runs)
-
-
+# %% ../../nbs/lab/12_results.ipynb #766d821b
 def _odd(kind: str, values: Mapping[str, str]) -> list[str]:       # of each run, by name
     "A line for each value that most runs do not have."
     usual, times = Counter(values.values()).most_common(1)[0]
-    said = []
+    lines = []
     for value in dict.fromkeys(v for v in values.values() if v != usual):
         names = [run for run, v in values.items() if v == value]
-        said.append(f"{kind} is {value} for {in_list(names)}, {usual} for the other {times if times > 1 else 'one'}")
-    return said
+        lines.append(
+            f"{kind} is {value} for {in_list(names)}, {usual} for the other {times if times > 1 else 'one'}")
+    return lines
 
+# %% ../../nbs/lab/12_results.ipynb #13c2e644
+def odd_runs(runs: pd.DataFrame) -> list[str]:
+    "What runs do not share with most of the others, one line a fact."
+    facts = {Path(r.folder).name: _facts(r) for r in runs.itertuples()}
+    lines = []
+    for kind in dict.fromkeys(k for f in facts.values() for k in f):
+        lines += _odd(kind, {run: f.get(kind, "none") for run, f in facts.items()})
+    return lines + odd_data(runs)
 
+# %% ../../nbs/lab/12_results.ipynb #8b093e05
 def in_list(words: list[str]) -> str:
     "a, b and c"
     return ", ".join(words[:-1]) + " and " + words[-1] if len(words) > 1 else "".join(words)
@@ -212,13 +227,13 @@ def better_up(metric: str) -> bool:
     from prx_nb.core.metrics import higher_is_better
     return higher_is_better(metric)
 
-
+# %% ../../nbs/lab/12_results.ipynb #49e031c8
 def by_seed(runs: pd.DataFrame, variant: str, metric: str) -> dict[int, float]:
     "A metric of a variant: `{seed: value}`, where it was measured."
     rows = runs[runs.variant == variant]
     return {int(s): float(m[metric]) for s, m in zip(rows.seed, rows.metrics) if m.get(metric) is not None}
 
-
+# %% ../../nbs/lab/12_results.ipynb #28566cf1
 def variant_order(runs: pd.DataFrame, ablation: Ablation) -> list[str]:
     "The variants that were run: the baseline first, the others as declared."
     declared = [ablation.baseline, *(v for v in ablation.variants if v != ablation.baseline)]
@@ -230,12 +245,13 @@ def main_metrics(results: pd.DataFrame) -> list[str]:
     names = [m for m in dict.fromkeys(results.metric) if _is_main(m)]
     return sorted(names, key=lambda m: m.startswith("val"))
 
-
+# %% ../../nbs/lab/12_results.ipynb #17e77d05
 def _is_main(metric: str) -> bool:
     return not metric.startswith(("val t", "MMD-biased", "retrieval@5", "duplicates"))
 
-
-def _comparisons(runs: pd.DataFrame, ablation: Ablation, metrics: list[str]) -> dict[tuple[str, str], Comparison]:
+# %% ../../nbs/lab/12_results.ipynb #2d6d2ceb
+def _comparisons(
+    runs: pd.DataFrame, ablation: Ablation, metrics: list[str]) -> dict[tuple[str, str], Comparison]:
     "Every variant with the baseline, on every metric that shares a seed."
     pairs = {}
     for metric in metrics:
@@ -246,33 +262,40 @@ def _comparisons(runs: pd.DataFrame, ablation: Ablation, metrics: list[str]) -> 
     return compare(pairs)
 
 # %% ../../nbs/lab/12_results.ipynb #c74254ef
-COLUMNS = ("ablation", "variant", "preset", "point", "seeds", "metric", "mean", "low", "high",
-           "difference", "difference_low", "difference_high", "p", "p_corrected", "verdict", "seeds_needed", "seconds", "hardware")
+COLUMNS = ("ablation", "variant", "preset", "point", "seeds", "metric", "mean", "low", "high", "difference",
+           "difference_low", "difference_high", "p", "p_corrected", "verdict", "seeds_needed", "seconds",
+           "hardware")
 
 
 def _compared(c: Comparison | None, otherwise: str) -> tuple:
     if c is None:
         return *[math.nan] * 5, otherwise, None
-    return c.difference.mean, c.difference.low, c.difference.high, c.p, c.p_corrected, c.verdict, c.seeds_needed
+    return (c.difference.mean, c.difference.low, c.difference.high, c.p, c.p_corrected, c.verdict,
+            c.seeds_needed)
 
-
-def table(runs: pd.DataFrame,          # from `collect`
-          ablation: Ablation,
-          confidence: float = 0.95,
-          ) -> pd.DataFrame:           # one row a metric and variant, `COLUMNS`; `seeds` are those of the mean
+# %% ../../nbs/lab/12_results.ipynb #3cea9f0a
+def table(
+    runs: pd.DataFrame,  # from `collect`
+    ablation: Ablation,
+    confidence: float = 0.95,
+) -> pd.DataFrame:  # one row a metric and variant, `COLUMNS`; `seeds` are those of the mean
     "Means, differences and verdicts."
     metrics = list(dict.fromkeys(name for m in runs.metrics for name in m))
-    found = [_comparisons(runs, ablation, [m for m in metrics if _is_main(m) == main]) for main in (True, False)]
+    found = [
+        _comparisons(runs, ablation, [m for m in metrics if _is_main(m) == main]) for main in (True, False)]
     found, of = found[0] | found[1], dict(tuple(runs.groupby("variant")))
     rows = []
     for metric in metrics:
         for variant in variant_order(runs, ablation):
             if mine := by_seed(runs, variant, metric):
-                c, m, same = found.get((metric, variant)), mean_interval(list(mine.values()), confidence), of[variant]
+                c, m, same = (found.get((metric, variant)), mean_interval(list(mine.values()), confidence),
+                              of[variant])
                 where = point(Path(same.folder.iloc[0]).parent)
-                rows.append((ablation.name, variant, same.preset.iloc[0], where, m.n, metric, m.mean, m.low, m.high,
-                             *_compared(c, "baseline" if variant == ablation.baseline else "no pair"),
-                             same.seconds.mean(), "; ".join(sorted(set(same.hardware)))))
+                rows.append(
+                    (ablation.name, variant, same.preset.iloc[0], where, m.n, metric, m.mean, m.low, m.high,
+                     *_compared(c, "baseline" if variant == ablation.baseline else "no pair"),
+                     same.seconds.mean(), "; ".join(sorted(set(same.hardware))))
+                )
     return pd.DataFrame(rows, columns=COLUMNS).astype({"seeds_needed": "Int64"})
 
 # %% ../../nbs/lab/12_results.ipynb #c24f4113
@@ -286,7 +309,7 @@ def kin(published: str,            # a metric by the name its authors used
     family = lambda name: name.split("[")[0].split(" ")[0]
     return next((m for k in _KIN.get(published, (published,)) for m in metrics if family(m) == k), None)
 
-
+# %% ../../nbs/lab/12_results.ipynb #0969f093
 def agreement(verdict: str,             # ours
               seeds: int,               # that both have
               published: Published,
@@ -297,7 +320,8 @@ def agreement(verdict: str,             # ours
         return "agrees" if verdict == theirs else "disagrees"
     if verdict != "not distinguishable":
         return "not measured here"
-    return "one seed, cannot tell" if seeds < 2 else "agrees" if theirs == "no difference" else "not distinguishable here"
+    return ("one seed, cannot tell" if seeds < 2 else "agrees" if theirs == "no difference"
+            else "not distinguishable here")
 
 # %% ../../nbs/lab/12_results.ipynb #74f6a549
 def published_table(results: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
@@ -305,13 +329,14 @@ def published_table(results: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
     rows, metrics = [], main_metrics(results)
     for p in ablation.published:
         mine = results[(results.metric == kin(p.metric, metrics)) & (results.variant == p.variant)]
-        word = agreement(mine.verdict.iloc[0], 1 if math.isnan(mine.difference_low.iloc[0]) else 2, p) if len(mine) else "not measured here"
+        word = (agreement(mine.verdict.iloc[0], 1 if math.isnan(mine.difference_low.iloc[0]) else 2, p)
+                if len(mine) else "not measured here")
         direction = "no difference" if p.value == p.baseline_value else p.verdict
         rows.append((p.variant, f"{p.metric} {p.baseline_value:.2f} -> {p.value:.2f}", direction, p.source,
                      mine.metric.iloc[0] if len(mine) else None, word))
     return pd.DataFrame(rows, columns=["variant", "published", "direction", "source", "metric", "agreement"])
 
-
+# %% ../../nbs/lab/12_results.ipynb #c1257a2c
 def published_lines(ablation: Ablation) -> list[str]:
     "What others found, one line a number."
     return [f"{p.variant} against {ablation.baseline}: {p}" for p in ablation.published]
@@ -324,98 +349,121 @@ def in_words(mean: float, low: float = math.nan, high: float = math.nan, sign: s
     short = lambda v: f"{v:{sign}.0f}" if abs(v) >= 1000 else f"{v:{sign}.3g}"
     return short(mean) + ("" if math.isnan(low) else f" [{short(low)}, {short(high)}]")
 
-
+# %% ../../nbs/lab/12_results.ipynb #36b587d4
 def direction(metric: str) -> str:
     "A metric and, on a line of its own, the direction that is better."
     return f"{metric}\n{'higher' if better_up(metric) else 'lower'} is better"
 
-
+# %% ../../nbs/lab/12_results.ipynb #6b19226e
 def bounds(runs: pd.DataFrame) -> dict[str, dict[str, float]]:
     "What real drawings and guessing give, from the first record that knows."
     return next((b for f in runs.folder if (b := record(f).get("bounds"))), {})
 
-
-def flags(grades: pd.DataFrame | None,    # metric, damage, verdict, as `calibration.known` gives it; none: not calibrated
+# %% ../../nbs/lab/12_results.ipynb #6951be44
+# metric, damage, verdict, as `calibration.known` gives it; none: not calibrated
+def flags(grades: pd.DataFrame | None,
           ) -> dict[str, str]:            # metric -> what it does not see; empty if it sees all
     "What a calibration says against a metric."
-    said = {}
+    words = {}
     for metric, rows in (grades.groupby("metric", sort=False) if grades is not None else ()):
-        parts = [f"{'does not notice' if word == 'does not notice' else 'is not monotonic in'} {in_list(list(some.damage))}"
-                 for word, some in rows[rows.verdict != "notices"].groupby("verdict", sort=False)]
-        said[metric] = "; ".join(parts)
-    return said
+        parts = [
+            f"{'does not notice' if word == 'does not notice' else 'is not monotonic in'} "
+            f"{in_list(list(some.damage))}"
+            for word, some in rows[rows.verdict != "notices"].groupby("verdict", sort=False)
+        ]
+        words[metric] = "; ".join(parts)
+    return words
 
 # %% ../../nbs/lab/12_results.ipynb #b704f964
 def _word(row) -> str:
     one = row.verdict == "not distinguishable" and math.isnan(getattr(row, "difference_low", 0))
     return "one seed, no verdict" if one else row.verdict
 
-
+# %% ../../nbs/lab/12_results.ipynb #530ab0ca
 def p_words(p: float) -> str:
     "A p value in words; empty for not-a-number."
     return "" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.2g}"
 
-
-def verdicts(results: pd.DataFrame, ablation: Ablation, said: dict[str, str] | None = None) -> pd.DataFrame:
-    "The main metrics of every variant but the baseline, numbers in words; `said` are the `flags` of metrics."
+# %% ../../nbs/lab/12_results.ipynb #5853ca53
+def verdicts(
+    results: pd.DataFrame, ablation: Ablation, flagged: dict[str, str] | None = None) -> pd.DataFrame:
+    "The main metrics of every variant but the baseline, numbers in words; `flagged` are the `flags` of metrics."
     others, main, rows = published_table(results, ablation), main_metrics(results), []
     mine = results[results.metric.isin(main) & (results.variant != ablation.baseline)]
-    order = mine.metric.map(main.index) + len(main) * mine.variant.map(list(dict.fromkeys(mine.variant)).index)
+    order = mine.metric.map(main.index) + len(main) * mine.variant.map(
+        list(dict.fromkeys(mine.variant)).index)
     for r in mine.loc[order.sort_values().index].itertuples():
         beside = others[(others.metric == r.metric) & (others.variant == r.variant)]
         open_ = r.verdict == "not distinguishable" and not pd.isna(r.seeds_needed)
         needed = "" if not open_ else str(r.seeds_needed) if r.seeds_needed > r.seeds else f">{r.seeds}"
-        rows.append((r.variant, "; ".join(filter(None, (direction(r.metric), (said or {}).get(r.metric)))),
-                     in_words(r.difference, r.difference_low, r.difference_high, "+"), p_words(r.p_corrected), _word(r), needed,
-                     "; ".join(f"{p.published}, {p.direction}" for p in beside.itertuples()), "; ".join(dict.fromkeys(beside.agreement))))
-    return pd.DataFrame(rows, columns=["variant", "metric", f"minus {ablation.baseline} [95%]", "p, corrected", "verdict", "seeds needed",
-                                       "published", "agreement"])
+        rows.append(
+            (r.variant, "; ".join(filter(None, (direction(r.metric), (flagged or {}).get(r.metric)))),
+             in_words(r.difference, r.difference_low, r.difference_high, "+"), p_words(r.p_corrected),
+             _word(r), needed, "; ".join(f"{p.published}, {p.direction}" for p in beside.itertuples()),
+             "; ".join(dict.fromkeys(beside.agreement)))
+        )
+    return pd.DataFrame(
+        rows,
+        columns=["variant", "metric", f"minus {ablation.baseline} [95%]", "p, corrected", "verdict",
+                 "seeds needed", "published", "agreement"],
+    )
 
 # %% ../../nbs/lab/12_results.ipynb #445cfb41
-def means(results: pd.DataFrame, limits: dict | None = None, said: dict[str, str] | None = None) -> pd.DataFrame:
-    "The main metrics: one row each, one column a variant, then real drawings, guessing and calibration where known."
+def means(
+    results: pd.DataFrame, limits: dict | None = None, flagged: dict[str, str] | None = None) -> pd.DataFrame:
+    """The main metrics: one row each, one column a variant, then real drawings, guessing and calibration
+    where known."""
     rows = []
     for metric in main_metrics(results):
         some = results[results.metric == metric]
-        row = {"metric": direction(metric)} | {r.variant: in_words(r.mean, r.low, r.high) for r in some.itertuples()}
+        row = {"metric": direction(metric)} | {
+            r.variant: in_words(r.mean, r.low, r.high) for r in some.itertuples()}
         row |= {kind: in_words(values.get(metric, math.nan)) for kind, values in (limits or {}).items()}
-        if said:
+        if flagged:
             unknown = "" if metric.startswith("val") else "not calibrated"
-            row["calibration"] = (said[metric] or "notices all damage") if metric in said else unknown
+            row["calibration"] = (flagged[metric] or "notices all damage") if metric in flagged else unknown
         rows.append(row)
     return pd.DataFrame(rows).fillna("")
 
-
+# %% ../../nbs/lab/12_results.ipynb #37e76520
 def readable(results: pd.DataFrame, limits: dict | None = None) -> pd.DataFrame:
     "The main metrics for a terminal: metric, variant, mean, difference, verdict, seconds."
     rows = []
     for metric in main_metrics(results):
         name = direction(metric).replace("\n", ", ")
         for r in results[results.metric == metric].itertuples():
-            rows.append((name, r.variant, in_words(r.mean, r.low, r.high), in_words(r.difference, r.difference_low, r.difference_high, "+"),
-                         _word(r), f"{r.seconds:.0f}"))
+            rows.append(
+                (name, r.variant, in_words(r.mean, r.low, r.high),
+                 in_words(r.difference, r.difference_low, r.difference_high, "+"), _word(r),
+                 f"{r.seconds:.0f}")
+            )
             name = ""
-        rows += [("", f"({kind})", in_words(values[metric]), "", "", "") for kind, values in (limits or {}).items() if metric in values]
-    return pd.DataFrame(rows, columns=["metric", "variant", "mean [95%]", "minus baseline [95%]", "verdict", "seconds a run"])
+        rows += [("", f"({kind})", in_words(values[metric]), "", "", "")
+                 for kind, values in (limits or {}).items() if metric in values]
+    return pd.DataFrame(
+        rows, columns=["metric", "variant", "mean [95%]", "minus baseline [95%]", "verdict", "seconds a run"])
 
 # %% ../../nbs/lab/12_results.ipynb #836548c2
 def sentences(results: pd.DataFrame, ablation: Ablation) -> list[str]:
     "What our runs say, one sentence a variant."
-    order, said = main_metrics(results), []
+    order, lines = main_metrics(results), []
     main = results[results.metric.isin(order) & (results.variant != ablation.baseline)]
     main = main.sort_values("metric", key=lambda m: m.map(order.index), kind="stable")
     for variant, rows in main.groupby("variant", sort=False):
         words = pd.Series([_word(r) for r in rows.itertuples()], rows.index)
         parts = [f"{word} on {in_list(list(ms))}" for word, ms in rows.groupby(words, sort=False).metric]
         seeds = int(rows.seeds.min())
-        said.append(f"{variant} against {ablation.baseline} ({seeds} {'seeds' if seeds > 1 else 'seed'}): {'; '.join(parts)}.")
-    if said and "p_corrected" in results:
-        said.append(f"The {len(main)} comparisons are corrected for their number (Benjamini-Hochberg): "
+        lines.append(
+            f"{variant} against {ablation.baseline} ({seeds} {'seeds' if seeds > 1 else 'seed'}): "
+            f"{'; '.join(parts)}."
+        )
+    if lines and "p_corrected" in results:
+        lines.append(f"The {len(main)} comparisons are corrected for their number (Benjamini-Hochberg): "
                     "of the differences called, about 5% may be chance.")
-    elif said:
-        said.append(f"{len(main)} comparisons were made, each at 95%: "
+    elif lines:
+        lines.append(f"{len(main)} comparisons were made, each at 95%: "
                     f"about {len(main) * 0.05:.1g} would look like a difference by chance alone.")
-    return said
+    return lines
 
 # %% ../../nbs/lab/12_results.ipynb #da70bea7
 def _clocked(c: pd.DataFrame, step_seconds: float) -> pd.DataFrame:
@@ -426,54 +474,69 @@ def _clocked(c: pd.DataFrame, step_seconds: float) -> pd.DataFrame:
         return c.assign(seconds=inside + np.maximum(c.step - clock.step.iloc[-1], 0) * rate)
     return c.assign(seconds=c.step * step_seconds)
 
-
+# %% ../../nbs/lab/12_results.ipynb #62f3ce6f
 def curves(runs: pd.DataFrame) -> pd.DataFrame:    # step, name, value, seconds, variant, seed
     "All curves of all runs; a run without a readable file has none."
-    parts = [pd.DataFrame({c: pd.Series(dtype=float) for c in ("step", "name", "value", "seconds", "variant", "seed")})]
+    parts = [
+        pd.DataFrame(
+            {c: pd.Series(dtype=float) for c in ("step", "name", "value", "seconds", "variant", "seed")})
+    ]
     for r in runs.itertuples():
         try:
-            c = pd.read_parquet(Path(r.folder) / "curves.parquet").drop_duplicates(["name", "step"], keep="last")
+            c = pd.read_parquet(Path(r.folder) / "curves.parquet").drop_duplicates(
+                ["name", "step"], keep="last")
         except (OSError, ValueError, KeyError):
             continue
-        parts.append(_clocked(c, r.cost.get("step_seconds") or math.nan).assign(variant=r.variant, seed=r.seed))
+        parts.append(
+            _clocked(c, r.cost.get("step_seconds") or math.nan).assign(variant=r.variant, seed=r.seed))
     return pd.concat(parts[1:] or parts, ignore_index=True)
 
 # %% ../../nbs/lab/12_results.ipynb #ee69f249
-def at_moment(lines: pd.DataFrame,      # from `curves`
-              name: str = "val",
-              ) -> tuple[float, pd.DataFrame]:   # seconds, and by run: variant, seed, step, value then; last: value at its end
+def at_moment(
+    lines: pd.DataFrame,  # from `curves`
+    name: str = "val",
+) -> tuple[
+    float, pd.DataFrame]:  # seconds, and by run: variant, seed, step, value then; last: value at its end
     "Where every run was when the first one was through."
     wanted = lines[(lines.name == name) & lines.seconds.notna()].sort_values("step")
     by_run = wanted.groupby(["variant", "seed"], sort=False)
     moment = by_run.seconds.last().min() if len(wanted) else math.nan
-    rows = [(variant, seed, np.interp(moment, c.seconds, c.step), np.interp(moment, c.seconds, c.value), c.value.iloc[-1])
-            for (variant, seed), c in by_run]
+    rows = [
+        (variant, seed, np.interp(moment, c.seconds, c.step), np.interp(moment, c.seconds, c.value),
+         c.value.iloc[-1])
+        for (variant, seed), c in by_run
+    ]
     return float(moment), pd.DataFrame(rows, columns=["variant", "seed", "step", "value", "last"])
 
-
+# %% ../../nbs/lab/12_results.ipynb #4137e2f2
 def verdict_words(c: Comparison) -> str:
     "A verdict; one seed has none."
     return "one seed, no verdict" if c.difference.n < 2 else c.verdict
 
-
+# %% ../../nbs/lab/12_results.ipynb #e241a61a
 def equal_time(lines: pd.DataFrame, ablation: Ablation, name: str = "val") -> tuple[float, pd.DataFrame]:
-    "The moment, and a table in words: variant, steps by then, error at equal steps and at equal time, difference and verdict of each."
+    """The moment, and a table in words: variant, steps by then, error at equal steps and at equal time,
+    difference and verdict of each."""
     moment, found = at_moment(lines, name)
-    values = {(kind, v): dict(zip(c.seed, c[kind])) for v, c in found.groupby("variant") for kind in ("last", "value")}
+    values = {(kind, v): dict(zip(c.seed, c[kind])) for v, c in found.groupby("variant")
+              for kind in ("last", "value")}
     base = ablation.baseline
-    pairs = {k: (v, values[k[0], base], False) for k, v in values.items() if k[1] != base and set(v) & set(values.get((k[0], base), {}))}
+    pairs = {k: (v, values[k[0], base], False) for k, v in values.items()
+             if k[1] != base and set(v) & set(values.get((k[0], base), {}))}
     verdict, rows = compare(pairs), []
     for variant in [v for v in (base, *(v for v in ablation.variants if v != base)) if ("last", v) in values]:
         row = {"variant": variant, "steps by then": f"{found[found.variant == variant].step.mean():.0f}"}
         for kind, word in (("last", "equal steps"), ("value", "equal time")):
             m, c = mean_interval(list(values[kind, variant].values())), verdict.get((kind, variant))
             alone = "baseline" if variant == base else "no pair"
-            row |= {f"error, {word}": in_words(m.mean, m.low, m.high), f"verdict, {word}": verdict_words(c) if c else alone}
+            row |= {f"error, {word}": in_words(m.mean, m.low, m.high),
+                    f"verdict, {word}": verdict_words(c) if c else alone}
         rows.append(row)
     return moment, pd.DataFrame(rows)
 
 # %% ../../nbs/lab/12_results.ipynb #6acc8d96
-_COSTS = ("train_seconds", "total_seconds", "step_seconds", "images_seen", "peak_memory_mb", "parameters", "flops_step", "energy_joules")
+_COSTS = ("train_seconds", "total_seconds", "step_seconds", "images_seen", "peak_memory_mb", "parameters",
+          "flops_step", "energy_joules")
 
 
 def costs(runs: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
@@ -484,28 +547,35 @@ def costs(runs: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
         known = {name: [c[name] for c in mine.cost if c.get(name) is not None] for name in _COSTS}
         row = {"variant": variant, "runs": len(mine), "steps": mine.steps.mean()}
         row |= {k: np.mean(v) if v else math.nan for k, v in known.items()}
-        both = [c["flops_step"] * s for c, s in zip(mine.cost, mine.steps) if c.get("flops_step") and not math.isnan(s)]
+        both = [c["flops_step"] * s for c, s in zip(mine.cost, mine.steps)
+                if c.get("flops_step") and not math.isnan(s)]
         sources = sorted({str(c["energy_source"]) for c in mine.cost if c.get("energy_source")})
         rows.append(row | {"flops": np.mean(both) if both else math.nan, "energy_source": "; ".join(sources)})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/lab/12_results.ipynb #87671ef7
 def _big(value: float, unit: str) -> str:
     power = max(0, min(6, int(math.log10(value) // 3))) if value > 0 else 0
     return f"{value / 1000 ** power:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}{unit}".strip()
 
 # %% ../../nbs/lab/12_results.ipynb #14ad6232
-_COST_WORDS = {"seconds a run": ("total_seconds", lambda v: f"{v:.0f}"), "of it training": ("train_seconds", lambda v: f"{v:.0f}"),
-               "step": ("step_seconds", lambda v: f"{1000 * v:.3g} ms"), "images seen": ("images_seen", lambda v: f"{v:,.0f}"),
-               "peak memory": ("peak_memory_mb", lambda v: f"{v:,.0f} MB"), "parameters": ("parameters", lambda v: _big(v, "")),
-               "FLOPs a step": ("flops_step", lambda v: _big(v, "FLOP")), "FLOPs in all": ("flops", lambda v: _big(v, "FLOP")),
+_COST_WORDS = {"seconds a run": ("total_seconds", lambda v: f"{v:.0f}"),
+               "of it training": ("train_seconds", lambda v: f"{v:.0f}"),
+               "step": ("step_seconds", lambda v: f"{1000 * v:.3g} ms"),
+               "images seen": ("images_seen", lambda v: f"{v:,.0f}"),
+               "peak memory": ("peak_memory_mb", lambda v: f"{v:,.0f} MB"),
+               "parameters": ("parameters", lambda v: _big(v, "")),
+               "FLOPs a step": ("flops_step", lambda v: _big(v, "FLOP")),
+               "FLOPs in all": ("flops", lambda v: _big(v, "FLOP")),
                "energy": ("energy_joules", lambda v: _big(v, "J"))}
 
 
 def cost_words(spent: pd.DataFrame) -> pd.DataFrame:
     "`costs` in words."
-    columns = {"variant": spent.variant} | {title: [("not measured here" if math.isnan(v) else say(v)) for v in spent[name]]
-                                            for title, (name, say) in _COST_WORDS.items()}
+    columns = {"variant": spent.variant} | {
+        title: [("not measured here" if math.isnan(v) else say(v)) for v in spent[name]]
+        for title, (name, say) in _COST_WORDS.items()
+    }
     sources = "; ".join(sorted(set(filter(None, spent.energy_source))))
     return pd.DataFrame(columns).rename(columns={"energy": f"energy ({sources})"} if sources else {})
 
@@ -521,7 +591,8 @@ def pareto(cost: list[float],         # less is better
 
 # %% ../../nbs/lab/12_results.ipynb #3b7ca194
 def chance(runs: pd.DataFrame, ablation: Ablation, n: int = 3) -> pd.DataFrame:
-    "Of the main metrics: metric, variant, rate, low, high, seeds; empty if no variant is a null check or there are fewer than n seeds."
+    """Of the main metrics: metric, variant, rate, low, high, seeds; empty if no variant is a null check or
+    there are fewer than n seeds."""
     parts = [pd.DataFrame(columns=["metric", "rate", "low", "high", "seeds", "variant"])]
     metrics = [m for m in dict.fromkeys(name for ms in runs.metrics for name in ms) if _is_main(m)]
     for variant in ablation.seed_shift:
@@ -540,12 +611,14 @@ def _as_setting(value) -> str:
         return value if isinstance(value, str) else json.dumps(value)
     return json.dumps(value)
 
-
+# %% ../../nbs/lab/12_results.ipynb #297c3cee
 def command(runs: pd.DataFrame, ablation: Ablation, variant: str) -> str:
-    "The line that makes a variant's runs, and the baseline's with the same seeds, again; those of a grid's point elsewhere."
+    """The line that makes a variant's runs, and the baseline's with the same seeds, again; those of a grid's
+    point elsewhere."""
     mine = runs[runs.variant == variant]
     seeds, names = sorted(set(mine.seed)), list(dict.fromkeys([ablation.baseline, variant]))
-    some = str(len(seeds)) if seeds == list(range(len(seeds))) else ",".join(map(str, seeds)) + "," * (len(seeds) == 1)
+    some = (str(len(seeds)) if seeds == list(range(len(seeds)))
+            else ",".join(map(str, seeds)) + "," * (len(seeds) == 1))
     settings = [f"--set {shlex.quote(f'{k}={_as_setting(v)}')}" for k, v in mine.overrides.iloc[0].items()]
     out = ["--out again"] if point(Path(mine.folder.iloc[0]).parent) else []
     return " ".join(["prx-nb ablate", ablation.name, "--preset", mine.preset.iloc[0],

@@ -22,6 +22,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
+
 from ..core.files import read_json, require_writable, write_json
 from ..core.recipe import parse
 from . import run as runs
@@ -33,13 +35,15 @@ from .plan import Job
 class SlurmError(AblationError):
     "Slurm is not there, or does not take what it was asked for."
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #f4f5c1fb
 def ask(*command: str,       # sbatch, squeue, scontrol, scancel ... and its arguments
         ) -> str:            # what it prints
     "Run one of Slurm's commands. Raises `SlurmError`."
     if not shutil.which(command[0]):
-        raise SlurmError(f"{command[0]} is not on this machine: go to a login node of the cluster, or choose the local "
-                         "executor. (A Slurm of your own: apt-get install slurm-wlm munge, and a slurm.conf)")
+        raise SlurmError(
+            f"{command[0]} is not on this machine: go to a login node of the cluster, or choose the local "
+            "executor. (A Slurm of your own: apt-get install slurm-wlm munge, and a slurm.conf)"
+        )
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
@@ -48,7 +52,7 @@ def ask(*command: str,       # sbatch, squeue, scontrol, scancel ... and its arg
         raise SlurmError(f"{command[0]} says: {_one_line(done.stderr) or f'exit code {done.returncode}'}")
     return done.stdout
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #d60d51d4
 def _one_line(text: str) -> str:
     "Slurm's complaints, without the name of the command before each."
     lines = [re.sub(r"^\w+: ((error|fatal): )?", "", line.strip()) for line in text.splitlines()]
@@ -59,7 +63,7 @@ def pairs(line: str) -> dict[str, str]:
     "What a line of scontrol --oneliner says."
     return dict(re.findall(r"(?:^|\s)([A-Z][\w:/]*)=(.*?)(?=\s+[A-Z][\w:/]*=|\s*$)", line))
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #02cd9805
 def minutes(time: str,         # as Slurm writes it
             ) -> int | None:   # rounded up; none: no limit, or none given
     "A time limit in minutes."
@@ -85,15 +89,18 @@ class Partition:
     usual: int | None              # minutes of a job that gives no time limit
     most: int | None               # minutes a job may ask for; none: any
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #f9daa0a2
 def read_partitions(text: str,     # of `scontrol --oneliner show partition`
                     ) -> dict[str, Partition]:
     "The partitions that Slurm lists."
     found = [pairs(line) for line in text.splitlines() if "PartitionName=" in line]
-    return {p["PartitionName"]: Partition(p["PartitionName"], p.get("Default") == "YES",
-                                          minutes(p.get("DefaultTime", "")), minutes(p.get("MaxTime", ""))) for p in found}
+    return {
+        p["PartitionName"]: Partition(p["PartitionName"], p.get("Default") == "YES",
+                                      minutes(p.get("DefaultTime", "")), minutes(p.get("MaxTime", "")))
+        for p in found
+    }
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #6217a101
 def choose_partition(found: Mapping[str, Partition],
                      name: str | None = None,    # none: the default one
                      ) -> Partition:
@@ -118,7 +125,7 @@ class Machine:
     def __str__(self):
         return f"{self.cpus} cpus, {self.memory_gb:g} GB, {self.gpus} gpus"
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #4c50c804
 def read_machines(text: str,       # of `sinfo --Node --format=%c|%m|%G`
                   ) -> set[Machine]:
     "The kinds of machines that Slurm lists."
@@ -127,11 +134,13 @@ def read_machines(text: str,       # of `sinfo --Node --format=%c|%m|%G`
     gb = lambda mb: round(int(mb.rstrip("+")) / 1024, 1)
     return {Machine(int(cpus.rstrip("+")), gb(memory), gpus(gres)) for cpus, memory, gres in rows}
 
-
-def check_machines(there: Iterable[Machine], partition: str, cpus: int, memory_gb: float | None, gpus: int) -> None:
+# %% ../../nbs/lab/07_slurm.ipynb #1f68de02
+def check_machines(
+    there: Iterable[Machine], partition: str, cpus: int, memory_gb: float | None, gpus: int) -> None:
     "Raises `SlurmError` when no machine can hold a task."
     there = sorted(there, key=str)
-    if there and not any(m.cpus >= cpus and m.memory_gb >= (memory_gb or 0) and m.gpus >= gpus for m in there):
+    if there and not any(
+        m.cpus >= cpus and m.memory_gb >= (memory_gb or 0) and m.gpus >= gpus for m in there):
         wanted = Machine(cpus, memory_gb or 0, gpus)
         raise SlurmError(f"no machine of partition '{partition}' holds a task of {wanted}; "
                          f"there are machines with {' or '.join(map(str, there[:5]))}")
@@ -147,7 +156,8 @@ def time_limit(partition: Partition,
     if wanted is not None and wanted < 1:
         raise SlurmError(f"time limit = {wanted} minutes: at least 1 is needed")
     if wanted and partition.most and wanted > partition.most:
-        raise SlurmError(f"time limit = {wanted} minutes, but partition '{partition.name}' allows {partition.most}")
+        raise SlurmError(
+            f"time limit = {wanted} minutes, but partition '{partition.name}' allows {partition.most}")
     limit = wanted or by_jobs or partition.usual or partition.most or 24 * 60
     return min(limit, partition.most or limit)
 
@@ -159,7 +169,8 @@ def settings(name: str,                          # of the job, as squeue shows i
              cpus: int = 1,                      # per task
              memory_gb: float | None = None,     # per task; none: what the partition gives
              at_once: int | None = None,         # tasks side by side; none: as many as there is room for
-             extra: Mapping[str, Any] = {},      # further sbatch settings: {"account": "vision", "exclusive": True}
+             # further sbatch settings: {"account": "vision", "exclusive": True}
+             extra: Mapping[str, Any] = {},
              ) -> dict[str, Any]:
     "Settings for `submitit.AutoExecutor.update_parameters`. Raises `SlurmError`."
     limits = {"gpus": (gpus, 0), "cpus": (cpus, 1), "at once": (at_once, 1), "memory_gb": (memory_gb, 0.001)}
@@ -170,8 +181,8 @@ def settings(name: str,                          # of the job, as squeue shows i
         raise SlurmError(f"extra setting '{taken[0]}' is one that is set already, "
                          "by an argument of its own or because the runs need it")
     more = {"hold": True, "requeue": True} | {k.replace("_", "-"): v for k, v in extra.items()}
-    return {"name": name, "slurm_partition": partition, "timeout_min": minutes, "cpus_per_task": cpus, "mem_gb": memory_gb,
-            "gpus_per_node": gpus or None, "slurm_array_parallelism": at_once or 10**6,
+    return {"name": name, "slurm_partition": partition, "timeout_min": minutes, "cpus_per_task": cpus,
+            "mem_gb": memory_gb, "gpus_per_node": gpus or None, "slurm_array_parallelism": at_once or 10**6,
             "slurm_signal_delay_s": _warning(minutes), "slurm_srun_args": [f"--cpus-per-task={cpus}"],
             "slurm_additional_parameters": more}
 
@@ -181,25 +192,26 @@ def _warning(minutes: int) -> int:
     return min(90, 15 * minutes)
 
 
-_OURS = {"partition", "time", "gpus-per-node", "cpus-per-task", "mem", "array", "signal", "hold", "requeue", "no-requeue",
-         "output", "error", "job-name", "ntasks"}
+_OURS = {"partition", "time", "gpus-per-node", "cpus-per-task", "mem", "array", "signal", "hold", "requeue",
+         "no-requeue", "output", "error", "job-name", "ntasks"}
 
 # %% ../../nbs/lab/07_slurm.ipynb #2e38195a
 def _last_checkpoint(folder: str | Path) -> str:
     "Name of the newest checkpoint, empty when there is none."
     return max((p.name for p in Path(folder).glob("checkpoint/step-*.safetensors")), default="")
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #afafbfed
 def _own_id() -> str:
     "This task's number, `123_4`; of a job that is no array `123`."
     array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID", "")
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #cc15f7da
 def _preempted(known: Mapping[str, str],    # what scontrol says of a job
                ) -> bool:
     "Whether a job is in the grace time before its preemption."
-    return known.get("JobState") == "RUNNING" and known.get("PreemptTime", "None") not in ("None", "Unknown", "N/A")
+    return known.get("JobState") == "RUNNING" and known.get("PreemptTime", "None") not in (
+        "None", "Unknown", "N/A")
 
 # %% ../../nbs/lab/07_slurm.ipynb #564d5648
 class Task:
@@ -213,50 +225,61 @@ class Task:
         self.job, self.threads, self.minutes, self.worker = job, threads, minutes, None
 
     def __call__(self) -> dict:
-        "Bring the run to its end; its final status. Exit code 1 when it did not succeed, so that Slurm says FAILED too."
+        """Bring the run to its end; its final status. Exit code 1 when it did not succeed, so that Slurm says
+        FAILED too."""
         if runs.finished(self.job):
-            return runs.status(self.job.out)                                 # requeued when all was done
+            return runs.read_status(self.job.out)                                 # requeued when all was done
         self.begin, self.before = time.monotonic(), _last_checkpoint(self.job.out)
-        self.stop, self.said = threading.Event(), {}
+        self.stop, self.status = threading.Event(), {}
         self.worker = threading.Thread(target=self._attend, daemon=True)
         signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
         self.worker.start()
         while self.worker.is_alive():
             self.worker.join(0.5)
-        if self.said.get("state") == "done":
-            return self.said
+        if self.status.get("state") == "done":
+            return self.status
         if self.stop.is_set() and (own := _own_id()):
             with contextlib.suppress(SlurmError):
                 if _preempted(pairs(ask("scontrol", "--oneliner", "show", "job", own))):
                     ask("scontrol", "requeue", own)
         raise SystemExit(1)
 
-    def _attend(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})           # inherited by the run's processes
-        say = lambda line: print(f"{datetime.now():%H:%M:%S} {line}", flush=True)
-        say(f"{self.job.name} as task {_own_id()} on {os.uname().nodename}")
-        self.said = runs.supervise(self.job, self.threads, stop=self.stop, say=say)
-        say(f"{self.job.name} {runs.end_in_words(self.job, self.said)}")
+# %% ../../nbs/lab/07_slurm.ipynb #cfa75695
+@patch
+def _attend(self: Task) -> None:
+    # inherited by the run's processes
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    say = lambda line: print(f"{datetime.now():%H:%M:%S} {line}", flush=True)
+    say(f"{self.job.name} as task {_own_id()} on {os.uname().nodename}")
+    self.status = runs.supervise(self.job, self.threads, stop=self.stop, say=say)
+    say(f"{self.job.name} {runs.end_in_words(self.job, self.status)}")
 
-    def checkpoint(self):
-        "submitit's question before the time limit: stop the run; what shall run next, none when there is no use."
-        from submitit.helpers import DelayedSubmission
-        if self.worker:
-            self.stop.set()
-            self.worker.join()
-            if self.said.get("state") not in ("interrupted", "done") or self._got_nowhere():
-                return None
-        return DelayedSubmission(Task(self.job, self.threads, self.minutes))
+# %% ../../nbs/lab/07_slurm.ipynb #649b0f26
+@patch
+def checkpoint(self: Task):
+    """submitit's question before the time limit: stop the run; what shall run next, none when there is no
+    use."""
+    from submitit.helpers import DelayedSubmission
+    if self.worker:
+        self.stop.set()
+        self.worker.join()
+        if self.status.get("state") not in ("interrupted", "done") or self._got_nowhere():
+            return None
+    return DelayedSubmission(Task(self.job, self.threads, self.minutes))
 
-    def _got_nowhere(self) -> bool:
-        "Whether the time is up without a new checkpoint; then that is what the status says."
-        early = _warning(self.minutes) + 90                                   # Slurm may signal a minute earlier still
-        late = time.monotonic() - self.begin > 60 * self.minutes - early
-        if self.said["state"] == "done" or not late or _last_checkpoint(self.job.out) != self.before:
-            return False
-        error = f"no new checkpoint within the task's {self.minutes} min; ask for more, or lower train.checkpoint_every"
-        write_json(Path(self.job.out) / "status.json", self.said | {"state": "timeout", "error": error})
-        return True
+# %% ../../nbs/lab/07_slurm.ipynb #363e4551
+@patch
+def _got_nowhere(self: Task) -> bool:
+    "Whether the time is up without a new checkpoint; then that is what the status says."
+    # Slurm may signal a minute earlier still
+    early = _warning(self.minutes) + 90
+    late = time.monotonic() - self.begin > 60 * self.minutes - early
+    if self.status["state"] == "done" or not late or _last_checkpoint(self.job.out) != self.before:
+        return False
+    error = (f"no new checkpoint within the task's {self.minutes} min; ask for more, or lower "
+             "train.checkpoint_every")
+    write_json(Path(self.job.out) / "status.json", self.status | {"state": "timeout", "error": error})
+    return True
 
 # %% ../../nbs/lab/07_slurm.ipynb #9547179b
 @dataclass(frozen=True)
@@ -266,7 +289,7 @@ class Queued:
     state: str                     # PENDING, RUNNING, COMPLETING ...
     reason: str                    # why it waits, in Slurm's words
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #640bf414
 def read_queue(text: str,          # of `squeue --array --format=%i|%F|%T|%r|%o`
                ) -> dict[str, Queued]:
     "The runs that are in the queue, by folder; jobs that are none of ours are left out."
@@ -281,14 +304,15 @@ def read_queue(text: str,          # of `squeue --array --format=%i|%F|%T|%r|%o`
             found[folder] = Queued(task, state, reason)
     return found
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #16742d67
 def in_queue() -> dict[str, Queued]:
-    "The runs of this user that are in Slurm's queue, by folder; none where there is no Slurm. Raises `SlurmError`."
+    """The runs of this user that are in Slurm's queue, by folder; none where there is no Slurm. Raises
+    `SlurmError`."""
     if not shutil.which("squeue"):
         return {}
     return read_queue(ask("squeue", "--me", "--noheader", "--array", "--format=%i|%F|%T|%r|%o"))
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #c57f6cd8
 def queue_states() -> dict[str, str]:
     "Slurm's word on every run in the queue, by folder."
     return {folder: task.state for folder, task in in_queue().items()}
@@ -301,18 +325,19 @@ def _left_to_do(jobs: list[Job], again: bool, say: Callable[[str], None]) -> lis
         task = waiting.get(job.out)
         if runs.finished(job):
             continue
-        if task and runs.status(job.out).get("key") != job.key:
-            raise SlurmError(f"{job.out} is in Slurm's queue with other settings; cancel that first: scancel {task.id}")
+        if task and runs.read_status(job.out).get("key") != job.key:
+            raise SlurmError(
+                f"{job.out} is in Slurm's queue with other settings; cancel that first: scancel {task.id}")
         if task:
             say(f"{job.name} is in the queue already as {task.id}, {task.state}")
         elif failed_for_good(job) and not again:
-            end = runs.end_in_words(job, runs.status(job.out))
+            end = runs.end_in_words(job, runs.read_status(job.out))
             say(f"{job.name} failed before and nothing has changed: {end}; prx-nb retry runs it again")
         else:
             todo.append(job)
     return todo
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #3603a92a
 def _most_tasks() -> int:
     "How many tasks an array may have here."
     found = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config"))
@@ -324,7 +349,8 @@ def _wanted(jobs, partition, time_minutes, gpus, cpus, memory_gb, at_once, extra
     ask("sbatch", "--version")
     where = choose_partition(read_partitions(ask("scontrol", "--oneliner", "show", "partition")), partition)
     name = "prx-" + "-".join(dict.fromkeys(job.ablation for job in jobs))
-    wanted = settings(name, where.name, time_limit(where, time_minutes, jobs), gpus, cpus, memory_gb, at_once, extra)
+    wanted = settings(
+        name, where.name, time_limit(where, time_minutes, jobs), gpus, cpus, memory_gb, at_once, extra)
     there = ask("sinfo", "--Node", "--noheader", f"--partition={where.name}", "--format=%c|%m|%G")
     check_machines(read_machines(there), where.name, cpus, memory_gb, gpus)
     most = max(job.recipe.get("train", {}).get("processes", 1) for job in jobs)
@@ -334,14 +360,16 @@ def _wanted(jobs, partition, time_minutes, gpus, cpus, memory_gb, at_once, extra
 
 # %% ../../nbs/lab/07_slurm.ipynb #5dbed000
 def _hand_in(todo: list[Job], wanted: Mapping[str, Any], logs: Path, array: bool) -> list[str]:
-    "Give the tasks to sbatch, on hold; their numbers. Raises `SlurmError` when it refuses, with nothing handed in."
+    """Give the tasks to sbatch, on hold; their numbers. Raises `SlurmError` when it refuses, with nothing
+    handed in."""
     import io
     import submitit
     executor, handed = submitit.AutoExecutor(folder=logs, cluster="slurm", slurm_max_num_timeout=10**6), []
     executor.update_parameters(**wanted)
     tasks = [Task(job, wanted["cpus_per_task"], wanted["timeout_min"]) for job in todo]
     try:
-        with contextlib.redirect_stderr(io.StringIO()), executor.batch() if array else contextlib.nullcontext():
+        with (contextlib.redirect_stderr(io.StringIO()),
+              executor.batch() if array else contextlib.nullcontext()):
             for task in tasks:
                 handed.append(executor.submit(task))
     except submitit.core.utils.FailedJobError as error:
@@ -350,7 +378,7 @@ def _hand_in(todo: list[Job], wanted: Mapping[str, Any], logs: Path, array: bool
         raise SlurmError(f"sbatch refuses: {_one_line(str(error))}") from None
     return [job.job_id for job in handed]
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #eec1453d
 def _write_down(todo: list[Job], ids: list[str], logs: Path) -> None:
     "Which task is which run: in every run's status, and in a list beside the script."
     for array in dict.fromkeys(id.split("_")[0] for id in ids):
@@ -358,7 +386,7 @@ def _write_down(todo: list[Job], ids: list[str], logs: Path) -> None:
         write_json(logs / f"{array}.json", {"tasks": tasks})
     queue(todo)
     for job, id in zip(todo, ids):
-        write_json(Path(job.out) / "status.json", runs.status(job.out) | {"slurm": id})
+        write_json(Path(job.out) / "status.json", runs.read_status(job.out) | {"slurm": id})
 
 # %% ../../nbs/lab/07_slurm.ipynb #7d563454
 def _take_back(todo: list[Job], ids: list[str], error: BaseException) -> None:
@@ -367,30 +395,46 @@ def _take_back(todo: list[Job], ids: list[str], error: BaseException) -> None:
         ask("scancel", *ids)
     for job in todo:
         with contextlib.suppress(OSError):
-            if (said := runs.status(job.out)).get("state") == "queued":
-                said |= {"state": "interrupted", "error": f"was not let go: {error!r}"}
-                write_json(Path(job.out) / "status.json", said)
+            if (status := runs.read_status(job.out)).get("state") == "queued":
+                status |= {"state": "interrupted", "error": f"was not let go: {error!r}"}
+                write_json(Path(job.out) / "status.json", status)
+
+# %% ../../nbs/lab/07_slurm.ipynb #fbb687a6
+def _hand_in_and_note(jobs: list[Job], wanted: dict, logs: Path, array: bool) -> list[str]:
+    "Hand in, write down which task is which run, and let go; all is taken back where one of these fails."
+    ids = _hand_in(jobs, wanted, logs, array)
+    try:
+        _write_down(jobs, ids, logs)
+        ask("scontrol", "release", ",".join(dict.fromkeys(id.split("_")[0] for id in ids)))
+    except BaseException as error:
+        _take_back(jobs, ids, error)
+        raise
+    return ids
 
 # %% ../../nbs/lab/07_slurm.ipynb #7a305d89
-def submit(jobs: list[Job],                      # from `plan`, of one group or several
-           *,
-           partition: str | None = None,         # none: the cluster's default one
-           time_minutes: int | None = None,      # time limit of a task; none: see `time_limit`
-           gpus: int = 0,                        # per task
-           cpus: int = 1,                        # per task; also OMP_NUM_THREADS
-           memory_gb: float | None = None,       # per task
-           at_once: int | None = None,           # tasks side by side; none: as many as there is room for
-           array: bool = True,                   # one job array; else a job each
-           extra: Mapping[str, Any] = {},        # further sbatch settings
-           prepare: Callable | None = prepare_caches,   # called with the recipes to be run; none: nothing is prepared
-           again: bool = False,                  # also what failed before and would again
-           say: Callable[[str], None] = print,
-           ) -> list[str]:                       # the tasks' numbers, `123_0` ...; empty when there is nothing to do
-    "Hand runs in to Slurm and return. Raises `SlurmError`, `AblationError`, `OSError` before anything is handed in."
+def submit(
+    jobs: list[Job],  # from `plan`, of one group or several
+    *,
+    partition: str | None = None,  # none: the cluster's default one
+    time_minutes: int | None = None,  # time limit of a task; none: see `time_limit`
+    gpus: int = 0,  # per task
+    cpus: int = 1,  # per task; also OMP_NUM_THREADS
+    memory_gb: float | None = None,  # per task
+    at_once: int | None = None,  # tasks side by side; none: as many as there is room for
+    array: bool = True,  # one job array; else a job each
+    extra: Mapping[str, Any] = {},  # further sbatch settings
+    # called with the recipes to be run; none: nothing is prepared
+    prepare: Callable | None = prepare_caches,
+    again: bool = False,  # also what failed before and would again
+    say: Callable[[str], None] = print,
+) -> list[str]:  # the tasks' numbers, `123_0` ...; empty when there is nothing to do
+    """Hand runs in to Slurm and return. Raises `SlurmError`, `AblationError`, `OSError` before anything is
+    handed in."""
     if not jobs:
         raise AblationError("nothing to run: the plan is empty")
     if not array and at_once:
-        raise SlurmError("without an array Slurm cannot limit the tasks side by side; leave one of the two out")
+        raise SlurmError("without an array Slurm cannot limit the tasks side by side; "
+                         "leave one of the two out")
     wanted = _wanted(jobs, partition, time_minutes, gpus, cpus, memory_gb, at_once, extra)
     logs = require_writable(Path(os.path.commonpath([job.group for job in jobs])) / ".slurm")
     with only_driver(job.group for job in jobs):
@@ -398,18 +442,13 @@ def submit(jobs: list[Job],                      # from `plan`, of one group or 
             say(f"nothing to hand in: {sum(map(runs.finished, jobs))} of {len(jobs)} runs are done")
             return []
         if array and len(todo) > (most := _most_tasks()):
-            raise SlurmError(f"{len(todo)} runs, but an array may have {most} tasks on this cluster; hand them in in parts")
+            raise SlurmError(f"{len(todo)} runs, but an array may have {most} tasks on this cluster; "
+                             "hand them in in parts")
         for line in outdated(todo):
             say(line)
         if prepare:
             prepare([parse(job.recipe) for job in todo], say=say)
-        ids = _hand_in(todo, wanted, logs, array)
-        try:
-            _write_down(todo, ids, logs)
-            ask("scontrol", "release", ",".join(dict.fromkeys(id.split("_")[0] for id in ids)))
-        except BaseException as error:
-            _take_back(todo, ids, error)
-            raise
+        ids = _hand_in_and_note(todo, wanted, logs, array)
     say(f"{len(ids)} runs handed in to partition '{wanted['slurm_partition']}' as {ids[0]} to {ids[-1]}, "
         f"{wanted['timeout_min']} minutes each; logs in {logs}")
     return ids
@@ -432,7 +471,7 @@ def state_by_slurm(state: str,                  # as in status.json
     by_force = verdict in ("out of memory", "host gone", "timeout")
     return verdict if by_force and state in ("interrupted", "killed", "dead kernel") else None
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #4eee624a
 def _just_ended(known: Mapping[str, str], seconds: float = 30) -> bool:
     try:
         return (datetime.now() - datetime.fromisoformat(known["EndTime"])).total_seconds() < seconds
@@ -441,47 +480,49 @@ def _just_ended(known: Mapping[str, str], seconds: float = 30) -> bool:
 
 # %% ../../nbs/lab/07_slurm.ipynb #6baddf99
 def _known(id: str) -> dict[str, str]:
-    "What Slurm remembers of a task: by scontrol some minutes long, by its accounts (where it keeps any) longer."
+    """What Slurm remembers of a task: by scontrol some minutes long, by its accounts (where it keeps any)
+    longer."""
     try:
         return pairs(ask("scontrol", "--oneliner", "show", "job", id))
     except SlurmError as error:
         if "Invalid job id" not in str(error):
             raise
     with contextlib.suppress(SlurmError):
-        if words := ask("sacct", "--noheader", "--parsable2", "--allocations", "--format=State", "--jobs", id).split():
+        if words := ask(
+            "sacct", "--noheader", "--parsable2", "--allocations", "--format=State", "--jobs", id).split():
             return {"JobState": words[0]}                                    # "CANCELLED by 1000"
     return {}
 
-
-def _settle(job: Job, said: dict) -> dict:
+# %% ../../nbs/lab/07_slurm.ipynb #cb704bab
+def _settle(job: Job, status: dict) -> dict:
     "The status of a run that is not in the queue any more, put right if need be."
     may_change = {*runs.OPEN, "interrupted", "killed", "dead kernel"}
-    if "slurm" not in said or said.get("state") not in may_change or runs.alive(said, job.out):
-        return said
-    known = _known(said["slurm"])
-    if state := state_by_slurm(said["state"], known):
-        cause = (f"Slurm says {known.get('JobState', 'nothing any more')} of task {said['slurm']}; "
+    if "slurm" not in status or status.get("state") not in may_change or runs.alive(status, job.out):
+        return status
+    known = _known(status["slurm"])
+    if state := state_by_slurm(status["state"], known):
+        cause = (f"Slurm says {known.get('JobState', 'nothing any more')} of task {status['slurm']}; "
                  f"see {known.get('StdErr', 'the logs in .slurm')}")
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        said = said | {"state": state, "error": cause, "finished": now}
-        write_json(Path(job.out) / "status.json", said)
-    return said
+        status = status | {"state": state, "error": cause, "finished": now}
+        write_json(Path(job.out) / "status.json", status)
+    return status
 
 # %% ../../nbs/lab/07_slurm.ipynb #ef033c96
 def reconcile(jobs: Iterable[Job]) -> list[dict]:
     "The status of every run, with Slurm's word where a run could not give its own. Raises `SlurmError`."
     return _look(list(jobs))[1]
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #c19a5d45
 def _look(jobs: list[Job]) -> tuple[set[str], list[dict]]:
     "The folders of the runs that are not through, and all statuses."
     waiting = in_queue()                               # asked first: what ends in between is seen next time
-    said = [runs.status(job.out) for job in jobs]
-    said = [s if job.out in waiting else _settle(job, s) for job, s in zip(jobs, said)]
-    late = {job.out for job, s in zip(jobs, said) if s.get("state") in runs.OPEN and "slurm" in s}
-    return {job.out for job in jobs if job.out in waiting} | late, said
+    status = [runs.read_status(job.out) for job in jobs]
+    status = [s if job.out in waiting else _settle(job, s) for job, s in zip(jobs, status)]
+    late = {job.out for job, s in zip(jobs, status) if s.get("state") in runs.OPEN and "slurm" in s}
+    return {job.out for job in jobs if job.out in waiting} | late, status
 
-
+# %% ../../nbs/lab/07_slurm.ipynb #d955f683
 def cancel(jobs: Iterable[Job]) -> list[str]:      # the tasks' numbers
     "Take runs out of the queue; those at work are stopped, their checkpoints stay. Raises `SlurmError`."
     waiting, jobs = in_queue(), list(jobs)
@@ -496,16 +537,17 @@ def wait(jobs: list[Job],
          poll_seconds: float = 10,
          say: Callable[[str], None] = print,     # a line whenever a run's state changes
          ) -> list[dict]:                        # the final status of every run, in order
-    "Wait until Slurm is through with the runs. May be stopped and called again at any time. Raises `SlurmError`."
+    """Wait until Slurm is through with the runs. May be stopped and called again at any time. Raises
+    `SlurmError`."""
     told: dict[str, str] = {}
     while True:
-        left, said = _look(jobs)
-        for job, s in zip(jobs, said):
+        left, status = _look(jobs)
+        for job, s in zip(jobs, status):
             ended = "state" in s and job.out not in left
             words = runs.end_in_words(job, s) if ended else s.get("state", "not handed in")
             if told.get(job.out, "queued") != words:
                 say(f"{job.name} {words}")
             told[job.out] = words
         if not left:
-            return said
+            return status
         time.sleep(poll_seconds)

@@ -25,7 +25,7 @@ class Interval:
     def __str__(self):
         return f"{self.mean:.4g}" + (f" [{self.low:.4g}, {self.high:.4g}]" if self.n > 1 else " [one seed]")
 
-
+# %% ../../nbs/lab/00_statistics.ipynb #15359248
 def mean_interval(values: Sequence[float],       # one number a seed
                   confidence: float = 0.95,      # share of such intervals that hold the true mean
                   ) -> Interval:
@@ -42,14 +42,16 @@ def mean_interval(values: Sequence[float],       # one number a seed
     return Interval(mean, float(mean - half), float(mean + half), n)
 
 # %% ../../nbs/lab/00_statistics.ipynb #c7184eba
-def paired_difference(variant: Mapping[int, float],     # value by seed
-                      baseline: Mapping[int, float],    # value by seed
-                      confidence: float = 0.95,
-                      ) -> Interval:                    # of variant minus baseline, over the seeds that both have
+def paired_difference(
+    variant: Mapping[int, float],  # value by seed
+    baseline: Mapping[int, float],  # value by seed
+    confidence: float = 0.95,
+) -> Interval:  # of variant minus baseline, over the seeds that both have
     "Mean difference by seed with its interval. Raises `ValueError` when no seed is in both."
     seeds = sorted(set(variant) & set(baseline))
     if not seeds:
-        raise ValueError(f"no seed in common: the variant has {sorted(variant)}, the baseline {sorted(baseline)}")
+        raise ValueError(
+            f"no seed in common: the variant has {sorted(variant)}, the baseline {sorted(baseline)}")
     return mean_interval([variant[s] - baseline[s] for s in seeds], confidence)
 
 # %% ../../nbs/lab/00_statistics.ipynb #bcfe8f39
@@ -99,7 +101,7 @@ def power(n: int,                       # seeds of each variant
     edge, shift = stats.t.ppf((1 + confidence) / 2, n - 1), abs(effect) * math.sqrt(n) / spread
     return float(stats.nct.sf(edge, n - 1, shift) + stats.nct.cdf(-edge, n - 1, shift))
 
-
+# %% ../../nbs/lab/00_statistics.ipynb #0ea9878b
 def seeds_needed(effect: float, spread: float, power_wanted: float = 0.8, confidence: float = 0.95,
                  most: int = 10_000,    # give up above this many
                  ) -> int:
@@ -114,7 +116,8 @@ def seeds_needed(effect: float, spread: float, power_wanted: float = 0.8, confid
             raise ValueError(f"more than {most} seeds for an effect of {effect} with a spread of {spread}")
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if power(middle, effect, spread, confidence) >= power_wanted else (middle, high)
+        low, high = (
+            (low, middle) if power(middle, effect, spread, confidence) >= power_wanted else (middle, high))
     return high
 
 # %% ../../nbs/lab/00_statistics.ipynb #8137d323
@@ -130,7 +133,8 @@ METHODS = ("bh", "holm")
 def correct(p_values: Iterable[float],     # in [0, 1]; not-a-number is left alone and not counted
             method: str = "bh",            # one of `METHODS`
             ) -> list[float]:              # never below the given ones
-    "Correct the p values of one table for their number. Raises `ValueError` for a value outside [0, 1] or another method."
+    """Correct the p values of one table for their number. Raises `ValueError` for a value outside [0, 1] or
+    another method."""
     from scipy import stats
     if method not in METHODS:
         raise ValueError(f"no correction '{method}'; there are {', '.join(METHODS)}")
@@ -139,7 +143,8 @@ def correct(p_values: Iterable[float],     # in [0, 1]; not-a-number is left alo
         raise ValueError(f"a p value lies in [0, 1], got {wrong[0]}")
     counted = ~np.isnan(p)
     if counted.any():
-        p[counted] = _holm(p[counted]) if method == "holm" else stats.false_discovery_control(p[counted], method="bh")
+        p[counted] = (
+            _holm(p[counted]) if method == "holm" else stats.false_discovery_control(p[counted], method="bh"))
     return p.tolist()
 
 # %% ../../nbs/lab/00_statistics.ipynb #12466754
@@ -150,7 +155,8 @@ class Comparison:
     p: float                           # of this comparison alone; not-a-number: not measured
     p_corrected: float                 # for the number of comparisons in the table
     verdict: str                       # one of `VERDICTS`, by the corrected p value
-    seeds_needed: int | None           # to see the observed difference with power 0.8, taken alone; none: cannot be said
+    # to see the observed difference with power 0.8, taken alone; none: cannot be said
+    seeds_needed: int | None
 
 # %% ../../nbs/lab/00_statistics.ipynb #b82712d9
 def _seeds(variant: Mapping[int, float], baseline: Mapping[int, float], confidence: float) -> int | None:
@@ -161,7 +167,8 @@ def _seeds(variant: Mapping[int, float], baseline: Mapping[int, float], confiden
         return None
 
 # %% ../../nbs/lab/00_statistics.ipynb #f295af31
-def compare(pairs: Mapping[Hashable, tuple],     # name -> (variant by seed, baseline by seed, higher_is_better)
+# name -> (variant by seed, baseline by seed, higher_is_better)
+def compare(pairs: Mapping[Hashable, tuple],
             method: str = "bh",                  # one of `METHODS`
             confidence: float = 0.95,            # a corrected p value below 1 - confidence is a difference
             ) -> dict[Hashable, Comparison]:     # by the same names
@@ -169,12 +176,14 @@ def compare(pairs: Mapping[Hashable, tuple],     # name -> (variant by seed, bas
     differences, p = {}, {}
     for name, (variant, baseline, _) in pairs.items():
         try:
-            differences[name], p[name] = paired_difference(variant, baseline, confidence), p_value(variant, baseline)
+            differences[name], p[name] = (paired_difference(variant, baseline, confidence),
+                                          p_value(variant, baseline))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     found = {}
     for (name, (variant, baseline, up)), q in zip(pairs.items(), correct(p.values(), method)):
-        word = ("better" if (differences[name].mean > 0) == up else "worse") if q < 1 - confidence else "not distinguishable"
+        word = (("better" if (differences[name].mean > 0) == up else "worse") if q < 1 - confidence
+                else "not distinguishable")
         needed = None if math.isnan(q) else _seeds(variant, baseline, confidence)
         found[name] = Comparison(differences[name], p[name], q, word, needed)
     return found
@@ -201,8 +210,9 @@ def _left_out(seen: np.ndarray,        # (resamples,) 1 where a difference was c
     without = (seen.sum() - seen @ used) / np.maximum(len(seen) - used.sum(0), 1)
     return float((size - 1) / size * ((without - seen.mean()) ** 2).sum())
 
-
-def _wilson(share: float, variance: float, fewest: float, most: float, z: float = 1.96) -> tuple[float, float]:
+# %% ../../nbs/lab/00_statistics.ipynb #67ad123f
+def _wilson(
+    share: float, variance: float, fewest: float, most: float, z: float = 1.96) -> tuple[float, float]:
     "Wilson's interval for a share whose variance is known, counted as `fewest` to `most` independent tests."
     n = min(max(share * (1 - share) / variance, fewest), most) if variance > 0 else fewest
     middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -215,10 +225,14 @@ def resampled_rate(a: Sequence[float],          # one value a run
                    resamples: int = 2000,       # how many tests
                    rng: np.random.Generator | None = None,   # none: a fixed one
                    ) -> Rate:
-    "Share of paired tests of n runs of `a` against n of `b` with p < 0.05. Raises `ValueError` for pools below n or n below 2."
+    """Share of paired tests of n runs of `a` against n of `b` with p < 0.05. Raises `ValueError` for pools
+    below n or n below 2."""
     a, b, rng = np.array(list(a), float), np.array(list(b), float), rng or np.random.default_rng(0)
     if n < 2 or min(len(a), len(b)) < n or not np.isfinite([*a, *b]).all():
-        raise ValueError(f"n = {n} with pools of {len(a)} and {len(b)}: at least 2 and at most as many as each pool has, all finite")
+        raise ValueError(
+            f"n = {n} with pools of {len(a)} and {len(b)}: at least 2 and at most as many as each pool has, "
+            "all finite"
+        )
     drawn = [rng.random((resamples, len(pool))).argsort(1)[:, :n] for pool in (a, b)]
     seen = (_p_values(a[drawn[0]], b[drawn[1]]) < 0.05).astype(float)
     variance = sum(_left_out(seen, d, len(pool)) for d, pool in zip(drawn, (a, b)))

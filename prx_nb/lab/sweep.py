@@ -33,7 +33,7 @@ from .ablations import AblationError
 class SweepError(ValueError):
     "A sweep file cannot be used; one line a fault: file, entry, field, value, what is allowed."
 
-
+# %% ../../nbs/lab/08_sweep.ipynb #4c20a011
 class _Yaml(yaml.SafeLoader):
     "Plain values by the rules of YAML 1.2, and no key twice."
     yaml_implicit_resolvers = {}
@@ -46,9 +46,14 @@ class _Yaml(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-for _tag, _pattern, _first in (("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]), ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-                               ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"), ("merge", r"<<", "<"),
-                               ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+", "-+.0123456789")):
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    ("merge", r"<<", "<"),
+    ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+",
+     "-+.0123456789"),
+):
     _Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 # %% ../../nbs/lab/08_sweep.ipynb #fba3be87
@@ -80,20 +85,21 @@ def word(value: Any,          # of a setting
     head = re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-.")[:longest - 9]
     return f"{head}~{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
-
+# %% ../../nbs/lab/08_sweep.ipynb #cff1a1ef
 def label(values: Mapping[str, Any],   # {axis: value}
           longest: int = 120,          # characters; a file's name may have 255 bytes
           ) -> str:                    # e.g. optimizer.lr=0.002,caption_length=short
     "The name of a point."
     text = ",".join(f"{axis}={word(value)}" for axis, value in values.items())
-    return text if len(text) <= longest else f"{text[:longest - 9]}~{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return (text if len(text) <= longest
+            else f"{text[: longest - 9]}~{hashlib.sha256(text.encode()).hexdigest()[:8]}")
 
 # %% ../../nbs/lab/08_sweep.ipynb #b3e4c9d5
 def _brief(value: Any) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else f"{text[:57]}..."
 
-
+# %% ../../nbs/lab/08_sweep.ipynb #e090d1cd
 def _list(values: Any, what: str, of: type = object) -> list:
     "A list with something in it, each once; else `ValueError`."
     if not isinstance(values, list) or not values or not all(isinstance(v, of) for v in values):
@@ -102,10 +108,11 @@ def _list(values: Any, what: str, of: type = object) -> list:
         raise ValueError(f"'{twice[0]}' is in the list twice")
     return values
 
-
+# %% ../../nbs/lab/08_sweep.ipynb #306da97f
 def _seeds(value: Any) -> Any:
     whole = lambda v, least: isinstance(v, int) and not isinstance(v, bool) and v >= least
-    if whole(value, 1) or (isinstance(value, list) and value and all(whole(v, 0) for v in value) and len(set(value)) == len(value)):
+    if whole(value, 1) or (isinstance(value, list) and value and all(whole(v, 0) for v in value)
+                           and len(set(value)) == len(value)):
         return value
     raise ValueError("should be how many seeds (1 or more), or a list of different ones (0 or more)")
 
@@ -117,7 +124,8 @@ class Entry(BaseModel):
     preset: str = "cpu"
     seeds: Any = 2                        # how many, or a list of them
     variants: Any = None                  # a list; none: all of them
-    label: str = Field("", pattern=r"^([A-Za-z0-9_+-][A-Za-z0-9._+-]*)?$", max_length=60)   # goes into the folder's name
+    # goes into the folder's name
+    label: str = Field("", pattern=r"^([A-Za-z0-9_+-][A-Za-z0-9._+-]*)?$", max_length=60)
     set: dict[str, Any] = {}              # {recipe path: value}, the same for every run
     grid: dict[str, Any] = {}             # {recipe path: [values]}
     pairs: dict[str, Any] = {}            # {another ablation: [its variants]}
@@ -171,24 +179,28 @@ def _near(name: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), list(allowed), 1, 0.4)
     return f"; did you mean '{near[0]}'?" if near else ""
 
-
+# %% ../../nbs/lab/08_sweep.ipynb #b601af7c
 def _words(fault: dict, model: type[BaseModel]) -> str:
     "One fault of a validation, in words."
     where, kind = ".".join(map(str, fault["loc"])), fault["type"]
     if where in ("grid", "pairs") and kind == "value_error":                    # in our own words already
         return str(fault["ctx"]["error"])
     if kind == "extra_forbidden":
-        return f"no field '{where}'; there are {', '.join(model.model_fields)}{_near(where, model.model_fields)}"
+        return (
+            f"no field '{where}'; there are {', '.join(model.model_fields)}{_near(where, model.model_fields)}"
+        )
     if kind == "missing":
         return f"'{where}' is missing"
-    said = str(fault["ctx"]["error"]) if kind == "value_error" else fault["msg"].replace("Input should be", "should be")
-    said = {"dict_type": "should be a mapping, e.g. {train.steps: 600}", "list_type": "should be a list",
-            "string_pattern_mismatch": "may hold letters, digits and . _ + - only"}.get(kind, said)
-    return f"{where} = {_brief(fault['input'])}: {said}"
+    words = (str(fault["ctx"]["error"]) if kind == "value_error"
+            else fault["msg"].replace("Input should be", "should be"))
+    words = {"dict_type": "should be a mapping, e.g. {train.steps: 600}", "list_type": "should be a list",
+            "string_pattern_mismatch": "may hold letters, digits and . _ + - only"}.get(kind, words)
+    return f"{where} = {_brief(fault['input'])}: {words}"
 
-
+# %% ../../nbs/lab/08_sweep.ipynb #a9fdf8da
 def _parsed(model: type[BaseModel], raw: Any) -> tuple[Any, list[str]]:
-    "A model's instance, of the fields that are right (none without those that must be there), and what is wrong."
+    """A model's instance, of the fields that are right (none without those that must be there), and what is
+    wrong."""
     if not isinstance(raw, dict):
         return None, [f"is {_brief(raw)}, not a mapping of fields"]
     try:
@@ -197,7 +209,9 @@ def _parsed(model: type[BaseModel], raw: Any) -> tuple[Any, list[str]]:
         faults, wrong = error.errors(), {fault["loc"][0] for fault in error.errors()}
     lines = [line for fault in faults for line in _words(fault, model).splitlines()]
     needed = {name for name, field in model.model_fields.items() if field.is_required()}
-    return (_parsed(model, {k: v for k, v in raw.items() if k not in wrong})[0] if not wrong & needed else None), lines
+    return (
+        _parsed(model, {k: v for k, v in raw.items() if k not in wrong})[0] if not wrong & needed else None
+    ), lines
 
 # %% ../../nbs/lab/08_sweep.ipynb #a08a0e03
 @dataclass(frozen=True)
@@ -206,16 +220,18 @@ class Point:
     label: str                   # "" when there are no axes and no label
     overrides: dict[str, Any]    # {recipe path: value}
 
-
-def axes(entry: Entry) -> Iterator[list[tuple[str, Any, dict]]]:     # each axis: (its name, the value, {recipe path: value})
+# %% ../../nbs/lab/08_sweep.ipynb #2a19ee99
+# each axis: (its name, the value, {recipe path: value})
+def axes(entry: Entry) -> Iterator[list[tuple[str, Any, dict]]]:
     "The axes of an entry; what does not exist changes nothing."
     for path, values in entry.grid.items():
         yield [(path, value, {path: value}) for value in values]
     for name, variants in entry.pairs.items():
         other = ablations.find(name)
-        yield [(name, v, ablations.changes(other, v) if other and v in other.variants else {}) for v in variants]
+        yield [
+            (name, v, ablations.changes(other, v) if other and v in other.variants else {}) for v in variants]
 
-
+# %% ../../nbs/lab/08_sweep.ipynb #a4536157
 def points(entry: Entry) -> Iterator[Point]:
     "Every combination, the last axis running fastest."
     for combination in itertools.product(*axes(entry)):
@@ -228,15 +244,16 @@ def points(entry: Entry) -> Iterator[Point]:
 # %% ../../nbs/lab/08_sweep.ipynb #8913a007
 def _unknown(field: str, name: str, allowed: Iterable[str]) -> list[str]:
     allowed = list(allowed)
-    there = f"; there {'is' if len(allowed) == 1 else 'are'} {', '.join(allowed)}" if len(allowed) <= 12 else ""
+    there = (
+        f"; there {'is' if len(allowed) == 1 else 'are'} {', '.join(allowed)}" if len(allowed) <= 12 else "")
     return [] if name in allowed else [f"{field} = {_brief(name)}: not known{there}{_near(name, allowed)}"]
 
-
+# %% ../../nbs/lab/08_sweep.ipynb #5803191f
 def _variants_of(name: str) -> list[str]:
     found = ablations.find(name)
     return list(found.variants) if found else []
 
-
+# %% ../../nbs/lab/08_sweep.ipynb #eecf90fc
 def _unknown_names(entry: Entry) -> list[str]:
     "Names in an entry that nothing goes by."
     paths, known = recipes.fields(Recipe), ablations.names()
@@ -248,19 +265,23 @@ def _unknown_names(entry: Entry) -> list[str]:
         faults += [f"{field}: recipe has no field '{p}'{_near(p, paths)}" for p in names if p not in paths]
     for name, variants in entry.pairs.items():
         faults += [] if ablations.find(name) else _unknown("pairs", name, known)
-        faults += [f for v in variants if ablations.find(name) for f in _unknown(f"pairs.{name}", v, _variants_of(name))]
+        faults += [f for v in variants if ablations.find(name)
+                   for f in _unknown(f"pairs.{name}", v, _variants_of(name))]
     return faults
 
 # %% ../../nbs/lab/08_sweep.ipynb #42546497
 def _own(entry: Entry) -> set[str]:
     "The settings an entry's ablation sets itself."
     ablation = ablations.find(entry.ablation)
-    return {"seed"}.union(*(ablations.changes(ablation, v) for v in ablation.variants)) if ablation else {"seed"}
+    return (
+        {"seed"}.union(*(ablations.changes(ablation, v) for v in ablation.variants)) if ablation else {"seed"}
+    )
 
-
+# %% ../../nbs/lab/08_sweep.ipynb #844b4357
 def _clashes(entry: Entry) -> list[str]:
     "Settings that two parts of an entry set."
-    faults, taken = [], {path: f"the ablation '{entry.ablation}' sets it itself" for path in _own(entry)} | {"seed": "'seeds' sets it"}
+    faults, taken = ([], {path: f"the ablation '{entry.ablation}' sets it itself" for path in _own(entry)}
+                     | {"seed": "'seeds' sets it"},)
     sources = [(f"set.{p}", {p}) for p in entry.set] + [(f"grid.{p}", {p}) for p in entry.grid]
     for name, axis in zip(entry.pairs, list(axes(entry))[len(entry.grid):]):
         other = ablations.find(name)
@@ -286,7 +307,9 @@ def _bad_values(entry: Entry, same: bool = True) -> list[str]:
     if entry.preset not in recipes.PRESETS:
         return []
     ablation, base = ablations.find(entry.ablation), recipes.preset(entry.preset)
-    variants = [v for v in entry.variants or _variants_of(entry.ablation) if v in _variants_of(entry.ablation)] or [None]
+    variants = [
+        v for v in entry.variants or _variants_of(entry.ablation) if v in _variants_of(entry.ablation)
+    ] or [None]
     allowed, faults, seen = set(recipes.fields(Recipe)) - _own(entry), {}, {}
     for point, variant in itertools.product(points(entry), variants):
         changes = {p: v for p, v in point.overrides.items() if p in allowed}
@@ -300,11 +323,12 @@ def _bad_values(entry: Entry, same: bool = True) -> list[str]:
                 faults.setdefault(line, f" (at {point.label})" if point.label else "")
     return [line + where for line, where in faults.items()]
 
-
+# %% ../../nbs/lab/08_sweep.ipynb #eda8baf8
 def _count(entry: Entry) -> int:
     "The runs of an entry."
     seeds = entry.seeds if isinstance(entry.seeds, int) else len(entry.seeds)
-    lists = [*entry.grid.values(), *entry.pairs.values(), entry.variants or _variants_of(entry.ablation) or [None]]
+    lists = [*entry.grid.values(), *entry.pairs.values(),
+             entry.variants or _variants_of(entry.ablation) or [None]]
     count = seeds
     for values in lists:
         count *= len(values)
@@ -327,13 +351,18 @@ def _folders(entry: Entry) -> set[str]:
     names = [f"{v}-s{s}" for v in entry.variants or _variants_of(entry.ablation) for s in seeds]
     return {f"{group}/{name}" for group in groups for name in names}
 
-
+# %% ../../nbs/lab/08_sweep.ipynb #625eaef9
 def _shared(entries: dict[int, Entry]) -> list[tuple[int, str]]:
     "(entry, fault) wherever a later entry would write where an earlier one does."
     faults, folders = [], {n: _folders(e) for n, e in entries.items()}
     for (a, first), (b, second) in itertools.combinations(folders.items(), 2):
         if both := first & second:
-            faults.append((b, f"would write the same folder as entry {a}, {min(both)}; give one of them a label, or other seeds"))
+            faults.append(
+                (
+                    b,
+                    f"would write the same folder as entry {a}, {min(both)}; give one of them a label, or "
+                    "other seeds")
+            )
     return faults
 
 # %% ../../nbs/lab/08_sweep.ipynb #b0a87b99
@@ -344,7 +373,7 @@ def _beside(path: Path, raw: dict) -> dict:
         return raw | {"ablation": str((path.parent / name).resolve())}
     return raw
 
-
+# %% ../../nbs/lab/08_sweep.ipynb #ccb78c6c
 def read(path: str | Path,     # .yaml, .yml or .toml
          ) -> Sweep:
     "A sweep file, wholly checked. Raises `SweepError`, which lists every fault of the file, a line each."
@@ -353,12 +382,14 @@ def read(path: str | Path,     # .yaml, .yml or .toml
     sweep, found = _parsed(Sweep, tree)
     faults, entries = [(0, fault) for fault in found], {}
     runs = sweep.runs if sweep else []
-    shared = {k: getattr(sweep, k) for k in ("preset", "seeds", "timeout", "cell_timeout") if sweep and k in sweep.model_fields_set}
+    shared = {k: getattr(sweep, k) for k in ("preset", "seeds", "timeout", "cell_timeout")
+              if sweep and k in sweep.model_fields_set}
     for n, raw in enumerate(runs, 1):
         entry, wrong = _parsed(Entry, shared | _beside(path, raw) if isinstance(raw, dict) else raw)
         try:
             wrong = wrong + (_faults(entry) if entry else [])
-        except AblationError as error:                             # a notebook of one's own that declares nothing
+        # a notebook of one's own that declares nothing
+        except AblationError as error:
             wrong = [*wrong, str(error)]
         entries |= {} if wrong else {n: entry}
         faults += [(n, fault) for fault in wrong]
@@ -367,7 +398,7 @@ def read(path: str | Path,     # .yaml, .yml or .toml
         raise SweepError("\n".join(f"{path}: {_title(n, runs)}{fault}" for n, fault in faults))
     return sweep.model_copy(update={"name": sweep.name or word(path.stem), "runs": list(entries.values())})
 
-
+# %% ../../nbs/lab/08_sweep.ipynb #a7842182
 def _title(n: int, runs: list) -> str:
     named = runs[n - 1].get("ablation") if n and isinstance(runs[n - 1], dict) else None
     return (f"entry {n}" + (f" ({named})" if isinstance(named, str) else "") + ": ") if n else ""
@@ -385,11 +416,20 @@ def jobs(self: Sweep,
     found = []
     for entry in self.runs:
         with looked_at_once():
-            mine = [job for point in points(entry)
-                    for job in plan(entry.ablation, entry.preset, entry.seeds, entry.variants, point.overrides, out or self.out,
-                                    point.label, entry.timeout or timeout or limits.get(entry.preset), entry.cell_timeout or cell_timeout)]
-        order = {seed: n for n, seed in enumerate(range(entry.seeds) if isinstance(entry.seeds, int) else entry.seeds)}
-        found += sorted(mine, key=lambda job: order[job.seed])          # stable: within a seed the order stays
+            mine = [
+                job
+                for point in points(entry)
+                for job in plan(entry.ablation, entry.preset, entry.seeds, entry.variants, point.overrides,
+                                out or self.out, point.label,
+                                entry.timeout or timeout or limits.get(entry.preset),
+                                entry.cell_timeout or cell_timeout)
+            ]
+        order = {
+            seed: n
+            for n, seed in enumerate(range(entry.seeds) if isinstance(entry.seeds, int) else entry.seeds)
+        }
+        # stable: within a seed the order stays
+        found += sorted(mine, key=lambda job: order[job.seed])
     return found
 
 
@@ -410,16 +450,17 @@ class Past:
 
     def for_images(self, images: float) -> float:
         "Seconds if it had trained on so many images."
-        return self.seconds - self.training + self.training * images / self.images if self.images else self.seconds
+        return (self.seconds - self.training + self.training * images / self.images if self.images
+                else self.seconds)
 
-
+# %% ../../nbs/lab/08_sweep.ipynb #576c35dd
 def _past(path: Path, published: bool = False) -> Past | None:
     "A record's word on time; none where it has none."
     try:
         record = json.loads(path.read_text())
         beside = path.parent / "status.json"
-        said = json.loads(beside.read_text()) if not published and beside.is_file() else {}
-        cost, whole = record["cost"], said.get("seconds") if said.get("state") == "done" else None
+        status = json.loads(beside.read_text()) if not published and beside.is_file() else {}
+        cost, whole = record["cost"], status.get("seconds") if status.get("state") == "done" else None
         if record["status"] != "done":
             return None
         group, seconds = "" if published else path.parent.parent.name, float(whole or cost["total_seconds"])
@@ -445,21 +486,25 @@ def _closest(job: Any, past: list[Past]) -> tuple[list[Past], str]:
     same = [p for p in past if p.preset == job.preset]
     mine = [p for p in same if p.ablation == job.ablation]
     own, shown = [p for p in mine if p.group], [p for p in mine if not p.group]
-    choices = [(p for p in own if (p.variant, p.group) == (job.variant, job.group.name)), (p for p in own if p.variant == job.variant),
-               own, (p for p in shown if p.variant == job.variant), shown, same]
-    kinds = ["earlier runs"] * 3 + ["published runs"] * 2 + [f"runs of other ablations at preset {job.preset}"]
+    choices = [(p for p in own if (p.variant, p.group) == (job.variant, job.group.name)),
+               (p for p in own if p.variant == job.variant), own,
+               (p for p in shown if p.variant == job.variant), shown, same]
+    kinds = (
+        ["earlier runs"] * 3 + ["published runs"] * 2 + [f"runs of other ablations at preset {job.preset}"])
     return next(((found, kind) for choice, kind in zip(choices, kinds) if (found := list(choice))), ([], ""))
 
-
-def seconds_each(jobs: Iterable[Any],       # of `Job`
-                 past: list[Past],          # from `history`
-                 ) -> tuple[list[float | None], Counter, list[str]]:   # seconds a job, kinds of sources, hardware
+# %% ../../nbs/lab/08_sweep.ipynb #0fc75fc3
+def seconds_each(
+    jobs: Iterable[Any],  # of `Job`
+    past: list[Past],  # from `history`
+) -> tuple[list[float | None], Counter, list[str]]:  # seconds a job, kinds of sources, hardware
     "What each job will take, none where nothing is known."
     found, kinds, hardware = [], Counter(), {}
     for job in jobs:
         choice, kind = _closest(job, past)
         train = job.recipe["train"]
-        found.append(statistics.median(p.for_images(train["steps"] * train["batch"]) for p in choice) if choice else None)
+        found.append(statistics.median(p.for_images(train["steps"] * train["batch"]) for p in choice)
+                     if choice else None)
         kinds[kind] += 1
         hardware |= {p.hardware: None for p in choice}
     return found, kinds, list(hardware)
@@ -483,11 +528,12 @@ def in_words(seconds: float) -> str:
         return f"{seconds / 60:.{1 if seconds < 600 else 0}f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
-
-def estimate(jobs: list,                       # of `Job`: those that are still to be run
-             out: str | Path = "outputs",      # where earlier runs are
-             at_once: int = 1,                 # runs side by side
-             ) -> tuple[float | None, str]:    # wall-clock seconds, none when nothing is known; what that is based on
+# %% ../../nbs/lab/08_sweep.ipynb #2eb60861
+def estimate(
+    jobs: list,  # of `Job`: those that are still to be run
+    out: str | Path = "outputs",  # where earlier runs are
+    at_once: int = 1,  # runs side by side
+) -> tuple[float | None, str]:  # wall-clock seconds, none when nothing is known; what that is based on
     "How long jobs will take, from earlier records, and how one knows."
     each, kinds, hardware = seconds_each(jobs, history(out))
     known = [s for s in each if s is not None]
@@ -501,4 +547,5 @@ def estimate(jobs: list,                       # of `Job`: those that are still 
             f"({in_words(sum(known))} of work), judged by {sources} on {'; '.join(hardware)}"
     words += f"; unknown for {len(missing)} runs of {where}" if missing else ""
     saved = wall - best
-    return wall, words + (f"; {in_words(saved)} less if the longest entries came first in the file" if saved > max(60, wall / 10) else "")
+    return wall, words + (f"; {in_words(saved)} less if the longest entries came first in the file"
+                          if saved > max(60, wall / 10) else "")

@@ -24,9 +24,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastcore.basics import patch
+
 # %% ../../nbs/lab/04_warm.ipynb #b7511f01
 ALWAYS = ("ipykernel.kernelapp", "ipykernel.ipkernel", "papermill", "nbclient", "psutil")
-LATE = {                                       # module -> what a run that imports it imports later, inside functions
+# module -> what a run that imports it imports later, inside functions
+LATE = {
     "torch": ("torch._dynamo", "torch.utils.flop_counter"),
     "prx_nb.core.train": ("pandas", "pyarrow.parquet", "safetensors.torch", "torch.optim.swa_utils"),
     "prx_nb.lab.judge": ("prx_nb.core.metrics", "safetensors.torch"),
@@ -40,29 +43,35 @@ def imports_of(notebook: str | Path,           # a file; one that cannot be read
     "What the code cells of a notebook import."
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         cells = json.loads(Path(notebook).read_text())["cells"]
-        return list(dict.fromkeys(name for c in cells if c["cell_type"] == "code" for name in _imports("".join(c["source"]))))
+        return list(
+            dict.fromkeys(
+                name for c in cells if c["cell_type"] == "code" for name in _imports("".join(c["source"])))
+        )
     return []
 
-
+# %% ../../nbs/lab/04_warm.ipynb #3af67119
 def _imports(source: str) -> list[str]:
     with contextlib.suppress(SyntaxError):     # e.g. a magic: the notebook itself will import what it needs
         nodes = list(ast.walk(ast.parse(source)))
         plain = [a.name for node in nodes if isinstance(node, ast.Import) for a in node.names]
-        of = [(node.module, a.name) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level for a in node.names]
+        of = [(node.module, a.name) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level
+              for a in node.names]
         return plain + [name for module, a in of for name in (module, f"{module}.{a}")]
     return []
 
 # %% ../../nbs/lab/04_warm.ipynb #eda9ac22
 def load(notebooks: Iterable[str | Path]) -> None:
-    "Import what runs of these notebooks need. What cannot be imported is left to the notebook, which will say so."
-    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")       # matplotlib looks once, when it is imported
+    """Import what runs of these notebooks need. What cannot be imported is left to the notebook, which will
+    say so."""
+    # matplotlib looks once, when it is imported
+    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     for name in dict.fromkeys([*ALWAYS, *(name for notebook in notebooks for name in imports_of(notebook))]):
         _import(name)
     for name, later in LATE.items():           # in this order: what comes late may bring more
         for module in later if name in sys.modules else ():
             _import(module)
 
-
+# %% ../../nbs/lab/04_warm.ipynb #03a9dc47
 def _import(name: str) -> None:
     "Import a module; a name of something else in a module, or a fault, is passed over."
     above, _, last = name.rpartition(".")
@@ -82,9 +91,10 @@ def settle(environment: Mapping[str, str]) -> None:
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()
     if "torch" in sys.modules and environment.get("OMP_NUM_THREADS", "").isdigit():
-        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))      # it read the variable when it was imported
+        # it read the variable when it was imported
+        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
 
-
+# %% ../../nbs/lab/04_warm.ipynb #48309a95
 def _leave(code: int) -> None:
     "End a fork at once: what was registered to be done at the end belongs to the process it was made from."
     with contextlib.suppress(Exception):
@@ -92,7 +102,7 @@ def _leave(code: int) -> None:
         sys.stderr.flush()
     os._exit(code)
 
-
+# %% ../../nbs/lab/04_warm.ipynb #43c7a0a9
 def _into(log: str) -> None:
     "Read from nowhere, write to a file, in a session of one's own."
     os.setsid()
@@ -110,7 +120,8 @@ def serve(notebooks: Sequence[str]) -> None:
     answers = os.dup(1)
     os.dup2(2, 1)                                                  # what imports print is no answer
     load(notebooks)
-    if threading.active_count() > 1:                               # an import that starts threads: forking would not be safe
+    # an import that starts threads: forking would not be safe
+    if threading.active_count() > 1:
         return
     say = lambda **words: os.write(answers, (json.dumps(words) + "\n").encode())
     say(ready=True)
@@ -129,7 +140,8 @@ def serve(notebooks: Sequence[str]) -> None:
 
 # %% ../../nbs/lab/04_warm.ipynb #a68054b1
 def _bear(asked: dict, answers: int) -> int:
-    "Fork a run's process and tell the driver its number; it begins when that is said, so no run is started that nobody knows of."
+    """Fork a run's process and tell the driver its number; it begins when that is said, so no run is started
+    that nobody knows of."""
     wait, go = os.pipe()
     if pid := os.fork():
         os.close(wait)
@@ -156,7 +168,8 @@ UNKNOWN = 1000                                 # an exit code that nobody has se
 
 
 class ForkedProcess:
-    "A run's process that a fork server made; what `subprocess.Popen` says of one: `pid`, `poll()`, `returncode`."
+    """A run's process that a fork server made; what `subprocess.Popen` says of one: `pid`, `poll()`,
+    `returncode`."""
 
     def __init__(self, pid: int, fork_server: "ForkServer"):
         import psutil
@@ -180,7 +193,8 @@ class ForkedProcess:
 
 # %% ../../nbs/lab/04_warm.ipynb #ab22feec
 class ForkServer:
-    "A warm process for a batch, in a `with` block: `born(...)` starts runs. One that cannot be is not `alive`, and starts none."
+    """A warm process for a batch, in a `with` block: `born(...)` starts runs. One that cannot be is not
+    `alive`, and starts none."""
 
     def __init__(self, notebooks: Iterable[str | Path],
                  threads: int = 1,                 # that each run computes with
@@ -190,38 +204,14 @@ class ForkServer:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         command = [sys.executable, "-m", "prx_nb.lab.warm", *dict.fromkeys(map(str, notebooks))]
         with contextlib.suppress(OSError):
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                             env=environment, start_new_session=True)
             self._ready = None                                     # not known yet
             threading.Thread(target=self._listen, daemon=True, name="fork_server").start()
-
-    def _listen(self) -> None:
-        for line in self._process.stdout:
-            said = json.loads(line)
-            if "ended" in said:
-                self.ended[said["ended"]] = said["code"]
-            else:
-                self._answers.put(said)
-        self._answers.put(None)                                    # it is gone: nobody shall wait for it
 
     @property
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
-
-    def born(self, job: str | Path, environment: Mapping[str, str], log: str | Path, wait: float = 120) -> ForkedProcess | None:
-        "A run's process; none if there is no fork server, and a fresh process is to be started."
-        asked = {"job": str(job), "environment": dict(environment), "log": str(log)}
-        with self._lock:
-            try:
-                self._ready = bool(self._answers.get(timeout=wait)) if self._ready is None else self._ready
-                if self._ready and self.alive:
-                    self._process.stdin.write((json.dumps(asked) + "\n").encode())
-                    self._process.stdin.flush()
-                    if said := self._answers.get(timeout=wait):
-                        return ForkedProcess(said["born"], self)
-            except (OSError, queue.Empty):
-                self._process.kill()                               # one that does not answer shall not answer late
-            self._ready = False
-        return None
 
     def __enter__(self) -> "ForkServer":
         return self
@@ -235,12 +225,46 @@ class ForkServer:
             except subprocess.TimeoutExpired:
                 self._process.kill()
 
+# %% ../../nbs/lab/04_warm.ipynb #8a3de9e1
+@patch
+def _listen(self: ForkServer) -> None:
+    for line in self._process.stdout:
+        message = json.loads(line)
+        if "ended" in message:
+            self.ended[message["ended"]] = message["code"]
+        else:
+            self._answers.put(message)
+    self._answers.put(None)                                    # it is gone: nobody shall wait for it
+
+# %% ../../nbs/lab/04_warm.ipynb #e69fd2e3
+@patch
+def born(
+    self: ForkServer, job: str | Path, environment: Mapping[str, str], log: str | Path, wait: float = 120
+) -> ForkedProcess | None:
+    "A run's process; none if there is no fork server, and a fresh process is to be started."
+    asked = {"job": str(job), "environment": dict(environment), "log": str(log)}
+    with self._lock:
+        try:
+            self._ready = bool(self._answers.get(timeout=wait)) if self._ready is None else self._ready
+            if self._ready and self.alive:
+                self._process.stdin.write((json.dumps(asked) + "\n").encode())
+                self._process.stdin.flush()
+                if message := self._answers.get(timeout=wait):
+                    return ForkedProcess(message["born"], self)
+        except (OSError, queue.Empty):
+            # one that does not answer shall not answer late
+            self._process.kill()
+        self._ready = False
+    return None
+
 # %% ../../nbs/lab/04_warm.ipynb #134c4d35
 class Waiting:
-    "A forked kernel that waits to be told its connection file; for jupyter_client what `subprocess.Popen` is."
+    """A forked kernel that waits to be told its connection file; for jupyter_client what `subprocess.Popen`
+    is."""
     stdin = stdout = stderr = None
 
-    def __init__(self, close: Sequence[int] = ()):                 # files of this process that the kernel shall not hold
+    # files of this process that the kernel shall not hold
+    def __init__(self, close: Sequence[int] = ()):
         read, self._write = os.pipe()
         self.returncode, self._parent, self.pid = None, os.getpid(), os.fork()
         if not self.pid:
@@ -284,7 +308,8 @@ def _kernel(read: int, close: Sequence[int], parent: int) -> None:
     "Wait for a connection file, be a kernel, and never return."
     code = 1
     try:
-        os.setsid()                                                # an interrupt reaches the kernel and its children alone
+        # an interrupt reaches the kernel and its children alone
+        os.setsid()
         for number in close:
             os.close(number)
         with os.fdopen(read) as pipe:
@@ -292,7 +317,8 @@ def _kernel(read: int, close: Sequence[int], parent: int) -> None:
         if told is None:
             _leave(0)
         settle(told["environment"])
-        if sys.path[0] in ("", os.getcwd()):                       # of `python -m`; a kernel's is its own folder
+        # of `python -m`; a kernel's is its own folder
+        if sys.path[0] in ("", os.getcwd()):
             del sys.path[0]
         os.chdir(told["folder"])
         from ipykernel.kernelapp import IPKernelApp
@@ -306,7 +332,8 @@ def _kernel(read: int, close: Sequence[int], parent: int) -> None:
 
 # %% ../../nbs/lab/04_warm.ipynb #38ebca82
 def manager(waiting: Waiting):
-    "A jupyter_client kernel manager whose first kernel is this one; if it is started again it is an ordinary one."
+    """A jupyter_client kernel manager whose first kernel is this one; if it is started again it is an
+    ordinary one."""
     from jupyter_client.manager import AsyncKernelManager
     from jupyter_client.provisioning import LocalProvisioner
 
@@ -326,5 +353,7 @@ def manager(waiting: Waiting):
     return Manager
 
 # %% ../../nbs/lab/04_warm.ipynb #d93f3a92
-if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "prx_nb.lab.warm":   # python -m
-    importlib.import_module("prx_nb.lab.warm").serve(sys.argv[1:])           # its classes, not a second set of them
+# python -m
+if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "prx_nb.lab.warm":
+    # its classes, not a second set of them
+    importlib.import_module("prx_nb.lab.warm").serve(sys.argv[1:])

@@ -39,10 +39,11 @@ def run_folders(folder: str | Path, _seen: frozenset = frozenset()) -> Iterator[
         yield folder
     elif real not in _seen:                                        # a link may lead back up
         with contextlib.suppress(OSError):
-            for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".") and p.name not in _PASS):
+            for path in sorted(p for p in folder.iterdir()
+                               if p.is_dir() and not p.name.startswith(".") and p.name not in _PASS):
                 yield from run_folders(path, _seen | {real})
 
-
+# %% ../../nbs/lab/09_watch.ipynb #c54a4d09
 def places(names: Iterable[str | Path],          # folders, or names of ablations; none: all of `out`
            out: str | Path = "outputs",
            ) -> list[Path]:
@@ -74,7 +75,7 @@ def held(folder: str | Path,       # a group, or a run's folder
             return
         yield True
 
-
+# %% ../../nbs/lab/09_watch.ipynb #82371536
 def driven(group: str | Path) -> bool:
     "Whether a driver is at work in a group."
     try:
@@ -106,7 +107,7 @@ class Row:
         "queued, running, done or failed."
         return self.state if self.state in ("queued", "running", "done") else "failed"
 
-
+# %% ../../nbs/lab/09_watch.ipynb #09c455e9
 def _json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text())
@@ -115,18 +116,19 @@ def _json(path: Path) -> dict:
         return {}
 
 # %% ../../nbs/lab/09_watch.ipynb #322662b0
-_TYPES = {"state": str, "host": str, "pid": int, "born": (int, float), "started": str, "seconds": (int, float), "error": str, "cell": int,
-          "history": list, "device": str, "slurm": str}
+_TYPES = {"state": str, "host": str, "pid": int, "born": (int, float), "started": str,
+          "seconds": (int, float), "error": str, "cell": int, "history": list, "device": str, "slurm": str}
 
 
-def _said(folder: Path) -> dict:
+def _status(folder: Path) -> dict:
     "A run's status, as far as it makes sense."
-    said = {k: v for k, v in runs.status(folder).items() if isinstance(v, _TYPES.get(k, object))}
-    if said.get("state") in runs.STATES:
-        return said
-    return {"state": "killed", "error": "its status.json cannot be read"} if (folder / "status.json").exists() else {"state": "queued"}
+    status = {k: v for k, v in runs.read_status(folder).items() if isinstance(v, _TYPES.get(k, object))}
+    if status.get("state") in runs.STATES:
+        return status
+    return ({"state": "killed", "error": "its status.json cannot be read"}
+            if (folder / "status.json").exists() else {"state": "queued"})
 
-
+# %% ../../nbs/lab/09_watch.ipynb #94624f7f
 def _headline(record: dict) -> str:
     try:
         return runs.headline(record)
@@ -136,16 +138,17 @@ def _headline(record: dict) -> str:
 # %% ../../nbs/lab/09_watch.ipynb #094a785d
 def _progress(folder: Path, started: str | None) -> dict[str, Any]:
     "Step, steps and seconds left of this attempt; `{}` before the first word."
-    said = _json(folder / "progress.json")
+    status = _json(folder / "progress.json")
     try:
-        if started and (folder / "progress.json").stat().st_mtime < datetime.fromisoformat(started).timestamp() - 1:
+        if (started
+            and (folder / "progress.json").stat().st_mtime < datetime.fromisoformat(started).timestamp() - 1):
             return {}
-        step, steps, seconds = int(said["step"]), int(said["steps"]), float(said["seconds"])
+        step, steps, seconds = int(status["step"]), int(status["steps"]), float(status["seconds"])
     except (OSError, KeyError, TypeError, ValueError):
         return {}
     return {"step": step, "steps": steps, "eta": (steps - step) * seconds / step if step else None}
 
-
+# %% ../../nbs/lab/09_watch.ipynb #520004f5
 def _since(started: str | None) -> float | None:
     try:
         return max(0.0, time.time() - datetime.fromisoformat(started).timestamp())
@@ -153,44 +156,49 @@ def _since(started: str | None) -> float | None:
         return None
 
 # %% ../../nbs/lab/09_watch.ipynb #1cbd2b68
-def _running(folder: Path, said: dict) -> dict[str, Any]:
+def _running(folder: Path, status: dict) -> dict[str, Any]:
     "What is to be said of a run that says it is running."
-    if not runs.alive(said, folder):
-        now = _said(folder)
-        if now != said and now.get("state") != "running":          # it ended just now
+    if not runs.alive(status, folder):
+        now = _status(folder)
+        if now != status and now.get("state") != "running":          # it ended just now
             return _facts(folder, now)
-        away = said.get("host") != os.uname().nodename
-        cause = f"{said.get('host')} has not been heard of" if away else "its process is gone"
+        away = status.get("host") != os.uname().nodename
+        cause = f"{status.get('host')} has not been heard of" if away else "its process is gone"
         gone = {"state": "host gone" if away else "killed", "cause": f"said to be running, but {cause}"}
-        return gone | _progress(folder, said.get("started")) | {"eta": None}
-    return {"state": "running", "seconds": _since(said.get("started"))} | _progress(folder, said.get("started"))
+        return gone | _progress(folder, status.get("started")) | {"eta": None}
+    return {"state": "running", "seconds": _since(status.get("started"))} | _progress(
+        folder, status.get("started"))
 
-
-def _facts(folder: Path, said: dict) -> dict[str, Any]:
+# %% ../../nbs/lab/09_watch.ipynb #19621049
+def _facts(folder: Path, status: dict) -> dict[str, Any]:
     "What is to be said of a run, by its state."
-    state = said["state"]
+    state = status["state"]
     if state == "running":
-        return _running(folder, said)
+        return _running(folder, status)
     if state == "queued":
         return {"state": state}
-    facts = {"state": state, "seconds": said.get("seconds")}
+    facts = {"state": state, "seconds": status.get("seconds")}
     if state == "done":
         found = runs.record(folder)
-        return facts | ({"metric": _headline(found)} if found else {"state": "no record", "cause": "its record.json cannot be read"})
-    where, error = f"cell {said['cell']}: " if "cell" in said else "", next(iter(said.get("error", "").splitlines()), "")
-    return facts | {"cause": where + error} | _progress(folder, said.get("started")) | {"eta": None}
+        return facts | ({"metric": _headline(found)} if found
+                        else {"state": "no record", "cause": "its record.json cannot be read"})
+    where, error = (f"cell {status['cell']}: " if "cell" in status else "",
+                    next(iter(status.get("error", "").splitlines()), ""))
+    return facts | {"cause": where + error} | _progress(folder, status.get("started")) | {"eta": None}
 
 # %% ../../nbs/lab/09_watch.ipynb #31c23ad3
 def row(folder: str | Path,       # a run's
         top: str | Path,          # what its group is named relative to
         ) -> Row:
     "How a run stands, from its files."
-    folder, said = Path(folder), _said(Path(folder))
+    folder, status = Path(folder), _status(Path(folder))
     group = os.path.relpath(folder.parent, top)
-    machine = said.get("host") if said.get("state") == "running" and said.get("host") != os.uname().nodename else None
-    device = f"GPU {said['device']}" if said.get("device") and said.get("state") == "running" else None
-    facts = {"attempt": len(said.get("history", [])) + 1, "where": " ".join(filter(None, (machine, device))),
-             "slurm": said.get("slurm", "")} | _facts(folder, said)
+    machine = (status.get("host")
+               if status.get("state") == "running" and status.get("host") != os.uname().nodename else None)
+    device = f"GPU {status['device']}" if status.get("device") and status.get("state") == "running" else None
+    facts = {"attempt": len(status.get("history", [])) + 1,
+             "where": " ".join(filter(None, (machine, device))),
+             "slurm": status.get("slurm", "")} | _facts(folder, status)
     return Row("." if group == "." else group, folder.name, folder=str(folder), **facts)
 
 # %% ../../nbs/lab/09_watch.ipynb #ea774bbb
@@ -198,18 +206,27 @@ def pretend_runs(top: str | Path) -> Path:
     "Files as runs of every state would have left them, to try a table on."
     import psutil
     top, now = Path(top), datetime.now().astimezone()
-    here = {"host": os.uname().nodename, "pid": os.getpid(), "born": psutil.Process().create_time(), "started": now.isoformat()}
+    here = {"host": os.uname().nodename, "pid": os.getpid(), "born": psutil.Process().create_time(),
+            "started": now.isoformat()}
     step = {"step": 300, "steps": 1500, "seconds": 30.0, "at": time.time()}
-    for name, said, more in (
-            ("cpu/v-s0", {"state": "done", "seconds": 168.6}, {"record": {"status": "done", "metrics": {"KID[invented]": 0.4984}}}),
-            ("cpu/v-s1", {"state": "running", **here}, {"progress": step}),
-            ("cpu/x-s0", {"state": "running", **here, "pid": 1 << 22}, {"progress": step}),
-            ("cpu/x-s1", {"state": "queued"}, {}), ("cpu/eps-s0", {"state": "non-finite loss", "seconds": 12.2, "cell": 9,
-             "error": "NonFiniteLoss: loss is nan at step 41", "history": [{"state": "killed"}]}, {}),
-            ("smoke@optimizer.lr=0.002/v-s0", {"state": "disk full", "seconds": 3.0, "error": "OSError: no space left on device"}, {})):
+    for name, status, more in (
+        ("cpu/v-s0", {"state": "done", "seconds": 168.6},
+         {"record": {"status": "done", "metrics": {"KID[invented]": 0.4984}}}),
+        ("cpu/v-s1", {"state": "running", **here}, {"progress": step}),
+        ("cpu/x-s0", {"state": "running", **here, "pid": 1 << 22}, {"progress": step}),
+        ("cpu/x-s1", {"state": "queued"}, {}),
+        (
+            "cpu/eps-s0",
+            {"state": "non-finite loss", "seconds": 12.2, "cell": 9,
+             "error": "NonFiniteLoss: loss is nan at step 41", "history": [{"state": "killed"}]},
+            {},
+        ),
+        ("smoke@optimizer.lr=0.002/v-s0",
+         {"state": "disk full", "seconds": 3.0, "error": "OSError: no space left on device"}, {}),
+    ):
         folder = top / "prediction_target" / name
         folder.mkdir(parents=True, exist_ok=True)
-        for file, content in {"job": {}, "status": said, **more}.items():
+        for file, content in {"job": {}, "status": status, **more}.items():
             (folder / f"{file}.json").write_text(json.dumps(content))
     return top
 
@@ -224,10 +241,11 @@ def _slurm(rows: list[Row]) -> dict[str, str]:
     from prx_nb.lab import slurm
     try:
         return {str(folder): state.lower() for folder, state in slurm.queue_states().items()}
-    except (slurm.SlurmError, OSError):                            # a cluster that does not answer is no reason to show nothing
+    # a cluster that does not answer is no reason to show nothing
+    except (slurm.SlurmError, OSError):
         return {r.folder: "does not answer" for r in rows if r.slurm}
 
-
+# %% ../../nbs/lab/09_watch.ipynb #7fdd7751
 def _waits_for(row: Row, at_work: bool, slurm: dict[str, str]) -> Row:
     "A queued or interrupted run with what it waits for."
     if found := slurm.get(os.path.abspath(row.folder)):
@@ -258,10 +276,11 @@ def counts(rows: Iterable[Row]) -> str:
     lost = sum(r.cause == NO_DRIVER for r in rows)
     by["queued"] -= lost
     by["queued with no driver at work"] = lost
-    words = [f"{by[g]} {g}" for g in ("done", "running", "queued", "queued with no driver at work", "failed") if by[g]]
+    words = [f"{by[g]} {g}" for g in ("done", "running", "queued", "queued with no driver at work", "failed")
+             if by[g]]
     return ", ".join(words) or "none"
 
-
+# %% ../../nbs/lab/09_watch.ipynb #f6f34dd8
 def rest(rows: Iterable[Row]) -> float | None:
     "About how many seconds until all is done, at the pace so far; none when that cannot be said."
     rows = list(rows)
@@ -282,7 +301,7 @@ def _line(row: Row) -> tuple[str, str, str, str, str]:
     cause = "" if row.cause == NO_DRIVER else row.cause            # the group's line says it
     return row.run, row.state, step, time, "; ".join(filter(None, (row.metric, row.where, again, cause)))
 
-
+# %% ../../nbs/lab/09_watch.ipynb #cb495d4a
 def table(rows: list[Row],
           everything: bool = False,       # a line for every run, however many there are
           ) -> list[tuple[str, ...]]:     # (heading,) for a group, five cells for a run
@@ -310,10 +329,14 @@ def as_text(rows: list[Row], everything: bool = False,
         front = "  " + "  ".join(c.ljust(w) for c, w in zip((heading, *cells), wide) if w)
         fits = len(front) + 2 + len(cells[3]) <= width
         text.append(f"{front}  {cells[3]}".rstrip() if fits else front.rstrip())
-        text += [] if fits else textwrap.wrap(cells[3], width, initial_indent=indent, subsequent_indent=indent, max_lines=4)
+        text += (
+            []
+            if fits
+            else textwrap.wrap(cells[3], width, initial_indent=indent, subsequent_indent=indent, max_lines=4)
+        )
     return "\n".join([*text, "", *textwrap.wrap(total(rows), width)])
 
-
+# %% ../../nbs/lab/09_watch.ipynb #2ce6a896
 def total(rows: list[Row]) -> str:
     "All runs in one line."
     left = rest(rows)
@@ -366,7 +389,7 @@ def show(folders: list[Path],             # from `places`
             live.update(as_rich(rows, everything), refresh=True)
     return rows
 
-
+# %% ../../nbs/lab/09_watch.ipynb #1de2b336
 def _going_on(rows: list[Row]) -> bool:
     return any(r.state == "running" or (r.state == "queued" and r.cause != NO_DRIVER) for r in rows)
 
@@ -379,23 +402,25 @@ def chosen(rows: Iterable[Row],
     for state in only:
         if state not in allowed:
             near = [f"; did you mean '{name}'?" for name in difflib.get_close_matches(state, allowed, 1, 0.4)]
-            raise AblationError(f"no state '{state}' to repeat; there are {', '.join(allowed)}{''.join(near)}")
+            raise AblationError(
+                f"no state '{state}' to repeat; there are {', '.join(allowed)}{''.join(near)}")
     return [r for r in rows if (r.state in only if only else r.stage == "failed")]
 
-
+# %% ../../nbs/lab/09_watch.ipynb #02de38b1
 def replan(folders: Iterable[str | Path],     # runs' folders
            ) -> list:                         # of `prx_nb.lab.plan.Job`
     "The same runs planned anew, group by group and seed by seed. Raises `AblationError` or `RecipeError`."
     groups, planned = {}, []
     for folder in map(Path, folders):
         old, group = read_job(folder / "job.json"), folder.absolute().parent
-        same = (group, old.ablation, old.preset, json.dumps(old.overrides, sort_keys=True), old.timeout, old.cell_timeout)
+        same = (group, old.ablation, old.preset, json.dumps(old.overrides, sort_keys=True), old.timeout,
+                old.cell_timeout)
         groups.setdefault(same, []).append(old)
     for (group, _, preset, overrides, timeout, cell_timeout), olds in groups.items():
         label, names = group.name.removeprefix(preset).removeprefix("@"), {old.name for old in olds}
         ablation = of_run(group / olds[0].name)
-        jobs = plan(ablation, preset, sorted({o.seed for o in olds}), {o.variant: 0 for o in olds}, json.loads(overrides), group.parents[1],
-                    label, timeout, cell_timeout)
+        jobs = plan(ablation, preset, sorted({o.seed for o in olds}), {o.variant: 0 for o in olds},
+                    json.loads(overrides), group.parents[1], label, timeout, cell_timeout)
         planned += [job for job in jobs if job.name in names]
     return planned
 
@@ -407,7 +432,7 @@ class Leftover:
     bytes: int
     kind: str           # in words, one of a few
 
-
+# %% ../../nbs/lab/09_watch.ipynb #a86bd2c2
 def _size(path: Path) -> int:
     "Bytes in a file, or in all files below a folder."
     with contextlib.suppress(OSError):
@@ -416,10 +441,11 @@ def _size(path: Path) -> int:
         return path.lstat().st_size
     return 0
 
-
+# %% ../../nbs/lab/09_watch.ipynb #22a7ef8c
 def _bits(folder: Path) -> list[Path]:
     "What killed processes left in a run's folder."
-    return [p for pattern in (".*.part", ".reserve", ".clock-*", "checkpoint/.*.part") for p in sorted(folder.glob(pattern))]
+    return [p for pattern in (".*.part", ".reserve", ".clock-*", "checkpoint/.*.part")
+            for p in sorted(folder.glob(pattern))]
 
 # %% ../../nbs/lab/09_watch.ipynb #188eafcd
 STOPPED = {"interrupted", "killed", "host gone"}       # from outside: they go on from their checkpoint
@@ -427,7 +453,7 @@ STOPPED = {"interrupted", "killed", "host gone"}       # from outside: they go o
 
 def _of_run(folder: Path, failed: bool, checkpoints: bool) -> list[Leftover]:
     "What can go of a run that is not at work."
-    state, saves = _said(folder)["state"], sorted((folder / "checkpoint").glob("step-*.safetensors"))
+    state, saves = _status(folder)["state"], sorted((folder / "checkpoint").glob("step-*.safetensors"))
     if failed and state not in {"done", *runs.OPEN, *STOPPED}:
         return [Leftover(folder, _size(folder), "failed runs")]
     found = [Leftover(p, _size(p), "unfinished files") for p in _bits(folder)]
@@ -435,14 +461,18 @@ def _of_run(folder: Path, failed: bool, checkpoints: bool) -> list[Leftover]:
         found += [Leftover(p, _size(p), "earlier checkpoints") for p in saves[:-1]]
     return found
 
-
+# %% ../../nbs/lab/09_watch.ipynb #1392b2bb
 def _of_group(group: Path) -> list[Leftover]:
     "What can go of a folder of runs, beside the runs."
-    old = [p for name in (".replaced", ".removed") if (group / name).is_dir() for p in sorted((group / name).iterdir())]
-    late = time.time() - 3600                                      # somebody may be writing a report this minute
-    old = [p for p in old if not runs.alive(_said(p), p)]     # set aside while it ran on another machine
-    bits = [p for pattern in (".*.part", "report/.*.part") for p in sorted(group.glob(pattern)) if p.lstat().st_mtime < late]
-    return [Leftover(p, _size(p), "replaced runs") for p in old] + [Leftover(p, _size(p), "unfinished files") for p in bits]
+    old = [p for name in (".replaced", ".removed") if (group / name).is_dir()
+           for p in sorted((group / name).iterdir())]
+    # somebody may be writing a report this minute
+    late = time.time() - 3600
+    old = [p for p in old if not runs.alive(_status(p), p)]     # set aside while it ran on another machine
+    bits = [p for pattern in (".*.part", "report/.*.part") for p in sorted(group.glob(pattern))
+            if p.lstat().st_mtime < late]
+    return [Leftover(p, _size(p), "replaced runs") for p in old] + [
+        Leftover(p, _size(p), "unfinished files") for p in bits]
 
 # %% ../../nbs/lab/09_watch.ipynb #24c22efc
 def _remove(item: Leftover) -> None:
@@ -459,10 +489,10 @@ def _remove(item: Leftover) -> None:
     with contextlib.suppress(OSError):
         path.parent.rmdir() if path.parent.name == ".removed" else None
 
-
+# %% ../../nbs/lab/09_watch.ipynb #8275ab40
 def _idle(folder: Path) -> bool:
     "Whether a run is not at work, whose lock we hold."
-    return not runs.alive(_said(folder), folder)
+    return not runs.alive(_status(folder), folder)
 
 # %% ../../nbs/lab/09_watch.ipynb #fa94cd3b
 def clean(*folders: str | Path,            # from `places`
@@ -486,16 +516,17 @@ def clean(*folders: str | Path,            # from `places`
                         kept.append(f"{folder}: at work")
     return gone, kept
 
-
+# %% ../../nbs/lab/09_watch.ipynb #3c7ae391
 def _clear(items: list[Leftover], dry_run: bool) -> list[Leftover]:
     for item in () if dry_run else items:
         _remove(item)
     return items
 
-
+# %% ../../nbs/lab/09_watch.ipynb #8c859126
 def _emptied(folders: Iterable[str | Path]) -> list[Path]:
     "Homes that have something set aside but no run of their own any more."
-    return [path.parent for folder in folders for name in (".replaced", ".removed") for path in sorted(Path(folder).glob(f"**/{name}"))
+    return [path.parent for folder in folders for name in (".replaced", ".removed")
+            for path in sorted(Path(folder).glob(f"**/{name}"))
             if not any(part.startswith(".") for part in path.parent.relative_to(folder).parts)]
 
 # %% ../../nbs/lab/09_watch.ipynb #b134c2f7
@@ -506,9 +537,10 @@ def size(n: int) -> str:
             return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
         n /= 1000
 
-
+# %% ../../nbs/lab/09_watch.ipynb #fc2f5c01
 def freed(items: list[Leftover], dry_run: bool = False) -> str:
     "What went, in words."
     by = {kind: [i for i in items if i.kind == kind] for kind in dict.fromkeys(i.kind for i in items)}
     parts = ", ".join(f"{len(some)} {kind} ({size(sum(i.bytes for i in some))})" for kind, some in by.items())
-    return f"{'would free' if dry_run else 'freed'} {size(sum(i.bytes for i in items))}: {parts}" if items else "nothing to clean"
+    return (f"{'would free' if dry_run else 'freed'} {size(sum(i.bytes for i in items))}: {parts}" if items
+            else "nothing to clean")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from fastcore.basics import patch
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ def held(*modules: nn.Module) -> Iterator[None]:
         for p in changed:
             p.requires_grad_(True)
 
-
+# %% ../../nbs/techniques/08_repa_e.ipynb #142346e8
 def unit_normal(batch: Batch, name: str, *shape: int) -> Tensor:
     "(B, *shape) unit normal numbers of a stream of the batch with this name."
     return torch.special.ndtri(batch.random(name, *shape).clamp(1e-7, 1 - 1e-7))
@@ -50,7 +51,8 @@ def alignment(repa: REPA, step: Step,
               z: Tensor,               # (B, C, h, w) latents with a gradient
               one_in: int = 1,         # one image in so many of the batch is looked at
               ) -> Tensor:             # a scalar: minus the mean cosine
-    "REPA's loss from a second look at the same noisy latents, with denoiser and projector held. The look is not routed."
+    """REPA's loss from a second look at the same noisy latents, with denoiser and projector held. The look is
+    not routed."""
     b, some = step.batch, slice(None, None, one_in)
     b = replace(b, **{k: getattr(b, k)[some] for k in ("index", "x0", "text", "mask", "noise", "t")})
     with held(step.model, repa):
@@ -59,20 +61,24 @@ def alignment(repa: REPA, step: Step,
         return repa.loss(replace(step, batch=b, x_t=x_t, output=output)) / repa.weight
 
 # %% ../../nbs/techniques/08_repa_e.ipynb #0bb2ed2e
-def joint_loss(pull: Tensor,            # minus the mean cosine, of latents that keep their gradient and held networks
+# minus the mean cosine, of latents that keep their gradient and held networks
+def joint_loss(pull: Tensor,
                painted: Tensor,         # error of the decoded images
                divergence: Tensor,      # of the posterior from a unit normal
                weight: float = 1.5, kl: float = 1e-3,
                ) -> Tensor:             # a scalar
-    "What an autoencoder learns from beside a denoiser (arXiv 2504.10483), without adversary and perceptual term."
+    """What an autoencoder learns from beside a denoiser (arXiv 2504.10483), without adversary and perceptual
+    term."""
     return weight * pull + painted + kl * divergence
 
 # %% ../../nbs/techniques/08_repa_e.ipynb #a90ef2b3
 class Settings(Acts):
-    "Alignment that also trains the autoencoder (REPA-E, arXiv 2504.10483, which has 1.5 here and 0.5 in repa). `weight` 0: off."
+    """Alignment that also trains the autoencoder (REPA-E, arXiv 2504.10483, which has 1.5 here and 0.5 in
+    repa). `weight` 0: off."""
     trains, autoencoder = True, "autoencoder"
 
-    weight: float = Field(0.0, ge=0)              # of the alignment, for the autoencoder; its reconstruction has 1
+    # of the alignment, for the autoencoder; its reconstruction has 1
+    weight: float = Field(0.0, ge=0)
     kl: float = Field(1e-3, ge=0)                 # of the posterior's divergence from a unit normal
     lr: float = Field(1e-3, gt=0)                 # of the autoencoder, at the height of the schedule
 
@@ -81,9 +87,11 @@ class Settings(Acts):
         if recipe.latents.autoencoder == "pixels":
             yield f"{me} trains an autoencoder, and latents.autoencoder = 'pixels' has none; name one, {off}"
         if not recipe.techniques.repa.weight:
-            yield f"{me} needs techniques.repa.weight above 0, for it trains with repa's teacher and projector; set that, {off}"
+            yield (f"{me} needs techniques.repa.weight above 0, for it trains with repa's teacher and "
+                   f"projector; set that, {off}")
         if recipe.train.processes > 1:
-            yield f"{me} with train.processes = {recipe.train.processes}: the autoencoder is trained in one process; set train.processes = 1, {off}"
+            yield (f"{me} with train.processes = {recipe.train.processes}: the autoencoder is trained in one "
+                   f"process; set train.processes = 1, {off}")
 
 # %% ../../nbs/techniques/08_repa_e.ipynb #0a2f3dcb
 class REPAE(Technique, name="repa_e", settings=Settings):
@@ -91,15 +99,20 @@ class REPAE(Technique, name="repa_e", settings=Settings):
     after = ("repa",)
 
     def __init__(self, autoencoder: nn.Module,                 # diffusers' `AutoencoderKL`; trained in place
-                 images: Callable[[Tensor], Tensor],           # numbers of images (B,) -> (B, 3, H, W) in [-1, 1]
-                 repa: REPA,                                   # trained beside this; its teacher and projector are used
+                 # numbers of images (B,) -> (B, 3, H, W) in [-1, 1]
+                 images: Callable[[Tensor], Tensor],
+                 # trained beside this; its teacher and projector are used
+                 repa: REPA,
                  weight: float = 1.5, kl: float = 1e-3,
-                 lr: float | None = None,                      # height of its schedule; none: that of all others
-                 start: int = 0, stop: int | None = None):     # first step in which it learns, and the first one after
+                 # height of its schedule; none: that of all others
+                 lr: float | None = None,
+                 # first step in which it learns, and the first one after
+                 start: int = 0, stop: int | None = None):
         super().__init__()
         self.autoencoder = autoencoder.requires_grad_(True)
         self.norm = nn.BatchNorm2d(autoencoder.config.latent_channels, affine=False)
-        whole = copy.copy(repa)                                # the same weights, but each image that it is given counts
+        # the same weights, but each image that it is given counts
+        whole = copy.copy(repa)
         whole.one_in = 1
         self._others, self.one_in = (images, whole), repa.one_in
         self.weight, self.kl, self.start, self.stop = weight, kl, start, stop
@@ -110,24 +123,30 @@ class REPAE(Technique, name="repa_e", settings=Settings):
     def acts(self, step: int) -> bool:
         return True                                            # the latents are always its own
 
-    def needs(self, batch: Batch, step: int) -> Needs:
-        images = self._others[0](batch.index).to(batch.x0.device)
-        learns = super().acts(step)
-        self.norm.train(learns)
-        with torch.set_grad_enabled(learns):
-            raw, divergence = posterior(self.autoencoder, images, unit_normal(batch, "repa_e", *batch.x0.shape[1:]))
-            z = self.norm(raw.float())
-        self._seen = (images, raw, divergence, z) if learns else None
-        return Needs(clean=z.detach())
+# %% ../../nbs/techniques/08_repa_e.ipynb #b0ab7aba
+@patch
+def needs(self: REPAE, batch: Batch, step: int) -> Needs:
+    images = self._others[0](batch.index).to(batch.x0.device)
+    learns = Technique.acts(self, step)
+    self.norm.train(learns)
+    with torch.set_grad_enabled(learns):
+        raw, divergence = posterior(
+            self.autoencoder, images, unit_normal(batch, "repa_e", *batch.x0.shape[1:]))
+        z = self.norm(raw.float())
+    self._seen = (images, raw, divergence, z) if learns else None
+    return Needs(clean=z.detach())
 
-    def loss(self, step: Step) -> Tensor | None:
-        "Minus `weight` times the mean cosine, plus what keeps the autoencoder one; none where it does not learn."
-        if self._seen is None:
-            return None
-        (images, raw, divergence, z), self._seen = self._seen, None
-        painted = self.autoencoder.decode(raw, return_dict=False)[0]
-        pull = alignment(self._others[1], step, z, self.one_in)
-        return joint_loss(pull, error(painted, images), divergence, self.weight, self.kl)
+# %% ../../nbs/techniques/08_repa_e.ipynb #63ab1382
+@patch
+def loss(self: REPAE, step: Step) -> Tensor | None:
+    """Minus `weight` times the mean cosine, plus what keeps the autoencoder one; none where it does not
+    learn."""
+    if self._seen is None:
+        return None
+    (images, raw, divergence, z), self._seen = self._seen, None
+    painted = self.autoencoder.decode(raw, return_dict=False)[0]
+    pull = alignment(self._others[1], step, z, self.one_in)
+    return joint_loss(pull, error(painted, images), divergence, self.weight, self.kl)
 
 # %% ../../nbs/techniques/08_repa_e.ipynb #473118aa
 def _clean(self: REPAE, batch: Batch) -> Tensor:
@@ -136,12 +155,13 @@ def _clean(self: REPAE, batch: Batch) -> Tensor:
     mean = self.autoencoder.encode(images, return_dict=False)[0].mean.float()
     return nn.functional.batch_norm(mean, self.norm.running_mean, self.norm.running_var, eps=self.norm.eps)
 
-
+# %% ../../nbs/techniques/08_repa_e.ipynb #75b24052
 def trained(self: REPAE) -> nn.Module:
     "A copy of the autoencoder whose latents are the ones that the flow has learnt."
-    return standardised(self.autoencoder, self.norm.running_mean, (self.norm.running_var + self.norm.eps).sqrt())
+    return standardised(
+        self.autoencoder, self.norm.running_mean, (self.norm.running_var + self.norm.eps).sqrt())
 
-
+# %% ../../nbs/techniques/08_repa_e.ipynb #761575ed
 def keep(self: REPAE, folder: Path) -> None:
     "Write `trained` as `autoencoder` into a run's folder, file by file whole or not at all."
     (folder / "autoencoder").mkdir(exist_ok=True)
@@ -158,10 +178,14 @@ REPAE.clean, REPAE.trained, REPAE.keep = _clean, trained, keep
 def of(cls, recipe: Recipe, prepared: Prepared, device: str | torch.device,
        built: Mapping[str, Technique],   # REPA of the same recipe
        ) -> "REPAE":
-    "As `techniques.repa_e` asks for. Raises `LatentsError`, or `RecipeError` for another class of autoencoder."
+    """As `techniques.repa_e` asks for. Raises `LatentsError`, or `RecipeError` for another class of
+    autoencoder."""
     r, space = recipe.techniques.repa_e, load_latents(recipe.latents, device)
     if (kind := type(space.model).__name__) != "AutoencoderKL":
-        raise RecipeError(f"techniques.repa_e trains an AutoencoderKL, but latents.autoencoder = '{recipe.latents.autoencoder}' is an {kind}")
+        raise RecipeError(
+            "techniques.repa_e trains an AutoencoderKL, but latents.autoencoder = "
+            f"'{recipe.latents.autoencoder}' is an {kind}"
+        )
     made = cls(space.model, prepared.images.batch, built["repa"], r.weight, r.kl, r.lr, r.start, r.stop)
     made.norm.running_mean.fill_(recipe.latents.shift)
     made.norm.running_var.fill_(recipe.latents.scale ** -2)
@@ -171,19 +195,26 @@ def of(cls, recipe: Recipe, prepared: Prepared, device: str | torch.device,
 REPAE.of = of
 
 # %% ../../nbs/techniques/08_repa_e.ipynb #66241af7
-def radial_power(z: Tensor,          # (B, C, n, n) latents
-                 ) -> Tensor:        # (n // 2 + 1,) by whole cycles over the image; the last ring holds the corners too
+def radial_power(
+    z: Tensor,  # (B, C, n, n) latents
+) -> Tensor:  # (n // 2 + 1,) by whole cycles over the image; the last ring holds the corners too
     "Mean power of the spatial frequencies, ring by ring; white noise of deviation 1 has 1 everywhere."
     n = z.shape[-1]
-    power = torch.fft.fft2(z.double() - z.double().mean((0, 2, 3), keepdim=True), norm="ortho").abs().square().mean((0, 1))
+    power = (torch.fft.fft2(z.double() - z.double().mean((0, 2, 3), keepdim=True), norm="ortho") .abs()
+             .square() .mean((0, 1)))
     f = torch.fft.fftfreq(n, 1 / n, device=z.device)
     ring = (f[:, None] ** 2 + f[None] ** 2).sqrt().round().long().clamp(max=n // 2)
     count = torch.bincount(ring.flatten(), minlength=n // 2 + 1)
-    return torch.zeros(n // 2 + 1, dtype=power.dtype, device=z.device).index_add_(0, ring.flatten(), power.flatten()) / count
+    return (
+        torch.zeros(n // 2 + 1, dtype=power.dtype, device=z.device).index_add_(
+            0, ring.flatten(), power.flatten())
+        / count
+    )
 
-
+# %% ../../nbs/techniques/08_repa_e.ipynb #09cbc67b
 def effective_dimension(z: Tensor) -> float:      # (B, ...)
-    "`(sum l)^2 / sum l^2` of the variances along principal components: 1 to the smaller of B - 1 and all numbers."
+    """`(sum l)^2 / sum l^2` of the variances along principal components: 1 to the smaller of B - 1 and all
+    numbers."""
     x = z.flatten(1).double()
     l = torch.linalg.svdvals(x - x.mean(0)).square()
     return (l.sum().square() / l.square().sum()).item()

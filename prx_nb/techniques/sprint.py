@@ -31,23 +31,29 @@ def sparse_route(draw: Tensor,            # (B, N) numbers from 0 to 1, one a to
 
 # %% ../../nbs/techniques/05_sprint.ipynb #05f93610
 class Settings(Acts):
-    "Sparse deep blocks (SPRINT, arXiv 2510.21986): a share `rate` of the tokens skips the blocks of `denoiser.fusion`. 0: off."
+    """Sparse deep blocks (SPRINT, arXiv 2510.21986): a share `rate` of the tokens skips the blocks of
+    `denoiser.fusion`. 0: off."""
     switch, routes = "rate", True
 
     rate: float = Field(0.0, ge=0, lt=1)
-    path_drop: float = Field(0.1, ge=0, lt=1)     # share of samples that go on without the deep stream, for guidance by it
+    # share of samples that go on without the deep stream, for guidance by it
+    path_drop: float = Field(0.1, ge=0, lt=1)
 
     def refuse(self, recipe, path):
         if not recipe.denoiser.fusion:
-            yield (f"{path}.rate = {self.rate} needs denoiser.fusion, the first and last block of the sparse stream; "
-                   f"set it, e.g. to [1, {max(1, recipe.denoiser.depth - 2)}], or the rate to 0")
+            yield (
+                f"{path}.rate = {self.rate} needs denoiser.fusion, the first and last block of the sparse "
+                f"stream; set it, e.g. to [1, {max(1, recipe.denoiser.depth - 2)}], or the rate to 0"
+            )
 
     def routing(self, recipe):
-        return Routing(self.rate, *stretch(*recipe.denoiser.fusion, recipe.denoiser.depth), *self.span(recipe.train.steps))
+        return Routing(self.rate, *stretch(*recipe.denoiser.fusion, recipe.denoiser.depth),
+                       *self.span(recipe.train.steps))
 
 # %% ../../nbs/techniques/05_sprint.ipynb #e2c50b9b
 class SPRINT(Technique, name="sprint", settings=Settings):
-    "A share `rate` of the tokens skips the deep blocks of a fused denoiser in training (arXiv 2510.21986). Raises `ValueError`."
+    """A share `rate` of the tokens skips the deep blocks of a fused denoiser in training (arXiv 2510.21986).
+    Raises `ValueError`."""
 
     def __init__(self, rate: float = 0.75,          # share of the tokens that skip
                  first: int = 1, last: int = 1,     # the denoiser's `fusion`
@@ -58,7 +64,8 @@ class SPRINT(Technique, name="sprint", settings=Settings):
         for name, share in {"rate": rate, "path_drop": path_drop}.items():
             if not 0 <= share < 1:
                 raise ValueError(f"{name} = {share}: a share should be at least 0 and below 1")
-        self.rate, self.first, self.last, self.patch_size, self.path_drop = rate, first, last, patch_size, path_drop
+        self.rate, self.first, self.last, self.patch_size, self.path_drop = (
+            rate, first, last, patch_size, path_drop)
         self.start, self.stop = start, stop
 
     @classmethod
@@ -71,4 +78,7 @@ class SPRINT(Technique, name="sprint", settings=Settings):
     def needs(self, batch: Batch, step: int) -> Needs:
         tokens = batch.x0.shape[2] * batch.x0.shape[3] // self.patch_size**2
         drop = batch.random("path drop") if self.path_drop else None
-        return Needs(route=sparse_route(batch.random("route", tokens), self.rate, self.first, self.last, drop, self.path_drop))
+        return Needs(
+            route=sparse_route(
+                batch.random("route", tokens), self.rate, self.first, self.last, drop, self.path_drop)
+        )

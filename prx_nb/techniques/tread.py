@@ -31,7 +31,8 @@ def random_route(draw: Tensor,       # (B, N) numbers from 0 to 1, one a token
 
 # %% ../../nbs/techniques/04_tread.ipynb #3546f2a1
 class Settings(Acts):
-    "Token routing in training (TREAD, arXiv 2501.04765): a share `rate` of the tokens skips blocks `first` to `last`. 0: off."
+    """Token routing in training (TREAD, arXiv 2501.04765): a share `rate` of the tokens skips blocks `first`
+    to `last`. 0: off."""
     switch, routes = "rate", True
 
     rate: float = Field(0.0, ge=0, lt=1)
@@ -40,19 +41,23 @@ class Settings(Acts):
 
     def refuse(self, recipe, path):
         if recipe.denoiser.fusion:
-            yield (f"{path}.rate = {self.rate} with denoiser.fusion = {recipe.denoiser.fusion}: TREAD's tokens skip blocks unchanged, "
-                   "fusion changes them; set denoiser.fusion to null, or the rate to 0")
+            yield (
+                f"{path}.rate = {self.rate} with denoiser.fusion = {recipe.denoiser.fusion}: TREAD's tokens "
+                "skip blocks unchanged, fusion changes them; set denoiser.fusion to null, or the rate to 0"
+            )
         try:
             stretch(self.first, self.last, recipe.denoiser.depth)
         except ValueError as why:
             yield f"{path}: {why}"
 
     def routing(self, recipe):
-        return Routing(self.rate, *stretch(self.first, self.last, recipe.denoiser.depth), *self.span(recipe.train.steps))
+        return Routing(
+            self.rate, *stretch(self.first, self.last, recipe.denoiser.depth), *self.span(recipe.train.steps))
 
 # %% ../../nbs/techniques/04_tread.ipynb #e10e097e
 class TREAD(Technique, name="tread", settings=Settings):
-    "A share `rate` of the image tokens skips blocks `first` to `last` in training (arXiv 2501.04765). Raises `ValueError`."
+    """A share `rate` of the image tokens skips blocks `first` to `last` in training (arXiv 2501.04765).
+    Raises `ValueError`."""
 
     def __init__(self, rate: float = 0.5,           # share of the tokens that skip
                  first: int = 1, last: int = 1,     # blocks, from 0, both inclusive
@@ -61,7 +66,8 @@ class TREAD(Technique, name="tread", settings=Settings):
         super().__init__()
         if not 0 <= rate < 1:
             raise ValueError(f"rate = {rate}: the share of tokens that skip should be at least 0 and below 1")
-        self.rate, self.first, self.last, self.patch_size, self.start, self.stop = rate, first, last, patch_size, start, stop
+        self.rate, self.first, self.last, self.patch_size, self.start, self.stop = (
+            rate, first, last, patch_size, start, stop)
 
     @classmethod
     def of(cls, recipe: Recipe, prepared: Prepared | None = None, device: str | torch.device = "cpu",
@@ -82,7 +88,8 @@ def fade(images: Tensor,       # (B, C, H, W) in [-1, 1]
     "The same images, with the patches of all other tokens nearly grey."
     patches = patchify(images, patch_size)
     rest = torch.ones(patches.shape[:2], dtype=torch.bool).scatter(1, keep, False)
-    return unpatchify(torch.where(rest[..., None], 0.15 * patches + 0.3, patches), patch_size, *images.shape[2:])
+    return unpatchify(
+        torch.where(rest[..., None], 0.15 * patches + 0.3, patches), patch_size, *images.shape[2:])
 
 # %% ../../nbs/techniques/04_tread.ipynb #ba856ad6
 def step_seconds(model: nn.Module, batch: Batch, flow: FlowMatching,
