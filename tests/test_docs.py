@@ -71,7 +71,7 @@ def test_every_notebook_has_a_page_and_links_between_pages_hold(pages):
 
 
 def test_pages_show_code_and_hide_directives(pages):
-    text = (pages / "lab" / "01_ablations.html").read_text()
+    text = (pages / "lab" / "02_ablations.html").read_text()
     assert "from_notebook" in text and "#| export" not in text and "#|" not in re.sub(r"<[^>]+>", "", text)
 
 

@@ -9,7 +9,7 @@ __all__ = ['LOOKS', 'WORDS', 'Prior', 'trigamma_inverse', 'fit_prior', 'moderate
 # %% ../../nbs/lab/01_decision.ipynb #d74ebeae
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,8 @@ import numpy as np
 # %% ../../nbs/lab/01_decision.ipynb #ae374819
 @dataclass(frozen=True)
 class Prior:
-    "What other questions say about the scatter of one metric: a variance, and how many degrees of freedom it is worth."
+    """What other questions say about the scatter of one metric: a variance, and how many degrees of freedom
+    it is worth."""
     variance: float
     df: float                     # infinite where the variances of all questions agree
     groups: int = 0               # how many were looked at
@@ -28,7 +29,8 @@ class Prior:
 
 # %% ../../nbs/lab/01_decision.ipynb #eb3901be
 def trigamma_inverse(y: float) -> float:
-    "The x > 0 with trigamma(x) = y, by Newton's method on 1/trigamma (Smyth 2004, appendix). Raises `ValueError` for y <= 0."
+    """The x > 0 with trigamma(x) = y, by Newton's method on 1/trigamma (Smyth 2004, appendix). Raises
+    `ValueError` for y <= 0."""
     from scipy.special import polygamma
     if not y > 0:
         raise ValueError(f"trigamma is positive, there is no x for {y}")
@@ -42,9 +44,11 @@ def trigamma_inverse(y: float) -> float:
     return float(x)
 
 # %% ../../nbs/lab/01_decision.ipynb #792cd3e8
-def fit_prior(groups: Sequence[tuple[float, float]],      # (variance, degrees of freedom) of each group of seeds
+# (variance, degrees of freedom) of each group of seeds
+def fit_prior(groups: Sequence[tuple[float, float]],
               ) -> Prior | None:                          # none: nothing to borrow from
-    "Scatter common to many groups by the moments of the log variances (Smyth 2004, section 6.2; `fitFDist` of limma)."
+    """Scatter common to many groups by the moments of the log variances (Smyth 2004, section 6.2; `fitFDist`
+    of limma)."""
     from scipy.special import digamma, polygamma
     known = np.array([(v, d) for v, d in groups if d > 0 and v > 0 and math.isfinite(v)]).reshape(-1, 2)
     if len(known) < 2:
@@ -53,15 +57,16 @@ def fit_prior(groups: Sequence[tuple[float, float]],      # (variance, degrees o
     e = np.log(variance) - digamma(half) + np.log(half)
     beyond = e.var(ddof=1) - polygamma(1, half).mean()    # how much more they differ than chance has them
     if beyond <= 0:
-        return Prior(float(np.average(variance, weights=half)), math.inf, len(known))
-    d0 = 2 * trigamma_inverse(float(beyond))
+        return Prior(float(np.average(variance, weights=half)), float(known[:, 1].sum()), len(known))
+    d0 = min(2 * trigamma_inverse(float(beyond)), float(known[:, 1].sum()))      # no more than was looked at
     return Prior(float(np.exp(e.mean() + digamma(d0 / 2) - math.log(d0 / 2))), d0, len(known))
 
 # %% ../../nbs/lab/01_decision.ipynb #44717307
 def moderated(variance: float, df: float,      # of the question itself; df 0: it has none
               prior: Prior | None,
               ) -> tuple[float, float]:        # variance, degrees of freedom
-    "A question's own variance together with what others say. Raises `ValueError` where neither says anything."
+    """A question's own variance together with what others say. Raises `ValueError` where neither says
+    anything."""
     if prior is None or prior.variance <= 0:
         if df <= 0:
             raise ValueError("one value a side and nothing to borrow from: the scatter is not known")
@@ -74,7 +79,8 @@ def moderated(variance: float, df: float,      # of the question itself; df 0: i
 @dataclass(frozen=True)
 class Effect:
     "A variant over a baseline: log ratio, its standard error, and what that error is worth."
-    log: float                    # log of the ratio of means; or a plain difference over the baseline's mean, see `plain`
+    # log of the ratio of means; or a plain difference over the baseline's mean, see `plain`
+    log: float
     error: float
     df: float
     seeds: tuple[int, int]        # of variant and baseline
@@ -93,16 +99,21 @@ class Effect:
 def compared(variant: Sequence[float], baseline: Sequence[float],   # one number a seed
              prior: Prior | None = None,
              ) -> Effect:
-    "The effect of a variant, unpaired. Raises `ValueError` for numbers that are not finite, or a scatter that is not known."
+    """The effect of a variant, unpaired. Raises `ValueError` for numbers that are not finite, or a scatter
+    that is not known."""
     sides = [np.asarray(list(side), float) for side in (variant, baseline)]
     if not all(len(side) and np.isfinite(side).all() for side in sides):
-        raise ValueError(f"a comparison needs finite numbers on both sides, got {list(variant)} and {list(baseline)}")
+        raise ValueError(
+            f"a comparison needs finite numbers on both sides, got {list(variant)} and {list(baseline)}")
     plain = min(side.min() for side in sides) <= 0
     a, b = (side / max(abs(sides[1].mean()), 1e-12) if plain else np.log(side) for side in sides)
     df = len(a) + len(b) - 2
     own = (np.sum((a - a.mean()) ** 2) + np.sum((b - b.mean()) ** 2)) / max(df, 1)
     variance, df = moderated(float(own), df, prior)
-    return Effect(float(a.mean() - b.mean()), math.sqrt(variance * (1 / len(a) + 1 / len(b))), df, (len(a), len(b)), plain)
+    if variance <= 0:
+        raise ValueError("all seeds gave the same number: the scatter is not known")
+    return Effect(float(a.mean() - b.mean()), math.sqrt(variance * (1 / len(a) + 1 / len(b))), df,
+                  (len(a), len(b)), plain)
 
 # %% ../../nbs/lab/01_decision.ipynb #e2903fee
 LOOKS = (3, 5, 8)                 # seeds of each side when a question is looked at
@@ -127,7 +138,8 @@ def critical(n: int,                      # seeds of the smaller side
              df: float,
              looks: tuple[int, ...] = LOOKS, alpha: float = 0.05,
              ) -> float:                  # standard errors
-    "Beyond how many standard errors an effect is called at `n` seeds, such that all looks together are wrong `alpha` of the time."
+    """Beyond how many standard errors an effect is called at `n` seeds, such that all looks together are
+    wrong `alpha` of the time."""
     from scipy import stats
     share = min(1.0, max(n, 1) / looks[-1])
     z = constant(tuple(looks), alpha) / math.sqrt(share)
@@ -155,25 +167,30 @@ class Decision:
     def __str__(self):
         percent = lambda ratio: f"{ratio - 1:+.1%}"
         within = f" within {self.margin:.0%}" if self.word == "equivalent" else ""
-        return f"{self.word}{within}: {percent(self.ratio)} [{percent(self.low)}, {percent(self.high)}], {self.seeds[0]} seeds"
+        return (f"{self.word}{within}: {percent(self.ratio)} [{percent(self.low)}, {percent(self.high)}], "
+                f"{self.seeds[0]} seeds")
 
 # %% ../../nbs/lab/01_decision.ipynb #28d51515
 def decide(variant: Sequence[float], baseline: Sequence[float],    # one number a seed
            higher_is_better: bool,
-           margin: float,                                          # smallest effect of interest, as a ratio: 0.05
+           # smallest effect of interest, as a ratio: 0.05
+           margin: float,
            prior: Prior | None = None,
            looks: tuple[int, ...] = LOOKS, alpha: float = 0.05,
            ) -> Decision:
-    "One word about one declared comparison. Raises `ValueError` as `compared` does, and for a margin that is not above 0."
+    """One word about one declared comparison. Raises `ValueError` as `compared` does, and for a margin that
+    is not above 0."""
     from scipy import stats
     if not margin > 0:
         raise ValueError(f"margin = {margin}: the smallest effect of interest is above 0, e.g. 0.05")
     effect = compared(variant, baseline, prior)
     tail = (lambda q: stats.norm.isf(q)) if math.isinf(effect.df) else (lambda q: stats.t.isf(q, effect.df))
-    narrow, wide = effect.interval(tail(alpha)), effect.interval(critical(min(effect.seeds), effect.df, looks, alpha))
+    narrow, wide = (effect.interval(tail(alpha)),
+                    effect.interval(critical(min(effect.seeds), effect.df, looks, alpha)))
     inside = 1 / (1 + margin) < narrow[0] and narrow[1] < 1 + margin
     beyond = wide[1] < 1 or wide[0] > 1
-    word = "equivalent" if inside else ("better" if (effect.log > 0) == higher_is_better else "worse") if beyond else "undecided"
+    word = ("equivalent" if inside else ("better" if (effect.log > 0) == higher_is_better else "worse")
+            if beyond else "undecided")
     z = abs(effect.log) / effect.error if effect.error else math.inf
     p = 2 * (stats.norm.sf(z) if math.isinf(effect.df) else stats.t.sf(z, effect.df))
     return Decision(word, effect.ratio, *(narrow if inside else wide), margin, effect.seeds, float(p))
@@ -224,4 +241,8 @@ def seeds_for(margin: float,              # smallest effect of interest, 0.05
               most: int = 1000,
               ) -> int | None:            # of each side; none: more than `most`
     "Seeds that a plan needs to see an effect of the margin's size."
-    return next((n for n in range(2, most + 1) if power(n, n, math.log1p(margin), scatter, prior_df, alpha) >= wanted), None)
+    return next(
+        (n for n in range(2, most + 1)
+         if power(n, n, math.log1p(margin), scatter, prior_df, alpha) >= wanted),
+        None,
+    )

@@ -99,7 +99,8 @@ def power(n: int,                       # seeds of each variant
     "The chance that `n` paired seeds show an effect."
     from scipy import stats
     edge, shift = stats.t.ppf((1 + confidence) / 2, n - 1), abs(effect) * math.sqrt(n) / spread
-    return float(stats.nct.sf(edge, n - 1, shift) + stats.nct.cdf(-edge, n - 1, shift))
+    # the square of a noncentral t is a noncentral F; scipy's nct gives not-a-number at scattered arguments
+    return float(stats.ncf.sf(edge**2, 1, n - 1, shift**2)) if shift else 1 - confidence
 
 # %% ../../nbs/lab/00_statistics.ipynb #0ea9878b
 def seeds_needed(effect: float, spread: float, power_wanted: float = 0.8, confidence: float = 0.95,
