@@ -67,7 +67,8 @@ def test_direction_of_better(tmp_path):
     verdicts = rows.set_index(["metric", "variant"]).verdict
     assert verdicts[("KID[a]", "eps")] == "worse" and verdicts[("retrieval@1[a]", "eps")] == "better"
     said = results.sentences(rows, TOY)
-    assert said[0] == "eps against v (4 seeds): worse on KID[a]; better on retrieval@1[a]." and "2 comparisons are corrected" in said[1]
+    assert said[0].startswith("eps cannot be told from v yet on KID[a]: +25.4% ["), "the declared question first"
+    assert said[1] == "Exploratory: eps against v (4 seeds): worse on KID[a]; better on retrieval@1[a]." and "2 comparisons are corrected" in said[2]
 
 
 def test_one_seed_gives_numbers_but_no_verdict(tmp_path):

@@ -87,9 +87,10 @@ def judge(run: Run, prepared: Prepared, questions: Exam, images: Tensor) -> dict
 
 # %% ../../nbs/lab/11_judge.ipynb #b5977974
 def bounds(prepared: Prepared, recipe: Recipe) -> dict[str, dict[str, float]]:
-    "What the same metrics give for real held-out drawings, and for guessing."
+    """What the same metrics give for the drawings that the prompts describe, as many as samples, and for
+    guessing."""
     reference = metrics.prepare(recipe, prepared)
-    return {"real": reference.limits, "guessing": reference.chance}
+    return {"real": reference.limits_of(exam(prepared, recipe).index), "guessing": reference.chance}
 
 # %% ../../nbs/lab/11_judge.ipynb #3aea99cf
 def complete(run: Run,

@@ -68,6 +68,8 @@ def read(folder: str | Path, ablation: Ablation | None = None) -> Findings:
 def _opening(page: Page, f: Findings) -> None:
     "The question, on what it was tried, and what a reader must know before the rest."
     page.text(f.ablation.question)
+    for line in results.declared(f.table, f.ablation):
+        page.text(f"**{line}**")
     where = f" at {p}" if (p := results.point(f.group)) else ""
     n, hardware = len(f.seeds), in_list(sorted(set(f.runs.hardware)))
     page.text(f"Preset {f.runs.preset[0]}{where}: {len(f.runs)} runs of {in_list(f.variants)}, "
@@ -80,7 +82,9 @@ def _opening(page: Page, f: Findings) -> None:
 
 # %% ../../nbs/lab/16_report.ipynb #35dbcc58
 _HOW = (
-    "Differences are paired by seed; the interval is that of the comparison alone (Student's t). p is "
+    "The declared question, answered at the top, is decided unpaired on logarithms, with scatter borrowed "
+    "from other questions and a margin named before looking (lab.decision). All below is exploration: "
+    "differences are paired by seed; the interval is that of the comparison alone (Student's t). p is "
     "corrected over this table (Benjamini-Hochberg), and decides the verdict: a difference where it is below "
     "0.05. Seeds needed: to see a difference as large as this one looks in 8 of 10 tries."
 )
@@ -88,8 +92,8 @@ _HOW = (
 
 def _verdict(page: Page, f: Findings) -> None:
     page.text("Verdict", "h2")
-    for line in sentences(f.table, f.ablation) or [
-        "Only the baseline has been run, so there is nothing to compare it with."]:
+    lines = sentences(f.table, f.ablation)[len(results.declared(f.table, f.ablation)):]
+    for line in lines or ["Only the baseline has been run, so there is nothing to compare it with."]:
         page.text(line, "li")
     if len(f.seeds) == 1 and len(f.variants) > 1:
         page.text("One seed says nothing about chance: run more before believing a difference.", "warn")

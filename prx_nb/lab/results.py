@@ -251,7 +251,8 @@ def main_metrics(results: pd.DataFrame) -> list[str]:
 
 # %% ../../nbs/lab/13_results.ipynb #17e77d05
 def _is_main(metric: str) -> bool:
-    return not metric.startswith(("val t", "MMD-biased", "retrieval@5", "duplicates"))
+    parts = ("ground-error", "palette-error", "size-error", "place-error")         # of prompt-error
+    return not metric.startswith(("val t", "MMD-biased", "retrieval@5", "duplicates", *parts))
 
 # %% ../../nbs/lab/13_results.ipynb #2d6d2ceb
 def _comparisons(
@@ -296,8 +297,9 @@ def published_scatter(
             r = read_json(path)
             if (r["preset"] == preset and 0.5 <= r["cost"]["images_seen"] / seen <= 2
                 and metric in r["metrics"]):
-                groups.setdefault(r["recipe_key"][:8] + r["variant"], {})[r["seed"]] = float(
-                    r["metrics"][metric])
+                group = groups.setdefault(f"{path.parents[1]} {r['variant']}", {})
+                group[r["seed"]] = float(r["metrics"][metric])
+    # one baseline may stand in several ablations: the same numbers count once
     found = {tuple(sorted(g.values())): log_scatter(g.values()) for g in groups.values()}
     return tuple(s for s in found.values() if s[1])
 
