@@ -120,12 +120,6 @@ def test_recipe_decides_scale_and_shift(home):
     torch.testing.assert_close(other.decode(other.encode(images())), latents.load_latents(there).decode((raw - 0.12) * 0.36))
 
 
-def test_pixels_are_left_alone(cache):
-    space = latents.load_latents(recipe.Latents())
-    x = images()
-    assert space.encode(x) is x and space.decode(x) is x and space.factor == 1
-
-
 def test_bad_input_is_one_clear_error(home, tmp_path, monkeypatch):
     fits = latents.describe(str(home / "AutoencoderKL"))
     monkeypatch.setattr(latents, "_read", lambda *a: pytest.fail("weights were read first"))

@@ -185,11 +185,6 @@ def test_damaged_shard_is_named(own_cache):
     assert len(text.text_states("static", TEXTS, 10, progress=False)) == 4
 
 
-def test_states_beyond_half_precision_are_refused():
-    with pytest.raises(text.TextError, match="65,504"):
-        text.pack_states(["a"], [torch.full((2, 4), 1e5)])
-
-
 CHILD = """
 import time
 from prx_nb.core import text

@@ -25,8 +25,7 @@ from .seeds import order, stream
 class Settings(recipe.Node):
     "What decides an autoencoder that is trained here."
     data: recipe.Data = recipe.Data()
-    # channels at each size; each but the first halves the side
-    blocks: tuple[int, ...] = Field((16, 32, 32), min_length=1)
+    blocks: tuple[int, ...] = Field((16, 32, 32), min_length=1)    # channels; each but the first halves
     channels: int = Field(8, ge=1)                                 # numbers in a latent cell
     steps: int = Field(1200, ge=1)
     batch: int = Field(8, ge=1)
@@ -41,29 +40,34 @@ class Settings(recipe.Node):
 
     def key(self, images: Images) -> str:
         "Sixteen hex digits for everything that decides the weights."
-        # a change of the code below counts this up
-        told = ["autoencoder 1", self.model_dump(mode="json"), images.key]
+        told = ["autoencoder 1", self.model_dump(mode="json"), images.key]   # a change below counts this up
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
 NAMED = {"emoji-kl-f4": Settings()}
 
-# %% ../../nbs/core/12_autoencoder.ipynb #4e4492d2
-@torch.no_grad()
-def standardised(
-    model: nn.Module,  # an `AutoencoderKL`
-    mean: Tensor,  # (C,) of its latents
-    deviation: Tensor,  # (C,) above 0
-) -> nn.Module:  # a copy with latents `(z - mean) / deviation` that paints the same images
-    "Take a shift and a scale of each channel into the weights."
-    whole = dict(model.config) | {"use_quant_conv": True, "use_post_quant_conv": True, "scaling_factor": 1.0,
-                                  "shift_factor": None}
-    copy, c = type(model).from_config(whole).to(mean.device).eval(), len(mean)
+# %% ../../nbs/core/12_autoencoder.ipynb #b466520b
+def _with_convolutions(model: nn.Module, c: int, device: torch.device) -> nn.Module:
+    "A copy of an `AutoencoderKL` with both 1 x 1 convolutions: identities where it had none."
+    whole = dict(model.config) | {"use_quant_conv": True, "use_post_quant_conv": True,
+                                  "scaling_factor": 1.0, "shift_factor": None}
+    copy = type(model).from_config(whole).to(device).eval()
     weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
     for name, n in (("quant_conv", 2 * c), ("post_quant_conv", c)):
-        weights.setdefault(f"{name}.weight", torch.eye(n, device=mean.device)[..., None, None])
-        weights.setdefault(f"{name}.bias", torch.zeros(n, device=mean.device))
+        weights.setdefault(f"{name}.weight", torch.eye(n, device=device)[..., None, None])
+        weights.setdefault(f"{name}.bias", torch.zeros(n, device=device))
     copy.load_state_dict(weights)
+    return copy
+
+# %% ../../nbs/core/12_autoencoder.ipynb #4e4492d2
+@torch.no_grad()
+def standardised(model: nn.Module,         # an `AutoencoderKL`
+                 mean: Tensor,             # (C,) of its latents
+                 deviation: Tensor,        # (C,) above 0
+                 ) -> nn.Module:           # a copy: latents `(z - mean) / deviation`, and the same images
+    "Take a shift and a scale of each channel into the weights."
+    c = len(mean)
+    copy = _with_convolutions(model, c, mean.device)
     into, out = copy.quant_conv, copy.post_quant_conv
     into.bias[:c] -= mean
     into.weight[:c] /= deviation.view(-1, 1, 1, 1)
@@ -73,18 +77,23 @@ def standardised(
     out.weight *= deviation.view(1, -1, 1, 1)
     return copy
 
+# %% ../../nbs/core/12_autoencoder.ipynb #513623e0
+def _network(settings: Settings) -> nn.Module:
+    "diffusers' network with the weights that it draws itself."
+    import diffusers
+    n = len(settings.blocks)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(settings.seed, "autoencoder").initial_seed())
+        return diffusers.AutoencoderKL(
+            block_out_channels=settings.blocks, latent_channels=settings.channels, layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n,
+            norm_num_groups=1, mid_block_add_attention=False, scaling_factor=1.0)
+
 # %% ../../nbs/core/12_autoencoder.ipynb #be2087e9
 @torch.no_grad()
 def fresh(settings: Settings) -> nn.Module:
     "An untrained `AutoencoderKL`, the same for the same settings."
-    import diffusers
-    n, c = len(settings.blocks), settings.channels
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream(settings.seed, "autoencoder").initial_seed())
-        model = diffusers.AutoencoderKL(block_out_channels=settings.blocks, latent_channels=c,
-                                        layers_per_block=1, norm_num_groups=1, mid_block_add_attention=False,
-                                        down_block_types=("DownEncoderBlock2D",) * n,
-                                        up_block_types=("UpDecoderBlock2D",) * n, scaling_factor=1.0)
+    model, c = _network(settings), settings.channels
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             layer.weight *= 3 ** 0.5                       # torch draws them this much smaller
@@ -95,39 +104,47 @@ def fresh(settings: Settings) -> nn.Module:
     return model
 
 # %% ../../nbs/core/12_autoencoder.ipynb #7b199343
-def posterior(
-    model: nn.Module,
-    images: Tensor,  # (B, 3, H, W) in [-1, 1]
-    noise: Tensor,  # (B, C, h, w) unit normal
-) -> tuple[Tensor, Tensor]:  # a draw (B, C, h, w), and the divergence from a unit normal, a scalar
+def posterior(model: nn.Module,
+              images: Tensor,          # (B, 3, H, W) in [-1, 1]
+              noise: Tensor,           # (B, C, h, w) unit normal
+              ) -> tuple[Tensor, Tensor]:    # a draw (B, C, h, w); divergence from a unit normal, a scalar
     "Encode, draw, and say how far the Gaussians are from a unit normal (mean over all numbers)."
     found = model.encode(images, return_dict=False)[0]
     divergence = 0.5 * (found.mean.square() + found.var - 1 - found.logvar).float().mean()
     return found.mean + found.std * noise, divergence
 
-# %% ../../nbs/core/12_autoencoder.ipynb #c8acfd30
+# %% ../../nbs/core/12_autoencoder.ipynb #7a20b84c
 def error(painted: Tensor, images: Tensor) -> Tensor:
     "Mean absolute plus mean squared error, a scalar."
     off = painted.float() - images
     return off.abs().mean() + off.square().mean()
+
+# %% ../../nbs/core/12_autoencoder.ipynb #18cf5dc6
+def _loss(model: nn.Module, settings: Settings, x: Tensor, step: int) -> Tensor:
+    "Loss of a batch (B, 3, H, W) in a step, a scalar; the step decides the draw."
+    shape = (len(x), settings.channels, *(n // settings.factor for n in x.shape[-2:]))
+    noise = torch.randn(shape, generator=stream(settings.seed, "posterior", step))
+    z, divergence = posterior(model, x, noise)
+    return error(model.decode(z, return_dict=False)[0], x) + settings.kl * divergence
+
+# %% ../../nbs/core/12_autoencoder.ipynb #c74b2cd3
+def _rate(settings: Settings, step: int) -> float:
+    "The learning rate of a step: up in 20 steps, and down to almost 0 over the second half."
+    return settings.lr * min(1, (step + 1) / 20, 2 * (settings.steps - step) / settings.steps)
 
 # %% ../../nbs/core/12_autoencoder.ipynb #5762eb13
 @torch.enable_grad()
 def fit(settings: Settings, images: Images,
         rows: Tensor,                  # (N,) which images to train on
         progress: bool = True) -> nn.Module:
-    """Train an autoencoder; the same weights again for the same settings, images, machine and number of
-    threads."""
+    "Train an autoencoder; the same weights for the same settings, images, machine and number of threads."
     model, s = fresh(settings), settings
     optimizer = torch.optim.AdamW(model.parameters(), s.lr, (0.9, 0.95), weight_decay=0.0)
     for step in range(s.steps):
-        x = images.batch(rows[order(s.seed, step, s.batch, len(rows))])
-        shape = (len(x), s.channels, *(n // s.factor for n in x.shape[-2:]))
-        z, divergence = posterior(model, x, torch.randn(shape, generator=stream(s.seed, "posterior", step)))
-        loss = error(model.decode(z, return_dict=False)[0], x) + s.kl * divergence
+        loss = _loss(model, s, images.batch(rows[order(s.seed, step, s.batch, len(rows))]), step)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = s.lr * min(1, (step + 1) / 20, 2 * (s.steps - step) / s.steps)
+        optimizer.param_groups[0]["lr"] = _rate(s, step)
         optimizer.step()
         optimizer.zero_grad()
         if progress and (step + 1) % max(1, s.steps // 5) == 0:
@@ -145,48 +162,48 @@ def channel_moments(model: nn.Module, images: Images, rows: Tensor) -> tuple[Ten
     mean = total / n
     return mean, (square / n - mean.square()).clamp(min=1e-12).sqrt()
 
-# %% ../../nbs/core/12_autoencoder.ipynb #8e0414b0
+# %% ../../nbs/core/12_autoencoder.ipynb #b067dfae
 def psnr(painted: Tensor, images: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image (B,), decibels; both (B, 3, H, W) in [-1, 1], what lies
-    outside is clipped."""
+    "Peak signal-to-noise ratio (B,), decibels, of images (B, 3, H, W) in [-1, 1]; others are clipped."
     return 10 * torch.log10(4 / (painted.clamp(-1, 1) - images).square().flatten(1).mean(1).clamp(min=1e-12))
 
-# %% ../../nbs/core/12_autoencoder.ipynb #84e4aa25
-def made(settings: Settings = Settings(), progress: bool = True) -> Path:
-    """The folder of an autoencoder, in diffusers' format; trained now if it is not in the cache. Raises
-    `DataError`, `FetchError`."""
-    images = data.load(settings.data, progress)
-    home = cache_dir("autoencoders", settings.key(images))
-    if not (home / "model").exists():
-        with one_at_a_time(home):
-            if not (home / "model").exists():
-                _make(settings, images, home, progress)
-    return home / "model"
+# %% ../../nbs/core/12_autoencoder.ipynb #c5058f44
+@torch.no_grad()
+def _held_out(model: nn.Module, images: Images, parts: data.Split) -> Tensor:
+    "PSNR (N,) of at most 512 drawings that were held out; of training ones where none are."
+    held = torch.cat((parts.concepts, parts.pairs))
+    held = held if len(held) else parts.train
+    paint = lambda x: model.decode(model.encode(x).latent_dist.mean).sample
+    return torch.cat([psnr(paint(x), x) for x in map(images.batch, held[:512].split(64))])
 
-# %% ../../nbs/core/12_autoencoder.ipynb #20492f02
-def _make(settings: Settings, images: Images, home: Path, progress: bool) -> None:
+# %% ../../nbs/core/12_autoencoder.ipynb #45c3531a
+def _make(settings: Settings, images: Images, folder: Path, progress: bool) -> None:
+    "Train, standardise, judge and write; `folder / 'model'` is there when all of it is."
     parts = data.split(images, settings.data)
     raw = fit(settings, images, parts.train, progress)
     mean, deviation = channel_moments(raw, images, parts.train)
     model = standardised(raw, mean.float(), deviation.float())
-    held = torch.cat((parts.concepts, parts.pairs))
-    held = held if len(held) else parts.train
-    with torch.no_grad():
-        seen = torch.cat(
-            [psnr(model.decode(model.encode(x).latent_dist.mean).sample, x)
-             for x in map(images.batch, held[:512].split(64))]
-        )
-    with tempfile.TemporaryDirectory(dir=home) as part:
-        model.save_pretrained(Path(part) / "model")
-        write_json(
-            Path(part) / "model" / "about.json",
-            {"settings": settings.model_dump(mode="json"), "images": images.key,
+    seen = _held_out(model, images, parts)
+    about = {"settings": settings.model_dump(mode="json"), "images": images.key,
              "trained on": len(parts.train), "held out": len(seen), "PSNR": seen.mean().item(),
-             "mean": mean.tolist(), "deviation": deviation.tolist()},
-        )
-        os.replace(Path(part) / "model", home / "model")
+             "mean": mean.tolist(), "deviation": deviation.tolist()}
+    with tempfile.TemporaryDirectory(dir=folder) as part:
+        model.save_pretrained(Path(part) / "model")
+        write_json(Path(part) / "model" / "about.json", about)
+        os.replace(Path(part) / "model", folder / "model")
 
-# %% ../../nbs/core/12_autoencoder.ipynb #bd3c0fc1
+# %% ../../nbs/core/12_autoencoder.ipynb #84e4aa25
+def made(settings: Settings = Settings(), progress: bool = True) -> Path:
+    "Folder of an autoencoder, as diffusers has it; trained if not there. Raises `DataError`, `FetchError`."
+    images = data.load(settings.data, progress)
+    folder = cache_dir("autoencoders", settings.key(images))
+    if not (folder / "model").exists():
+        with one_at_a_time(folder):
+            if not (folder / "model").exists():
+                _make(settings, images, folder, progress)
+    return folder / "model"
+
+# %% ../../nbs/core/12_autoencoder.ipynb #af335f45
 def named(name: str) -> Path:
     "The folder of one of `NAMED`."
     return made(NAMED[name])

@@ -11,53 +11,58 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from fastcore.basics import patch
 import torch
 
 from .denoiser import PRX, Route, kept
 from .recipe import Recipe, routing
 
+# %% ../../nbs/core/16_cost.ipynb #b83956cc
+def _batch(recipe: Recipe, text_tokens: int | None) -> tuple[torch.Tensor, ...]:
+    "What the denoiser takes, as shapes: x_t (B, C, h, w), times (B,), text (B, L, context), its mask (B, L)."
+    n, words, d = recipe.train.batch, text_tokens or recipe.text.tokens, recipe.denoiser
+    side = recipe.data.size // recipe.latents.factor
+    with torch.device("meta"):
+        return (torch.empty(n, d.in_channels, side, side), torch.empty(n),
+                torch.empty(n, words, d.context_in_dim), torch.ones(n, words, dtype=torch.bool))
+
+# %% ../../nbs/core/16_cost.ipynb #6cd091bf
+def _route(recipe: Recipe) -> Route:
+    "The recipe's route, as shapes."
+    r, side = routing(recipe), recipe.data.size // recipe.latents.factor
+    with torch.device("meta"):
+        tokens = kept((side // recipe.denoiser.patch_size) ** 2, r.rate)
+        return Route(torch.empty(recipe.train.batch, tokens, dtype=torch.long), r.first, r.last)
+
 # %% ../../nbs/core/16_cost.ipynb #e1216c5d
 def _counted(recipe: Recipe, text_tokens: int | None, backward: bool, routed: bool = False):
-    """The counter after one batch of the recipe went through a denoiser without numbers, on the recipe's
-    route or with all tokens."""
+    "The counter after a batch went through a denoiser without numbers, on the recipe's route or not."
     from torch.utils.flop_counter import FlopCounterMode
-    n, words, side = (recipe.train.batch, text_tokens or recipe.text.tokens,
-                      recipe.data.size // recipe.latents.factor)
+    batch, route = _batch(recipe, text_tokens), _route(recipe) if routed else None
     with torch.device("meta"):
-        model, r = PRX(**recipe.denoiser.model_dump()), routing(recipe)
-        x, t = torch.empty(n, recipe.denoiser.in_channels, side, side), torch.empty(n)
-        text, mask = (torch.empty(n, words, recipe.denoiser.context_in_dim),
-                      torch.ones(n, words, dtype=torch.bool))
-        keep = torch.empty(
-            n, kept((side // recipe.denoiser.patch_size) ** 2, r.rate) if routed else 0, dtype=torch.long)
+        model = PRX(**recipe.denoiser.model_dump())
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-            prediction = model(
-                x, t, text, mask, route=Route(keep, r.first, r.last) if routed else None).prediction
+            prediction = model(*batch, route=route).prediction
             if backward:
                 prediction.mean().backward()
     return counter
 
-# %% ../../nbs/core/16_cost.ipynb #bf39dbc6
+# %% ../../nbs/core/16_cost.ipynb #39c55216
 def flops_step(recipe: Recipe,
-               # tokens of a caption; none: the recipe's, which every batch is padded to
-               text_tokens: int | None = None,
+               text_tokens: int | None = None,   # a caption's; none: the recipe's, as batches are padded
                ) -> float:                       # operations
-    """Floating point operations of a training step, forward and backward pass for one batch: the mean over
-    steps with and without a route."""
-    count, r, steps = (lambda routed: float(_counted(recipe, text_tokens, True, routed).get_total_flops()),
-                       routing(recipe), recipe.train.steps)
+    "Floating point operations of a step, forward and backward: the mean over steps with and without a route."
+    r, steps = routing(recipe), recipe.train.steps
+    count = lambda routed: float(_counted(recipe, text_tokens, True, routed).get_total_flops())
     if r is None:
         return count(False)
     share = (min(steps, steps if r.stop is None else r.stop) - min(steps, r.start)) / steps
     return (share * count(True) if share else 0.0) + ((1 - share) * count(False) if share < 1 else 0.0)
 
-# %% ../../nbs/core/16_cost.ipynb #5e3e868c
-def flops_parts(
-    recipe: Recipe,
-    text_tokens: int | None = None,
-    routed: bool = False,  # on the recipe's route; false: with all tokens
-) -> dict[str, float]:  # operations by part of the network, e.g. "blocks.0.attention"; "" is the whole
+# %% ../../nbs/core/16_cost.ipynb #d48512c4
+def flops_parts(recipe: Recipe,
+                text_tokens: int | None = None,
+                routed: bool = False,            # on the recipe's route; false: with all tokens
+                ) -> dict[str, float]:           # by part, e.g. "blocks.0.attention"; "" is the whole
     "Floating point operations of the forward pass for one batch, by part of the denoiser."
     counts = _counted(recipe, text_tokens, False, routed).get_flop_counts()
     return {name.removeprefix("PRX").removeprefix("."): float(sum(ops.values()))
@@ -76,15 +81,15 @@ class _Nvml:
         self.read = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
         self.read()
 
-# %% ../../nbs/core/16_cost.ipynb #a7fe76e4
+# %% ../../nbs/core/16_cost.ipynb #5bb0b8ed
 class _Rapl:
     "Joules of all processor packages, and of memory where it is counted, since this object was made."
     source, wraps = "rapl", True
 
     def __init__(self, powercap: Path):
-        named = {z: (z / "name").read_text().strip() for z in sorted(powercap.glob("intel-rapl:*"))
-                 if (z / "name").is_file()}
-        self.zones = [z for z, name in named.items() if name.startswith("package") or name == "dram"]
+        zones = [z for z in sorted(powercap.glob("intel-rapl:*")) if (z / "name").is_file()]
+        names = [(z / "name").read_text().strip() for z in zones]
+        self.zones = [z for z, name in zip(zones, names) if name.startswith("package") or name == "dram"]
         if not self.zones:
             raise OSError(f"no counter under {powercap}")
         self.ranges = [int((z / "max_energy_range_uj").read_text()) + 1 for z in self.zones]
@@ -99,19 +104,34 @@ class _Rapl:
         self.last = now
         return self.total / 1e6
 
+# %% ../../nbs/core/16_cost.ipynb #7e4ad99a
+def _keep_looking(meter: "Energy", stopped: threading.Event, seconds: float) -> None:
+    "Read a meter every so often, so that no turn of its counter is missed; ends when it stops or fails."
+    while not stopped.wait(seconds) and meter.joules is not None:
+        pass
+
 # %% ../../nbs/core/16_cost.ipynb #19f0245b
 class Energy:
-    """A meter: `with Energy(device) as meter: ...; meter.joules`. `.source` is nvml, rapl or none; then
-    `.joules` is none too."""
+    "A meter: `with Energy(device) as meter: ...; meter.joules`; none where `.source` (nvml, rapl) is none."
 
     def __init__(self, device: str | torch.device = "cpu",
                  powercap: str | Path = "/sys/class/powercap",
-                 look: float = 30.0,                  # seconds between looks at a counter that turns over
-                 ):
+                 look: float = 30.0):                 # seconds between looks at a counter that turns over
         self._device, self._powercap, self._look = torch.device(device), Path(powercap), look
         self._counter, self._lock, self._stopped = None, threading.Lock(), threading.Event()
-        self._begin, self._joules = 0.0, None
-        self.source = None
+        self._begin, self._joules, self.source = 0.0, None, None
+
+    def start(self) -> "Energy":
+        "Begin to count, from 0."
+        self._counter, self._joules, self.source = None, None, None
+        with contextlib.suppress(Exception):          # no counter, no right to read it, no library: none
+            self._counter = _Nvml(self._device) if self._device.type == "cuda" else _Rapl(self._powercap)
+            self._begin, self.source = self._counter.read(), self._counter.source
+        if self.source and self._counter.wraps:
+            self._stopped = threading.Event()
+            args = self, self._stopped, self._look
+            threading.Thread(target=_keep_looking, args=args, daemon=True, name="energy").start()
+        return self
 
     @property
     def joules(self) -> float | None:
@@ -124,38 +144,16 @@ class Energy:
                     self._counter = self._joules = self.source = None
             return self._joules
 
+    def stop(self) -> float | None:
+        "The last reading; later ones are the same."
+        joules = self.joules
+        self._stopped.set()
+        with self._lock:
+            self._counter = None
+        return joules
+
     def __enter__(self) -> "Energy":
         return self.start()
 
     def __exit__(self, *error: Any) -> None:
         self.stop()
-
-# %% ../../nbs/core/16_cost.ipynb #3afb8add
-@patch
-def start(self: Energy) -> "Energy":
-    "Begin to count, from 0."
-    self._counter, self._joules, self.source = None, None, None
-    # no counter, no right to read it, no library: no measurement
-    with contextlib.suppress(Exception):
-        self._counter = _Nvml(self._device) if self._device.type == "cuda" else _Rapl(self._powercap)
-        self._begin, self.source = self._counter.read(), self._counter.source
-    if self.source and self._counter.wraps:
-        self._stopped = threading.Event()
-        threading.Thread(target=self._watch, args=(self._stopped,), daemon=True, name="energy").start()
-    return self
-
-# %% ../../nbs/core/16_cost.ipynb #7ebd6160
-@patch
-def _watch(self: Energy, stopped: threading.Event) -> None:
-    while not stopped.wait(self._look) and self.joules is not None:
-        pass
-
-# %% ../../nbs/core/16_cost.ipynb #2a0e72b2
-@patch
-def stop(self: Energy) -> float | None:
-    "The last reading; later ones are the same."
-    joules = self.joules
-    self._stopped.set()
-    with self._lock:
-        self._counter = None
-    return joules

