@@ -15,14 +15,15 @@ def joined(text: str | list[str]) -> str:
 
 
 def text_of(outputs: Iterable[Mapping], values: bool = True) -> str:
-    "What outputs say in plain text: printed lines and, if wanted, values; not pictures, warnings or widgets."
+    "What outputs say in plain text: printed lines and, if wanted, values; not pictures, tables, warnings or widgets."
     found = []
     for output in outputs:
         if output["output_type"] == "stream" and output["name"] == "stdout":
             found.append(joined(output["text"]))
         elif values and output["output_type"] in ("execute_result", "display_data") and not any(k.startswith("image/") for k in output["data"]):
             value = joined(output["data"].get("text/plain", ""))
-            if not any(k.startswith("application/vnd") for k in output["data"]) and not OF_A_PICTURE.search(value):
+            shown_otherwise = any(k == "text/html" or k.startswith("application/vnd") for k in output["data"])
+            if not shown_otherwise and not OF_A_PICTURE.search(value):
                 found.append(value)
     text = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", "\n".join(found))           # colours and the like
     return re.sub(r" at 0x[0-9a-f]+", "", text)                                  # which cleaning takes away

@@ -123,6 +123,7 @@ class Energy:
 
     def start(self) -> "Energy":
         "Begin to count, from 0."
+        self._stopped.set()                           # who looks on since an earlier start
         self._counter, self._joules, self.source = None, None, None
         with contextlib.suppress(Exception):          # no counter, no right to read it, no library: none
             self._counter = _Nvml(self._device) if self._device.type == "cuda" else _Rapl(self._powercap)

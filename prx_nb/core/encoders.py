@@ -322,7 +322,12 @@ def _from_hub(name: str) -> tuple[nn.Module, str, tuple, tuple]:
         raise EncoderError(f"vision encoder '{name}' ({model.config.model_type}) is no plain vision "
                            "transformer: its config has no single patch_size, hidden_size and "
                            "num_hidden_layers")
-    files = [] if commit else [sha256(p) for p in sorted(Path(source).glob("*.safetensors"))]
+    # how images are normalised decides the features as the weights do
+    files = (
+        []
+        if commit
+        else [sha256(p) for end in ("safetensors", "json") for p in sorted(Path(source).glob(f"*.{end}"))]
+    )
     return model, "|".join([commit or "folder", *files]), *_normalisation(source, commit)
 
 # %% ../../nbs/core/15_encoders.ipynb #81195fad

@@ -84,7 +84,10 @@ def conversion(t: Tensor,            # (B,) times
                path: str = "linear",
                clamp: float = 0.05,  # smallest divisor
                ) -> tuple[Tensor, Tensor]:  # a, b, each (B,): wanted = a * x_t + b * given
-    "The two numbers that turn one kind of prediction into another."
+    """The two numbers that turn one kind of prediction into another. Raises `ValueError` for a kind there is
+    not."""
+    if wrong := {source, to} - {"v", "x", "eps"}:
+        raise ValueError(f"no kind of prediction '{min(wrong)}'; there are v, x and eps")
     alpha, sigma, dalpha, dsigma = coefficients(t, path)
     delta, zero, one = alpha * dsigma - sigma * dalpha, torch.zeros_like(t), torch.ones_like(t)
     by_sigma, by_alpha = 1 / sigma.clamp_min(clamp), 1 / alpha.clamp_min(clamp)

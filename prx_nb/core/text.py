@@ -452,7 +452,8 @@ def _in_pack(pack: str | Path | None, encoder: str, tokens: int) -> str | None:
     if pack is None:
         return None
     meta = unpack_states(pack)[3]
-    return meta["text.key"] if (meta["text.encoder"], meta["text.tokens"]) == (encoder, str(tokens)) else None
+    same = (meta.get("text.encoder"), meta.get("text.tokens")) == (encoder, str(tokens))
+    return meta.get("text.key") if same else None
 
 # %% ../../nbs/core/09_text.ipynb #90a271ee
 def _encode_missing(name: str, key: str, texts: list[str], tokens: int, folder: Path, progress: bool) -> None:
