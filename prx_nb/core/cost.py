@@ -7,6 +7,7 @@ __all__ = ['flops_step', 'flops_parts', 'Energy']
 
 # %% ../../nbs/core/16_cost.ipynb #527acb88
 import contextlib
+import functools
 import threading
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,8 @@ class Energy:
             self._begin, self.source = self._counter.read(), self._counter.source
         if self.source and self._counter.wraps:
             self._stopped = threading.Event()
-            args = self, self._stopped, self._look
-            threading.Thread(target=_keep_looking, args=args, daemon=True, name="energy").start()
+            work = functools.partial(_keep_looking, self, self._stopped, self._look)
+            threading.Thread(target=work, daemon=True, name="energy").start()
         return self
 
     @property
@@ -147,8 +148,7 @@ class Energy:
 
     def stop(self) -> float | None:
         "The last reading; later ones are the same."
-        joules = self.joules
-        self._stopped.set()
+        joules, _ = self.joules, self._stopped.set()
         with self._lock:
             self._counter = None
         return joules

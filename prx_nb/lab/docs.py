@@ -129,17 +129,19 @@ def published(name: str,                     # an ablation
         how = (f"`prx-nb ablate {name} --preset {preset}`, then `prx-nb report {name} --preset {preset} "
                "--publish`")
         return Markdown(f"No result is published yet. Make it: {how}.")
-    rows = pd.read_csv(folder / "table.csv")
+    rows = results.answered(pd.read_csv(folder / "table.csv"), folder / "records", ablation)
     first, others = rows.iloc[0], "; ".join(map(str, ablation.published))
+    answers = results.declared(rows, ablation) if heading == "Verdict" else []
+    sentences = answers or (results.sentences(rows, ablation) if heading == "Verdict" else [])
     parts = [
         f"**{ablation.question}** Preset {first.preset}, {_images_seen(folder)}{int(rows.seeds.max())} "
         f"seeds, {first.hardware}; {rows.groupby('variant').seconds.first().mean():.0f} s a run.",
-        "\n".join(f"- {line}" for line in results.sentences(rows, ablation)) if heading == "Verdict" else "",
+        "\n".join(f"- {line}" for line in sentences),
         f"![{_PICTURES[picture]}]({link}/{picture}.png)",
-        result_table(folder, heading),
+        "" if answers else result_table(folder, heading),
         f"Published by others: {others}. {ablation.caveat}" if others else ablation.caveat,
-        f"More: [report]({link}/report.md), [table]({link}/table.csv), "
-        "[attributions](../outputs/published/NOTICE).",
+        f"{'All other comparisons' if answers else 'More'}: [report]({link}/report.md), "
+        f"[table]({link}/table.csv), [attributions](../outputs/published/NOTICE).",
     ]
     return Markdown("\n\n".join(part for part in parts if part))
 

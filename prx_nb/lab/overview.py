@@ -69,6 +69,10 @@ def _effect(
     if mine.empty or base.empty:
         return {family: "", "verdict": "", "needed": ""}
     r, scale = mine.iloc[0], abs(base["mean"].iloc[0]) or math.nan
+    if word := getattr(r, "decision", ""):
+        within = f" within {r.margin:.0%}" if word == "equivalent" else ""
+        return {family: percent(r.ratio - 1, r.ratio_low - 1, r.ratio_high - 1), "verdict": word + within,
+                "needed": ""}
     open_ = r.verdict == "not distinguishable" and not pd.isna(r.seeds_needed)
     needed = "" if not open_ else str(int(r.seeds_needed)) if r.seeds_needed > r.seeds else f">{r.seeds}"
     return {family: percent(r.difference / scale, r.difference_low / scale, r.difference_high / scale),
@@ -98,6 +102,7 @@ def overview(folder: Path,                     # outputs/published
         ablation, home = ablations.get(name), folder / (name if preset == "cpu" else f"{name}/{preset}")
         found = (pd.read_csv(home / "table.csv") if (home / "table.csv").exists()
                  else pd.DataFrame(columns=results.COLUMNS))
+        found = results.answered(found, home / "records", ablation)
         others = (results.published_table(found, ablation) if len(found)
                   else pd.DataFrame(columns=["variant", "source", "agreement"]))
         for variant in dict.fromkeys(v for v in found.variant if v != ablation.baseline):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'pretend_runs', 'ReportError', 'collect', 'point', 'unfinished', 'retried', 'odd_data', 'odd_runs',
            'in_list', 'better_up', 'by_seed', 'variant_order', 'main_metrics', 'primary', 'log_scatter',
-           'published_scatter', 'decisions', 'table', 'kin', 'agreement', 'published_table', 'published_lines',
-           'in_words', 'direction', 'bounds', 'flags', 'p_words', 'verdicts', 'means', 'readable', 'declared',
-           'sentences', 'curves', 'at_moment', 'verdict_words', 'equal_time', 'costs', 'cost_words', 'pareto', 'chance',
-           'command']
+           'published_scatter', 'decisions', 'from_records', 'answered', 'table', 'kin', 'agreement', 'published_table',
+           'published_lines', 'in_words', 'direction', 'bounds', 'flags', 'p_words', 'verdicts', 'means', 'readable',
+           'declared', 'sentences', 'curves', 'at_moment', 'verdict_words', 'equal_time', 'costs', 'cost_words',
+           'pareto', 'chance', 'command']
 
 # %% ../../nbs/lab/13_results.ipynb #70ec2628
 import contextlib
@@ -335,6 +335,24 @@ def _compared(c: Comparison | None, otherwise: str) -> tuple:
 def _decided(d: Decision | None) -> tuple:
     "The columns of a decision."
     return (d.word, d.ratio, d.low, d.high, d.margin) if d else ("", *[math.nan] * 4)
+
+# %% ../../nbs/lab/13_results.ipynb #a6ba8486
+def from_records(folder: Path) -> pd.DataFrame:      # variant, seed, metrics, preset, cost; one row a run
+    "Published records, as far as a decision needs them."
+    found = [read_json(path) for path in sorted(Path(folder).glob("*.json"))]
+    return pd.DataFrame(
+        [{k: r.get(k) for k in ("variant", "seed", "metrics", "preset", "cost")} for r in found])
+
+# %% ../../nbs/lab/13_results.ipynb #4c65e8a1
+def answered(table: pd.DataFrame, records: Path, ablation: Ablation) -> pd.DataFrame:
+    """A published table with the answers to the declared question, which older ones do not have, from its
+    records."""
+    if "decision" in table or not (runs := from_records(records)).size:
+        return table
+    metric = primary(ablation, table.metric.unique())
+    words, none = decisions(runs, ablation, metric), _decided(None)
+    columns = [_decided(words.get(r.variant)) if r.metric == metric else none for r in table.itertuples()]
+    return table.assign(**dict(zip(COLUMNS[-5:], map(list, zip(*columns)))))
 
 # %% ../../nbs/lab/13_results.ipynb #3cea9f0a
 def table(
