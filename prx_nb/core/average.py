@@ -22,7 +22,7 @@ def decay_of(half_life: float,   # in steps
     "The share of the average that an update must keep."
     return 0.5 ** (every / half_life)
 
-# %% ../../nbs/core/20_average.ipynb #5c2dee9a
+# %% ../../nbs/core/20_average.ipynb #d8cafd84
 def half_life_of(decay: float, every: int = 1) -> float:
     "In how many steps a state of the weights comes to count half; 0 for a decay of 0."
     return every * math.log(0.5) / math.log(decay) if decay else 0.0
@@ -32,7 +32,7 @@ def first_update(ema: Ema) -> int:
     "The first step, from 0, after which the average is updated."
     return math.ceil((ema.start + 1) / ema.every) * ema.every - 1
 
-# %% ../../nbs/core/20_average.ipynb #f8614dd5
+# %% ../../nbs/core/20_average.ipynb #fd626f0d
 def shares(steps: int, ema: Ema,
            ) -> Tensor:          # (steps,) float64, adding up to 1
     "The share that the weights after each step have in the average after `steps` steps."
@@ -52,19 +52,17 @@ def new_average(model: nn.Module,
     "An average that has seen nothing yet."
     if all(p.dtype == torch.float32 for p in model.parameters()):
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(keeps))
-    # torch's faster one does not take two dtypes
-    else:
-        average = AveragedModel(
-            model, avg_fn=lambda mean, now, count: mean.lerp(now.to(mean.dtype), 1 - keeps)).float()
+    else:                                                      # torch's faster one does not take two dtypes
+        mix = lambda mean, now, count: mean.lerp(now.to(mean.dtype), 1 - keeps)
+        average = AveragedModel(model, avg_fn=mix).float()
     return average.requires_grad_(False)
 
-# %% ../../nbs/core/20_average.ipynb #8d8695d9
+# %% ../../nbs/core/20_average.ipynb #5a95a515
 @torch.no_grad()
 def update(averages: Sequence[AveragedModel], model: nn.Module, ema: Ema,
            step: int,                 # that was just made, from 0
            ) -> None:
-    """What a step of training does to the averages: a copy until the first update, then every `ema.every`
-    steps an update."""
+    "After a step of training: a copy until the first update, then an update every `ema.every` steps."
     for average in averages:
         if step < first_update(ema):
             for mean, now in zip(average.module.parameters(), model.parameters()):

@@ -8,7 +8,7 @@ __all__ = ['AUGMENTATIONS', 'Prepared', 'prepare', 'data_key', 'Batch', 'flip', 
 # %% ../../nbs/core/21_batch.ipynb #5bb54407
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,29 +45,29 @@ class Prepared:
         return held if len(held) else self.split.train
 
 # %% ../../nbs/core/21_batch.ipynb #246871ac
-def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
-    """Fetch, draw and encode what is missing, and open it. Raises `DataError`, `TextError`, `FetchError`,
-    `LatentsError`."""
-    if recipe.data.source != "pack":
-        # a missing encoder is noticed before images are drawn
-        text.encoder_key(recipe.text.encoder)
-    images = data.load(recipe.data, progress)
-    texts = [captions.choices(item, recipe.captions.kind) for item in images.items]
+def _states(recipe: Recipe,
+            wanted: Sequence[str],        # all captions that may be asked for, in any order
+            progress: bool) -> text.TextStates:
+    "The token states of some captions. Raises `TextError` where the network was made for another width."
     pack = recipe.data.path if recipe.data.source == "pack" else None
-    asked = [captions.caption(item, recipe.evaluate.captions) for item in images.items]
-    said = sorted({t for ts in [*texts, asked] for t in ts})
-    states = text.text_states(recipe.text.encoder, said, recipe.text.tokens, progress, pack=pack)
+    different = sorted(set(wanted))
+    states = text.text_states(recipe.text.encoder, different, recipe.text.tokens, progress, pack=pack)
     if states.dim != recipe.denoiser.context_in_dim:
         raise text.TextError(f"text encoder '{recipe.text.encoder}' gives {states.dim} numbers a token, "
                              f"but denoiser.context_in_dim = {recipe.denoiser.context_in_dim}")
+    return states
+
+# %% ../../nbs/core/21_batch.ipynb #3715b19d
+def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
+    "Fetch, draw, encode and open. Raises `DataError`, `TextError`, `FetchError`, `LatentsError`."
+    if recipe.data.source != "pack":
+        text.encoder_key(recipe.text.encoder)          # a missing one is noticed before images are drawn
+    images = data.load(recipe.data, progress)
+    texts = [captions.choices(item, recipe.captions.kind) for item in images.items]
+    asked = [captions.caption(item, recipe.evaluate.captions) for item in images.items]
+    states = _states(recipe, [t for ts in [*texts, asked] for t in ts], progress)
     rows = states.rows([t for ts in texts for t in ts]).view(len(texts), -1)
-    split = data.split(images, recipe.data)
-    if not len(split.train):
-        raise data.DataError(
-            f"no image is left for training: {len(images)} images, data.holdout_concepts = "
-            f"{recipe.data.holdout_concepts}, data.holdout_pairs = {recipe.data.holdout_pairs}"
-        )
-    latents = None
+    split, latents = data.split(images, recipe.data), None
     if recipe.latents.autoencoder != "pixels":
         from prx_nb.core.latents import latents_of
         latents = latents_of(images, recipe.latents, progress=progress)
@@ -75,8 +75,7 @@ def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
 
 # %% ../../nbs/core/21_batch.ipynb #a77fda4d
 def data_key(prepared: Prepared) -> str:         # twelve hex digits
-    """What the images and captions of a run are, by content, and what is held out. How they are encoded the
-    recipe says."""
+    "Images, captions and what is held out, by content. How they are encoded the recipe says."
     parts = [rows.tolist() for rows in (prepared.split.train, prepared.split.concepts, prepared.split.pairs)]
     found = hashlib.sha256(prepared.images.content.encode())
     for part in (prepared.texts, prepared.asked, parts):
@@ -97,17 +96,15 @@ class Batch:
     caption: Tensor | None = None     # (B,) a number for each different caption, the empty one included
     seed: int = 0                     # of the run
     step: int = 0
-    # of the whole batch, where this is the share of one process; none: this is all
-    size: int | None = None
+    size: int | None = None           # of the whole batch, where this is a share of it; none: this is all
     part: slice | None = None         # which share; none: all of it
 
     def random(self, name: str, *shape: int) -> Tensor:
-        """(B, *shape) numbers from 0 to 1 of a stream with this name: the same for a sample, however the
-        batch is shared out."""
+        "(B, *shape) numbers from 0 to 1 by name: the same for a sample, however the batch is shared out."
         device = self.x0.device
-        draw = torch.rand(self.size or len(self.x0), *shape,
-                          generator=stream(self.seed, name, self.step, device=device), device=device)
-        return draw if self.part is None else draw[self.part]
+        numbers = stream(self.seed, name, self.step, device=device)
+        drawn = torch.rand(self.size or len(self.x0), *shape, generator=numbers, device=device)
+        return drawn if self.part is None else drawn[self.part]
 
 # %% ../../nbs/core/21_batch.ipynb #b8c159a5
 AUGMENTATIONS = Choice("data.augment")
@@ -120,7 +117,7 @@ def flip(images: Tensor,                          # (B, C, H, W)
     "Half of the images, left for right. What a caption says of left and right is not changed with it."
     return torch.where(draw("flip")[:, None, None, None] < 0.5, images.flip(3), images)
 
-# %% ../../nbs/core/21_batch.ipynb #bd61d3bc
+# %% ../../nbs/core/21_batch.ipynb #07ebd719
 def augment(batch: Batch, names: tuple[str, ...]) -> Batch:
     "A batch with its images changed by these augmentations, one after the other."
     for name in names:
@@ -128,25 +125,32 @@ def augment(batch: Batch, names: tuple[str, ...]) -> Batch:
     return batch
 
 # %% ../../nbs/core/21_batch.ipynb #b2fa1f3b
+def _captions(prepared: Prepared, recipe: Recipe, step: int, index: Tensor) -> tuple[Tensor, Tensor]:
+    "(B,) rows of the captions that images are shown with, and (B,) where that is the empty one."
+    n, seed = len(index), recipe.seed
+    which = torch.randint(prepared.rows.shape[1], (n,), generator=stream(seed, "caption", step))
+    dropped = torch.rand(n, generator=stream(seed, "drop", step)) < recipe.captions.dropout
+    return torch.where(dropped, prepared.states.rows([""]), prepared.rows[index, which]), dropped
+
+# %% ../../nbs/core/21_batch.ipynb #db9d8038
 def read_batch(prepared: Prepared, recipe: Recipe, step: int, part: slice = slice(None)) -> Batch:
     "The images and captions of a step, augmented as the recipe says; `part` picks the share of one process."
     n, seed = recipe.train.batch, recipe.seed
     index = prepared.split.train[order(seed, step, n, len(prepared.split.train))]
-    which = torch.randint(prepared.rows.shape[1], (n,), generator=stream(seed, "caption", step))
-    dropped = torch.rand(n, generator=stream(seed, "drop", step)) < recipe.captions.dropout
-    rows = torch.where(dropped, prepared.states.rows([""]), prepared.rows[index, which])
+    rows, dropped = _captions(prepared, recipe, step, index)
     words, mask = prepared.states.gather(rows[part])
     batch = Batch(index[part], prepared.clean(index[part]), words, mask, dropped[part], caption=rows[part],
                   seed=seed, step=step, size=n, part=part)
     return augment(batch, recipe.data.augment)
 
 # %% ../../nbs/core/21_batch.ipynb #cf63aadc
-def add_noise(
-    batch: Batch, recipe: Recipe, step: int, device: torch.device, part: slice = slice(None)) -> Batch:
+def add_noise(batch: Batch, recipe: Recipe, step: int, device: torch.device,
+              part: slice = slice(None),       # the share of one process
+              ) -> Batch:
     "Move a batch to the device and draw its noise and times there."
     n, shape = recipe.train.batch, batch.x0.shape[1:]
     noise = torch.randn(n, *shape, generator=stream(recipe.seed, "noise", step, device=device), device=device)
     t = timesteps(n, stream(recipe.seed, "time", step, device=device), recipe.flow)
-    moved = {k: getattr(batch, k).to(device, non_blocking=True)
-             for k in ("x0", "text", "mask", "dropped", "caption")}
+    names = ("x0", "text", "mask", "dropped", "caption")
+    moved = {k: getattr(batch, k).to(device, non_blocking=True) for k in names}
     return replace(batch, **moved, noise=noise[part], t=t[part])

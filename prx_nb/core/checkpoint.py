@@ -28,11 +28,10 @@ from .seeds import stream
 
 # %% ../../nbs/core/23_checkpoint.ipynb #e96d6000
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor that several processes hold in shares (all of them must call this); a plain one as it
-    is."""
+    "The full tensor that several processes hold in shares (all must call this); a plain one as it is."
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
-# %% ../../nbs/core/23_checkpoint.ipynb #3c42e163
+# %% ../../nbs/core/23_checkpoint.ipynb #c4808f0f
 def shared(value: Tensor,      # the full tensor, the same in every process
            like: Tensor,       # of the same shape, held in shares or not
            ) -> Tensor:
@@ -44,8 +43,7 @@ def shared(value: Tensor,      # the full tensor, the same in every process
 
 # %% ../../nbs/core/23_checkpoint.ipynb #18a2bb91
 def technique_names(techniques: Sequence[nn.Module]) -> list[str]:
-    """What each technique's tensors are called by: its name in a recipe, else its class; a second of a kind
-    has a number."""
+    "What each technique's tensors are called by: name in a recipe, else class; a second has a number."
     found = []
     for t in techniques:
         name = getattr(t, "name", "") or type(t).__name__
@@ -98,33 +96,13 @@ def new_state(recipe: Recipe, device: torch.device, techniques: Sequence[nn.Modu
     state.optimizer = new_optimizer(recipe, state.model, state.techniques)
     if recipe.ema.keeps > 0:
         state.ema = average.new_average(model, recipe.ema.keeps)
-    state.also = nn.ModuleList(
-        average.new_average(model, average.decay_of(h, recipe.ema.every)) for h in recipe.ema.also)
+    decays = [average.decay_of(half_life, recipe.ema.every) for half_life in recipe.ema.also]
+    state.also = nn.ModuleList(average.new_average(model, decay) for decay in decays)
     return state
 
 # %% ../../nbs/core/23_checkpoint.ipynb #8e72ae63
-def restore(state: State, named: dict[str, Tensor]) -> None:
-    """Put full tensors back where `State.tensors` found them. A name too many or too few raises
-    `RuntimeError`."""
-    named = _by_name(state, named)
-    def part(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-        like = module.state_dict()
-        found = {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
-        return {k: shared(v, like[k]) if k in like else v for k, v in found.items()}
-    called = technique_names(state.techniques)
-    if strange := {k.split(".")[1] for k in named if k.startswith("techniques.")} - set(called):
-        raise RuntimeError(
-            f"the checkpoint has weights of {', '.join(sorted(strange))}, which is not trained here")
-    for prefix, module in [("model.", state.model), ("also.", state.also),
-                           *((f"techniques.{n}.", t) for n, t in zip(called, state.techniques)),
-                           *([("ema.", state.ema)] if state.ema else [])]:
-        module.load_state_dict(part(prefix, module))
-    state.optimizer.load_state_dict(
-        {"state": _memory(state, named), "param_groups": state.optimizer.state_dict()["param_groups"]})
-
-# %% ../../nbs/core/23_checkpoint.ipynb #27866435
 def _memory(state: State, named: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
-    "What the optimizer remembers, by the number of the parameter."
+    "What the optimizer remembers, by the number of the parameter. A strange name raises `RuntimeError`."
     parameters, memory = state.named_parameters(), {}
     numbers = {name: i for i, name in enumerate(parameters)}
     for full, value in named.items():
@@ -132,16 +110,15 @@ def _memory(state: State, named: dict[str, Tensor]) -> dict[int, dict[str, Tenso
             name, key = full.removeprefix("optimizer.").rsplit(":", 1)
             if name not in numbers:
                 raise RuntimeError(f"the checkpoint's optimizer remembers {name}, which is not trained here")
-            memory.setdefault(numbers[name], {})[key] = (
-                value if key == "step" else shared(value, parameters[name]))
+            held = value if key == "step" else shared(value, parameters[name])
+            memory.setdefault(numbers[name], {})[key] = held
     return memory
 
-# %% ../../nbs/core/23_checkpoint.ipynb #2e263572
+# %% ../../nbs/core/23_checkpoint.ipynb #d7679060
 def _by_name(state: State, named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a checkpoint by today's names. Until November 2026 techniques and the optimizer's memory
-    were numbered by position."""
-    old = sorted(
-        {int(k.split(".")[1]) for k in named if k.startswith("techniques.") and k.split(".")[1].isdigit()})
+    "Tensors of a checkpoint by today's names, also where techniques and memory are numbered by position."
+    numbers = {k.split(".")[1] for k in named if k.startswith("techniques.")}
+    old = sorted(int(number) for number in numbers if number.isdigit())
     kept = [n for n, t in zip(technique_names(state.techniques), state.techniques) if t.state_dict()]
     called, parameters, found = dict(zip(map(str, old), kept)), list(state.named_parameters()), {}
     for name, value in named.items():
@@ -154,24 +131,45 @@ def _by_name(state: State, named: dict[str, Tensor]) -> dict[str, Tensor]:
         found[name] = value
     return found
 
+# %% ../../nbs/core/23_checkpoint.ipynb #ddfa8006
+def _load(module: nn.Module, prefix: str, named: dict[str, Tensor]) -> None:
+    "Load those of some full tensors whose name begins with the prefix."
+    like = module.state_dict()
+    found = {k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)}
+    module.load_state_dict({k: shared(v, like[k]) if k in like else v for k, v in found.items()})
+
+# %% ../../nbs/core/23_checkpoint.ipynb #a7faeb82
+def restore(state: State, named: dict[str, Tensor]) -> None:
+    "Put full tensors back where `State.tensors` found them. One too many or too few raises `RuntimeError`."
+    named, called = _by_name(state, named), technique_names(state.techniques)
+    if strange := {k.split(".")[1] for k in named if k.startswith("techniques.")} - set(called):
+        raise RuntimeError(f"the checkpoint has weights of {', '.join(sorted(strange))}, "
+                           "which is not trained here")
+    modules = {"model.": state.model, "also.": state.also}
+    modules |= {f"techniques.{name}.": t for name, t in zip(called, state.techniques)}
+    modules |= {"ema.": state.ema} if state.ema else {}
+    for prefix, module in modules.items():
+        _load(module, prefix, named)
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": _memory(state, named), "param_groups": groups})
+
 # %% ../../nbs/core/23_checkpoint.ipynb #365dff92
 def _checksum(tensors: dict[str, Tensor]) -> str:
     "CRC-32 of all tensors on the CPU, in the order of their names."
     crc = 0
     for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+        data = tensors[name].reshape(-1).view(torch.uint8).numpy()
+        crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"
 
 # %% ../../nbs/core/23_checkpoint.ipynb #c0366d91
 def save_checkpoint(folder: Path, step: int, state: State, recipe: Recipe, seconds: float,
                     joules: float | None = None,
-                    # the process that writes; the others only lend their shares
-                    main: bool = True,
+                    main: bool = True,             # the process that writes; others only lend their shares
                     data: str = "",                # key of what it is trained on
                     ) -> Path:
     "Write the state after `step` steps, atomically, and drop all but the last few checkpoints."
-    path = folder / f"step-{step:07d}.safetensors"
-    tensors = {}
+    path, tensors = folder / f"step-{step:07d}.safetensors", {}
     for name, value in state.tensors().items():
         full = whole(value.detach())
         if main:
@@ -190,16 +188,15 @@ def save_checkpoint(folder: Path, step: int, state: State, recipe: Recipe, secon
 class CheckpointError(RuntimeError):
     "A checkpoint is of another recipe, or none can be read."
 
-# %% ../../nbs/core/23_checkpoint.ipynb #789e5733
+# %% ../../nbs/core/23_checkpoint.ipynb #abb9f8b5
 class OtherRecipe(CheckpointError):
-    """A folder holds a run of another recipe: `.changed` are the paths that differ, `.header` the
-    checkpoint's."""
+    "A folder holds a run of another recipe: `.changed` are paths that differ, `.header` the checkpoint's."
 
     def __init__(self, words: str, changed: tuple[str, ...], header: dict[str, str]):
         super().__init__(words)
         self.changed, self.header = changed, header
 
-# %% ../../nbs/core/23_checkpoint.ipynb #a5b0036d
+# %% ../../nbs/core/23_checkpoint.ipynb #1c20188c
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     "Tensors and header of a checkpoint. Raises `CheckpointError`, which names the file."
     try:
@@ -208,8 +205,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from None
     if not {"step", "seconds", "recipe"} <= header.keys():
-        raise CheckpointError(
-            f"checkpoint {path} cannot be read: it has no step, seconds and recipe in its header")
+        raise CheckpointError(f"checkpoint {path} cannot be read: "
+                              "it has no step, seconds and recipe in its header")
     if header.get("crc32", crc := _checksum(tensors)) != crc:
         raise CheckpointError(f"checkpoint {path} cannot be read: its tensors do not match its checksum")
     return tensors, header
@@ -220,58 +217,53 @@ def _same_run(path: Path, header: dict[str, str], recipe: Recipe) -> None:
     try:
         there = Recipe.model_validate_json(header["recipe"])
     except ValidationError:
-        raise CheckpointError(
-            f"{path.parent} holds a run whose recipe this version does not know; choose another output "
-            "folder or delete it"
-        ) from None
-    changed = (
-        {}
-        if recipe.key == there.key
-        else {k: v for k, v in recipe.diff(there).items() if k not in ("train.processes", "train.parallel")}
-    )
+        raise CheckpointError(f"{path.parent} holds a run whose recipe this version does not know; "
+                              "choose another output folder or delete it") from None
+    differ = {} if recipe.key == there.key else recipe.diff(there)
+    changed = {k: f"{k}: {old!r} there, {new!r} asked for" for k, (old, new) in differ.items()
+               if k not in ("train.processes", "train.parallel")}
     if changed:
-        what = "; ".join(
-            f"{k}: {old!r} there, {new!r} asked for" for k, (old, new) in list(changed.items())[:4])
+        what = "; ".join(list(changed.values())[:4])
         raise OtherRecipe(
-            f"{path.parent} holds a run of another recipe ({what}); choose another output folder or delete "
-            "it",
+            f"{path.parent} holds a run of another recipe ({what}); choose another output folder "
+            "or delete it",
             tuple(changed),
             header,
         )
 
 # %% ../../nbs/core/23_checkpoint.ipynb #a6b66bb6
 def same_data(header: dict[str, str], data: str, folder: Path) -> None:
-    """Raise `CheckpointError` where a checkpoint was trained on other data. One that does not say, an older
-    one, passes."""
-    if header.get("data") and data and header["data"] != data:
-        raise CheckpointError(
-            f"{folder} holds a run on other data (its images and captions have the key {header['data']}, "
-            f"these have {data}); choose another output folder, or put the data back as it was"
-        )
+    "Raise `CheckpointError` for a checkpoint trained on other data. One that does not say passes."
+    there = header.get("data")
+    if there and data and there != data:
+        raise CheckpointError(f"{folder} holds a run on other data (its images and captions have the key "
+                              f"{there}, these have {data}); choose another output folder, "
+                              "or put the data back as it was")
 
 # %% ../../nbs/core/23_checkpoint.ipynb #6cd6cabb
-def find_checkpoint(
-    folder: Path,
-    recipe: Recipe,
-    say: Callable[[str], None] = print,
-    # put damaged ones aside, and begin again if no other is left
-    mend: bool = False,
-) -> tuple[dict[str, Tensor], dict[str, str]] | None:  # tensors and header; none: from the start
-    "The newest readable checkpoint of this recipe. Raises `CheckpointError`."
-    broken, found = {}, None
+def _newest(folder: Path) -> tuple[Path | None, tuple | None, dict[Path, str]]:
+    "The newest readable checkpoint, what it holds, and what is wrong with those that are newer."
+    broken = {}
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
         try:
-            found = read_checkpoint(path)
-            break
+            return path, read_checkpoint(path), broken
         except CheckpointError as error:
             broken[path] = str(error)
+    return None, None, broken
+
+# %% ../../nbs/core/23_checkpoint.ipynb #71f96bf1
+def find_checkpoint(folder: Path, recipe: Recipe, say: Callable[[str], None] = print,
+                    mend: bool = False,            # put damaged ones aside; begin again if no other is left
+                    ) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    "Tensors and header of the newest readable checkpoint of this recipe, if any. Raises `CheckpointError`."
+    path, found, broken = _newest(folder)
     if found:
         _same_run(path, found[1], recipe)
     elif broken and not mend:
         raise CheckpointError("; ".join(broken.values()) + "; train again, or delete the folder")
-    for bad, line in broken.items():
-        say(f"WARNING: {line}; "
-            + (f"going on from {path.name}" if found else "no other is left: training begins again"))
+    what_next = f"going on from {path.name}" if found else "no other is left: training begins again"
+    for bad, fault in broken.items():
+        say(f"WARNING: {fault}; {what_next}")
         if mend:
             bad.rename(bad.with_name(f"{bad.name}.broken"))
     return found

@@ -33,8 +33,8 @@ def newton_schulz(matrix: Tensor,      # (M, N), or with more axes in front
         x = a * x + (b * square + c * square @ square) @ x
     return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
 
-# %% ../../nbs/core/18_optimizers.ipynb #85f8e2c2
-def polar(matrix: Tensor) -> Tensor:
+# %% ../../nbs/core/18_optimizers.ipynb #6aa4aca7
+def polar(matrix: Tensor) -> Tensor:       # (..., M, N) -> the same shape
     "The exact answer, `U V^T` of the singular value decomposition: all singular values 1."
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     return u @ v
@@ -45,15 +45,14 @@ def matrices(model: nn.Module, modulation: bool = True) -> dict[str, nn.Paramete
     return {name: p for name, p in model.named_parameters()
             if name.startswith("blocks.") and p.ndim == 2 and (modulation or ".modulation." not in name)}
 
-# %% ../../nbs/core/18_optimizers.ipynb #94592b9f
+# %% ../../nbs/core/18_optimizers.ipynb #39fe3436
 def maps(name: str) -> int:
     "How many maps are stacked in the rows of a matrix with this name."
     return {"img_qkv_proj": 3, "txt_kv_proj": 2}.get(name.split(".")[-2], 1)
 
 # %% ../../nbs/core/18_optimizers.ipynb #97d33cef
 class RowMuon(torch.optim.Muon):
-    """torch's Muon on `parts` equal bands of rows of each matrix (a setting of each group), as if they were
-    matrices of their own."""
+    "torch's Muon on equal bands of a matrix's rows, as many as its group's setting `parts` says."
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         found = tuple([] for _ in lists)                                     # parameters, gradients, momenta
@@ -70,10 +69,8 @@ class Together:
         self.optimizers, self.number = list(optimizers), {p: i for i, p in enumerate(parameters)}
         owned = [p for g in self.param_groups for p in g["params"]]
         if len(owned) != len(self.number) or set(owned) != set(self.number):
-            raise ValueError(
-                f"{len(owned)} parameters in the optimizers' groups, {len(self.number)} in all: each must "
-                "have exactly one optimizer"
-            )
+            raise ValueError(f"{len(owned)} parameters in the optimizers' groups, {len(self.number)} in all: "
+                             "each must have exactly one optimizer")
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -97,7 +94,10 @@ def state_dict(self: Together) -> dict[str, Any]:
     groups = [g | {"params": [self.number[p] for p in g["params"]]} for g in self.param_groups]
     return {"state": {self.number[p]: memory for p, memory in self.state.items()}, "param_groups": groups}
 
-# %% ../../nbs/core/18_optimizers.ipynb #fa2cd761
+
+Together.state_dict = state_dict
+
+# %% ../../nbs/core/18_optimizers.ipynb #6cc2610e
 def load_state_dict(self: Together, saved: dict[str, Any]) -> None:
     "Put back what `state_dict` gave. Other groups raise `ValueError`."
     groups = list(saved["param_groups"])
@@ -109,16 +109,20 @@ def load_state_dict(self: Together, saved: dict[str, Any]) -> None:
         o.load_state_dict({"state": kept, "param_groups": mine})
 
 
-Together.state_dict, Together.load_state_dict = state_dict, load_state_dict
+Together.load_state_dict = load_state_dict
 
 # %% ../../nbs/core/18_optimizers.ipynb #a7da1688
 def by_rate(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
-    """Groups of neighbours, in order. A technique's parameter may have a learning rate of its own: an
-    attribute `initial_lr`."""
+    "Groups of neighbours, in order, by the attribute `initial_lr` that a technique's parameter may have."
     groups = itertools.groupby(parameters, lambda p: getattr(p, "initial_lr", None))
     return [{"params": list(ps)} | ({} if lr is None else {"initial_lr": lr}) for lr, ps in groups]
 
-# %% ../../nbs/core/18_optimizers.ipynb #59b5793d
+# %% ../../nbs/core/18_optimizers.ipynb #eabe32b5
+def _adamw(recipe: Recipe, parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
+    o = recipe.optimizer
+    return torch.optim.AdamW(by_rate(parameters), o.lr, o.betas, o.eps, o.weight_decay, fused=True)
+
+# %% ../../nbs/core/18_optimizers.ipynb #26817b40
 def _muon(recipe: Recipe, chosen: dict[str, nn.Parameter]) -> RowMuon:
     "Muon for these matrices; one group for each number of maps in a matrix."
     o, m = recipe.optimizer, recipe.optimizer.muon
@@ -126,47 +130,40 @@ def _muon(recipe: Recipe, chosen: dict[str, nn.Parameter]) -> RowMuon:
     for name, p in chosen.items():
         bands.setdefault(maps(name) if m.split_qkv else 1, []).append(p)
     groups = [{"params": ps, "parts": parts, "initial_lr": m.lr or o.lr} for parts, ps in bands.items()]
-    return RowMuon(
-        groups, m.lr or o.lr, o.weight_decay, m.momentum, ns_steps=m.steps, adjust_lr_fn="match_rms_adamw")
+    return RowMuon(groups, m.lr or o.lr, o.weight_decay, m.momentum, ns_steps=m.steps,
+                   adjust_lr_fn="match_rms_adamw")
 
-# %% ../../nbs/core/18_optimizers.ipynb #c253168e
-def _adamw(recipe: Recipe, parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
-    o = recipe.optimizer
-    return torch.optim.AdamW(by_rate(parameters), o.lr, o.betas, o.eps, o.weight_decay, fused=True)
-
-# %% ../../nbs/core/18_optimizers.ipynb #f0158298
+# %% ../../nbs/core/18_optimizers.ipynb #bfe608bb
 def _muon_and_adamw(recipe: Recipe, model: nn.Module, parameters: Sequence[nn.Parameter]) -> Together:
     "Muon for the matrices of the blocks, AdamW for the rest."
     chosen = matrices(model, recipe.optimizer.muon.modulation)
     taken = set(chosen.values())
-    return Together(
-        parameters, [_muon(recipe, chosen), _adamw(recipe, [p for p in parameters if p not in taken])])
+    rest = [p for p in parameters if p not in taken]
+    return Together(parameters, [_muon(recipe, chosen), _adamw(recipe, rest)])
 
-
+# %% ../../nbs/core/18_optimizers.ipynb #f457f41d
 # an optimizer is made of (recipe, model, all parameters); its memory is numbered in their order
-OPTIMIZERS = Choice(
-    "optimizer.name", adamw=lambda recipe, model, parameters: _adamw(recipe, parameters), muon=_muon_and_adamw
-)
+OPTIMIZERS = Choice("optimizer.name", adamw=lambda recipe, model, parameters: _adamw(recipe, parameters),
+                    muon=_muon_and_adamw)
 
-# %% ../../nbs/core/18_optimizers.ipynb #e377f41d
+
 def new_optimizer(recipe: Recipe, model: nn.Module,
                   others: nn.Module | None = None,       # whose parameters are trained beside the denoiser's
                   ) -> torch.optim.Optimizer | Together:
     "The optimizer that the recipe asks for; memory is numbered from the model's first parameter on."
-    return OPTIMIZERS[recipe.optimizer.name](
-        recipe, model, [*model.parameters(), *(others.parameters() if others else ())])
+    parameters = [*model.parameters(), *(others.parameters() if others else ())]
+    return OPTIMIZERS[recipe.optimizer.name](recipe, model, parameters)
 
 # %% ../../nbs/core/18_optimizers.ipynb #41b9d3f9
 @torch.no_grad()
-def spectra(
-    before: dict[str, Tensor],  # matrices by name
-    after: dict[str, Tensor],  # the same, later
-) -> dict[str, Tensor]:  # name -> singular values of the difference, largest first, shares of the largest
-    "How a change of weights is spread over directions; matrices that did not change are left out."
+def spectra(before: dict[str, Tensor],         # matrices by name
+            after: dict[str, Tensor],          # the same, later
+            ) -> dict[str, Tensor]:            # name -> singular values of the difference
+    "How a change is spread over directions, in shares of the largest; matrices that stayed are left out."
     sigma = {k: torch.linalg.svdvals(after[k].float() - before[k].float()) for k in before}
     return {k: s / s[0] for k, s in sigma.items() if s[0] > 0}
 
-# %% ../../nbs/core/18_optimizers.ipynb #3d9c266c
-def stable_rank(sigma: Tensor) -> float:
+# %% ../../nbs/core/18_optimizers.ipynb #1e9cccf0
+def stable_rank(sigma: Tensor) -> float:       # singular values, largest first
     "Squared Frobenius norm over squared largest singular value: 1 to the full rank."
     return (sigma.square().sum() / sigma[0].square()).item()

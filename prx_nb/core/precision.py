@@ -17,8 +17,8 @@ from .recipe import Recipe
 # %% ../../nbs/core/19_precision.ipynb #cfe4d537
 def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
     "A block in which the network computes in the recipe's precision; on a CPU always in float32."
-    return torch.autocast(
-        device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16" and device.type != "cpu")
+    wanted = recipe.train.precision == "bf16" and device.type != "cpu"
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 # %% ../../nbs/core/19_precision.ipynb #2a91a2ad
 def spacing(x: Tensor,
@@ -26,11 +26,10 @@ def spacing(x: Tensor,
             ) -> Tensor:                       # the same shape, float64; of zero: zero
     "Distance from |x| to the next larger number of a dtype (for normal numbers): one unit in the last place."
     _, exponent = torch.frexp(x.double())
-    return torch.where(
-        x == 0, 0.0,
-        torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2, dtype=torch.float64), exponent))
+    below_one = torch.full_like(x, torch.finfo(dtype).eps / 2, dtype=torch.float64)
+    return torch.where(x == 0, 0.0, torch.ldexp(below_one, exponent))
 
-# %% ../../nbs/core/19_precision.ipynb #a8878c6d
+# %% ../../nbs/core/19_precision.ipynb #8f118338
 def lost(weights: Tensor, updates: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     "Which updates (not zero) leave a weight that is kept in a dtype where it was: boolean, the same shape."
     kept = weights.to(dtype)
@@ -43,26 +42,24 @@ def round_(tensors: Iterable[Tensor]) -> None:
     for t in tensors:
         t.copy_(t.bfloat16())
 
-# %% ../../nbs/core/19_precision.ipynb #4a4dbdff
+# %% ../../nbs/core/19_precision.ipynb #9e27294a
 def step(optimizer: torch.optim.Optimizer | Together,
          rounded: Sequence[nn.Parameter] = (),     # parameters to be kept as bfloat16 values
          ) -> None:
-    """One step of an optimizer; of some parameters gradient, weights and memory are kept as if they were
-    stored in bfloat16."""
+    "One step; of the `rounded` gradient, weights and memory are kept as if they were stored in bfloat16."
     round_(p.grad for p in rounded if p.grad is not None)
     optimizer.step()
     memory = optimizer.state if rounded else {}
     round_(rounded)
-    round_(
-        v for p in rounded for v in memory.get(p, {}).values() if isinstance(v, Tensor) and v.shape == p.shape
-    )
+    round_(v for p in rounded for v in memory.get(p, {}).values()
+           if isinstance(v, Tensor) and v.shape == p.shape)
 
 # %% ../../nbs/core/19_precision.ipynb #e3a6b5f1
 def native(recipe: Recipe, device: torch.device) -> bool:
     "Whether the denoiser is really stored in bfloat16 there."
     return recipe.train.weights == "bf16" and recipe.train.precision == "bf16" and device.type == "cuda"
 
-# %% ../../nbs/core/19_precision.ipynb #02a74562
+# %% ../../nbs/core/19_precision.ipynb #ec2bc39c
 def store(model: nn.Module, recipe: Recipe) -> nn.Module:
     "The model, its fresh weights kept as the recipe asks for."
     if native(recipe, next(model.parameters()).device):
@@ -71,18 +68,18 @@ def store(model: nn.Module, recipe: Recipe) -> nn.Module:
         round_(model.parameters())
     return model
 
-# %% ../../nbs/core/19_precision.ipynb #1e534417
+# %% ../../nbs/core/19_precision.ipynb #3b9880f4
 def emulated(recipe: Recipe, model: nn.Module) -> list[nn.Parameter]:
     "The parameters that `step` must round: all of the denoiser's, or none."
-    return (
-        [p for p in model.parameters() if p.dtype == torch.float32] if recipe.train.weights == "bf16" else [])
+    if recipe.train.weights != "bf16":
+        return []
+    return [p for p in model.parameters() if p.dtype == torch.float32]
 
 # %% ../../nbs/core/19_precision.ipynb #b5bd3f79
-def directions(
-    named: dict[str, Tensor],  # a checkpoint's tensors
-    names: Sequence[str],  # of the model's parameters
-    recipe: Recipe,
-) -> dict[str, Tensor]:  # name -> AdamW's last update over the learning rate, without weight decay
+def directions(named: dict[str, Tensor],       # a checkpoint's tensors
+               names: Sequence[str],           # of the model's parameters
+               recipe: Recipe,
+               ) -> dict[str, Tensor]:         # name -> update over learning rate, without weight decay
     "What AdamW's memory says about its last update. A checkpoint of another optimizer raises `KeyError`."
     found, (b1, b2) = {}, recipe.optimizer.betas
     for name in names:
@@ -90,10 +87,9 @@ def directions(
         found[name] = ((m / (1 - b1**n)) / ((v / (1 - b2**n)).sqrt() + recipe.optimizer.eps)).float()
     return found
 
-# %% ../../nbs/core/19_precision.ipynb #c623947e
+# %% ../../nbs/core/19_precision.ipynb #31335047
 def lost_by_layer(weights: dict[str, Tensor], directions: dict[str, Tensor],
                   rate: float,                 # the learning rate
                   ) -> dict[str, float]:
-    """Share of a layer's updates that bfloat16 weights would lose. A layer is a matrix; biases and norms are
-    left out."""
+    "Share of each matrix's updates that bfloat16 weights would lose; biases and norms are left out."
     return {k: lost(weights[k], -rate * u).float().mean().item() for k, u in directions.items() if u.ndim > 1}

@@ -62,8 +62,7 @@ class Place:
         return dict(zip(values, (every / self.count).tolist()))
 
     def average_gradients(self, module: nn.Module) -> None:
-        """Average the gradients of a module that every process holds whole; one without a gradient somewhere
-        counts as zero there."""
+        "Average the gradients of a module that all hold whole; where there is none, it counts as zero."
         for p in module.parameters() if self.count > 1 else ():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             torch.distributed.all_reduce(p.grad)
@@ -81,12 +80,13 @@ def launched() -> bool:
     "Whether this process is one of several, started by `accelerate launch` or `torchrun`."
     return int(os.environ.get("WORLD_SIZE", 1)) > 1
 
-# %% ../../nbs/core/24_processes.ipynb #0f992d92
+# %% ../../nbs/core/24_processes.ipynb #c963547d
 def join(device: str | torch.device | None,     # none: a GPU if there is one
          processes: int,                        # as many as the recipe says there are
          ) -> Place:
     "Take this process's place, and meet the others. Raises `RecipeError` if they are not as many."
-    count, cpu = int(os.environ.get("WORLD_SIZE", 1)), str(device) == "cpu" or not torch.cuda.is_available()
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    cpu = str(device) == "cpu" or not torch.cuda.is_available()
     if count != processes:
         raise RecipeError(f"this process is one of {count} (WORLD_SIZE), but train.processes = {processes}")
     if count == 1:
@@ -96,45 +96,44 @@ def join(device: str | torch.device | None,     # none: a GPU if there is one
     return Place(state.device, state.process_index, state.num_processes)
 
 # %% ../../nbs/core/24_processes.ipynb #641ce6ea
-def spread(state: State, place: Place, recipe: Recipe) -> nn.Module:
-    """Share a fresh state out among the processes; returns the model to train with. One process: the model
-    itself."""
-    if place.count == 1:
-        return state.model
-    if recipe.train.parallel == "ddp":
-        from torch.nn.parallel import DistributedDataParallel
-        return DistributedDataParallel(
-            state.model, device_ids=[place.device.index] if place.device.type == "cuda" else None)
+def _cut(state: State, place: Place) -> None:
+    "Leave each process its share of the weights and of their averages, block by block."
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     mesh = init_device_mesh(place.device.type, (place.count,))
     for model in (state.model, *(a.module for a in state.averages())):
         for part in (*model.blocks, model):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
-    # the parameters are new: shares of the old
-    state.optimizer = new_optimizer(recipe, state.model, state.techniques)
+
+# %% ../../nbs/core/24_processes.ipynb #638d5178
+def spread(state: State, place: Place, recipe: Recipe) -> nn.Module:
+    "Share a fresh state out among the processes; returns the model to train with."
+    if place.count == 1:
+        return state.model
+    if recipe.train.parallel == "ddp":
+        from torch.nn.parallel import DistributedDataParallel
+        devices = [place.device.index] if place.device.type == "cuda" else None
+        return DistributedDataParallel(state.model, device_ids=devices)
+    _cut(state, place)
+    state.optimizer = new_optimizer(recipe, state.model, state.techniques)     # parameters are new: shares
     return state.model
 
 # %% ../../nbs/core/24_processes.ipynb #c4c9e4bd
 def settings(processes: int, threads: int) -> list[str]:
-    """What `accelerate launch` is told. (`multi_gpu` is its word for several processes; on a CPU they speak
-    through gloo.)"""
-    return ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision",
-            "no", "--dynamo_backend", "no", "--main_process_port", "0", "--num_cpu_threads_per_process",
-            str(threads)]
+    "What `accelerate launch` is told. (`multi_gpu` is its word for several processes, on a CPU too.)"
+    return ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1",
+            "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+            "--num_cpu_threads_per_process", str(threads)]
 
-# %% ../../nbs/core/24_processes.ipynb #dffc4a61
+# %% ../../nbs/core/24_processes.ipynb #092fee95
 def places(recipe: Recipe, device: str | torch.device | None) -> str:
-    """The kind of device several processes will use, cpu or cuda. Raises `RecipeError` if there are not
-    enough of them."""
+    "The kind of device several processes will use, cpu or cuda. Raises `RecipeError` if there are too few."
     n, there = recipe.train.processes, torch.cuda.device_count()
     if str(device) == "cpu" or not there:
         return "cpu"
     if device is not None and str(device) != "cuda":
-        raise RecipeError(
-            f"train.processes = {n} on the one device {device!s}; say cuda or cpu, and CUDA_VISIBLE_DEVICES "
-            "which"
-        )
+        raise RecipeError(f"train.processes = {n} on the one device {device!s}; say cuda or cpu, "
+                          "and CUDA_VISIBLE_DEVICES which")
     if there < n:
         raise RecipeError(f"train.processes = {n}, but {there} GPU can be seen; each process needs one")
     return "cuda"
@@ -143,15 +142,15 @@ def places(recipe: Recipe, device: str | torch.device | None) -> str:
 class ProcessDied(RuntimeError):
     "One of a run's processes was killed, or ended without a word."
 
-# %% ../../nbs/core/24_processes.ipynb #861dac18
+# %% ../../nbs/core/24_processes.ipynb #702949e3
 def leave_fault(folder: Path, rank: int, error: BaseException) -> None:
-    "Write down what went wrong in this process."
-    parts = ([error.errno, error.strerror, error.filename] if isinstance(error, OSError) and error.errno
-             else [str(error)])
-    what = {"rank": rank, "at": time.time(), "module": type(error).__module__, "kind": type(error).__name__,
-            "parts": parts, "trace": "".join(traceback.format_exception(error))}
+    "Write down what went wrong in this process, in one piece."
+    of_system = isinstance(error, OSError) and error.errno
+    parts = [error.errno, error.strerror, error.filename] if of_system else [str(error)]
+    fault = {"rank": rank, "at": time.time(), "module": type(error).__module__, "kind": type(error).__name__,
+             "parts": parts, "trace": "".join(traceback.format_exception(error))}
     part = folder / f"{rank}.part"
-    part.write_text(json.dumps(what, default=str))
+    part.write_text(json.dumps(fault, default=str))
     part.rename(folder / f"{rank}.json")
 
 # %% ../../nbs/core/24_processes.ipynb #5b56697c
@@ -167,15 +166,21 @@ def as_error(what: dict,         # as `leave_fault` wrote it
     error.add_note(f"in process {what['rank']}:\n{what['trace']}")
     return error
 
-# %% ../../nbs/core/24_processes.ipynb #ec590081
+# %% ../../nbs/core/24_processes.ipynb #f02c5d71
+def _killed(words: str, count: int) -> ProcessDied | None:
+    "What the launcher's words say of a process that was killed, if anything."
+    for rank, number in re.findall(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*(-\d+)", words):
+        if -int(number) not in (signal.SIGTERM, signal.SIGINT):        # these are the launcher's own
+            name = signal.Signals(-int(number)).name
+            return ProcessDied(f"process {rank} of {count} was killed by {name}; the others were stopped")
+
+# %% ../../nbs/core/24_processes.ipynb #71e3ab7c
 def find_fault(folder: Path,
                said: str,        # the launcher's own words
                count: int, code: int) -> BaseException:
     "Why processes ended: a kill, else the earliest fault, else the launcher's last words."
-    for rank, number in re.findall(r"rank\s*:\s*(\d+)[^\n]*\n\s*exitcode\s*:\s*(-\d+)", said):
-        if -int(number) not in (signal.SIGTERM, signal.SIGINT):        # these are the launcher's own
-            name = signal.Signals(-int(number)).name
-            return ProcessDied(f"process {rank} of {count} was killed by {name}; the others were stopped")
+    if killed := _killed(said, count):
+        return killed
     if faults := [json.loads(p.read_text()) for p in folder.glob("*.json")]:
         return as_error(min(faults, key=lambda f: f["at"]))
     last = " ".join(line.strip() for line in said.strip().splitlines()[-3:])
@@ -194,7 +199,7 @@ def stop_with_parent(wait: float = 10.0,       # seconds it may take to stop by 
         os.kill(os.getpid(), signal.SIGKILL)
     threading.Thread(target=watch, daemon=True, name="parent").start()
 
-# %% ../../nbs/core/24_processes.ipynb #ebddfa2d
+# %% ../../nbs/core/24_processes.ipynb #c44e89da
 @contextlib.contextmanager
 def as_one_of_several(faults: str | None,      # where to leave what goes wrong; none: nobody asks
                       ) -> Iterator[None]:
@@ -223,19 +228,24 @@ def _stop(child: subprocess.Popen, wait: float = 15.0) -> None:
         child.wait()
 
 # %% ../../nbs/core/24_processes.ipynb #a5937d7f
+def _command(recipe: Recipe, out: Path, options: dict, folder: Path) -> list[str]:
+    "The command that trains in several processes; what they are told, and their faults, lie in `folder`."
+    n = recipe.train.processes
+    recipe.save(folder / "recipe.json")
+    (folder / "faults").mkdir()
+    options = {**options, "faults": str(folder / "faults")}
+    threads = max(1, torch.get_num_threads() // n)
+    return [sys.executable, "-m", "accelerate.commands.launch", *settings(n, threads), "-m",
+            "prx_nb.core.train", str(folder / "recipe.json"), str(out), json.dumps(options)]
+
+# %% ../../nbs/core/24_processes.ipynb #58d35a5e
 def launch(recipe: Recipe, out: Path,
            **options,                          # for `prx_nb.core.train`: device, progress, trackers
            ) -> None:
     "Train in several processes and wait. Raises what one of them raised, or `ProcessDied`."
-    n = recipe.train.processes
     with tempfile.TemporaryDirectory() as d, open(f"{d}/launcher.txt", "w+") as words:
-        recipe.save(f"{d}/recipe.json")
-        os.mkdir(f"{d}/faults")
-        command = [sys.executable, "-m", "accelerate.commands.launch",
-                   *settings(n, max(1, torch.get_num_threads() // n)), "-m", "prx_nb.core.train",
-                   f"{d}/recipe.json", str(out), json.dumps({**options, "faults": f"{d}/faults"})]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words,
-                                 text=True, start_new_session=True)
+        child = subprocess.Popen(_command(recipe, out, options, Path(d)), stdin=subprocess.PIPE,
+                                 stdout=subprocess.PIPE, stderr=words, text=True, start_new_session=True)
         try:
             for line in child.stdout:
                 print(line, end="", flush=True)
@@ -244,4 +254,4 @@ def launch(recipe: Recipe, out: Path,
             _stop(child)
         if code:
             words.seek(0)
-            raise find_fault(Path(f"{d}/faults"), words.read(), n, code) from None
+            raise find_fault(Path(f"{d}/faults"), words.read(), recipe.train.processes, code) from None

@@ -24,7 +24,7 @@ from .files import atomic, read_json, write_json
 
 # %% ../../nbs/core/17_record.ipynb #44b6e756
 def hardware(device: torch.device) -> str:
-    "The machine in words."
+    "The machine in words: the name of the GPU, or of the processor and how many of its cores torch uses."
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -34,9 +34,9 @@ def hardware(device: torch.device) -> str:
         name = platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
-# %% ../../nbs/core/17_record.ipynb #dc677a87
+# %% ../../nbs/core/17_record.ipynb #693a49bd
 def versions() -> dict[str, str]:
-    "Versions that a result may depend on."
+    "Versions that a result may depend on; what is not installed is left out."
     found = {"python": platform.python_version()}
     for name in ("prx-nb", "torch", "numpy", "accelerate", "torchmetrics", "transformers", "diffusers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -45,8 +45,7 @@ def versions() -> dict[str, str]:
 
 # %% ../../nbs/core/17_record.ipynb #ae37f668
 def git_commit() -> str | None:
-    """The commit of the checkout this package runs from, with `-dirty` for uncommitted changes; none outside
-    one."""
+    "The commit of the checkout this package runs from, `-dirty` if files have changed; none outside one."
     run = lambda *a: subprocess.run(["git", *a], cwd=Path(__file__).parent, capture_output=True, text=True)
     try:
         done = run("rev-parse", "--short=12", "HEAD")
@@ -55,26 +54,24 @@ def git_commit() -> str | None:
         return None
     return done.stdout.strip() + dirty if done.returncode == 0 else None
 
-# %% ../../nbs/core/17_record.ipynb #c1260282
+# %% ../../nbs/core/17_record.ipynb #a99fbbac
 def peak_memory(device: torch.device) -> float:
     "Most memory held so far, MB: of the GPU, or of this process."
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    # Linux: getrusage would count the parent's memory before exec too
-    try:
-        line = next(
-            line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024 / 1e6
+    try:                     # Linux: getrusage would count the parent's memory before exec too
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024 / 1e6
     except (OSError, StopIteration):
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-                / 1e6)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 # %% ../../nbs/core/17_record.ipynb #f76d409c
 def now() -> str:
-    "The time, ISO 8601."
+    "The time, ISO 8601, UTC, to the second."
     return datetime.now(UTC).isoformat(timespec="seconds")
 
-# %% ../../nbs/core/17_record.ipynb #27cc662f
+# %% ../../nbs/core/17_record.ipynb #bd2c913d
 def update_record(folder: str | Path, **parts) -> dict:
     "Merge `parts` into a run's `record.json` (dictionaries key by key) and return the whole."
     path = Path(folder) / "record.json"
@@ -88,13 +85,13 @@ def update_record(folder: str | Path, **parts) -> dict:
 class Curves:
     "Numbers by step: rows of (step, name, value), kept in `curves.parquet`."
 
-    # rows of steps after `until` are forgotten: they will come again
-    def __init__(self, folder: Path, until: int = 0):
+    def __init__(self, folder: Path,
+                 until: int = 0):         # rows of later steps are forgotten: they will come again
         self.path, self.rows = folder / "curves.parquet", []
         if until and self.path.exists():
             import pandas as pd
-            self.rows = [
-                r for r in pd.read_parquet(self.path).itertuples(index=False, name=None) if r[0] <= until]
+            rows = pd.read_parquet(self.path).itertuples(index=False, name=None)
+            self.rows = [row for row in rows if row[0] <= until]
 
     def add(self, step: int, **values: float) -> None:
         self.rows += [(step, name, float(value)) for name, value in values.items()]
@@ -113,14 +110,15 @@ class Progress:
     "Says in `progress.json` how far a run is, at most every `every` seconds."
 
     def __init__(self, folder: Path, steps: int, every: float = 2.0):
-        self.path, self.steps, self.every, self.said = folder / "progress.json", steps, every, float("-inf")
+        self.path, self.steps, self.every = folder / "progress.json", steps, every
+        self.told = float("-inf")                        # when it was last said
 
     def tell(self, step: int, seconds: float) -> None:
         "After `step` steps and so many seconds of training; the last step is always said."
-        if step < self.steps and time.monotonic() - self.said < self.every:
+        if step < self.steps and time.monotonic() - self.told < self.every:
             return
-        self.said, part = time.monotonic(), self.path.with_name(f".progress.{os.getpid()}.part")
+        self.told, part = time.monotonic(), self.path.with_name(f".progress.{os.getpid()}.part")
+        line = {"step": step, "steps": self.steps, "seconds": round(seconds, 2), "at": now()}
         with contextlib.suppress(OSError):
-            part.write_text(
-                json.dumps({"step": step, "steps": self.steps, "seconds": round(seconds, 2), "at": now()}))
+            part.write_text(json.dumps(line))
             os.replace(part, self.path)

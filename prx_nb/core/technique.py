@@ -53,8 +53,7 @@ class Technique(nn.Module):
     start, stop = 0, None             # first step, and the first step at which it no longer acts
 
     def __init_subclass__(cls, name: str = "", settings: type[Acts] | None = None, **more):
-        """`class TAX(Technique, name='tax', settings=Tax)`: from now on a recipe may have `techniques.tax`.
-        Raises `RecipeError`."""
+        "`class TAX(Technique, name='tax', settings=Tax)`: now recipes may have it. Raises `RecipeError`."
         super().__init_subclass__(**more)
         if name:
             recipes.register(name, settings)
@@ -78,16 +77,15 @@ class Technique(nn.Module):
         "A scalar added to the loss, weight included; none adds nothing."
 
     def clean(self, batch: Batch) -> Tensor | None:
-        """(B, C, h, w) to be validated on in place of the batch's x0, where the technique changes what is
-        learnt; else none."""
+        "(B, C, h, w) to be validated on, where it is not the batch's x0 that is learnt; else none."
 
     def keep(self, folder: Path) -> None:
         "Write what a finished run needs of it, beside the checkpoint, into the run's folder."
 
 # %% ../../nbs/core/22_technique.ipynb #d5e41386
-def build(
-    recipe: Recipe, prepared: Prepared, device: str | torch.device = "cpu"
-) -> list[Technique]:  # fresh, by name, those that others use first; empty for plain training
+def build(recipe: Recipe, prepared: Prepared,
+          device: str | torch.device = "cpu",
+          ) -> list[Technique]:          # fresh, by name, those that others use first
     "The techniques that a recipe asks for. Raises what its parts raise, e.g. `EncoderError`."
     steps, built = in_steps(recipe), {}
     for name in sorted(recipe.techniques.on, key=lambda name: (bool(CLASSES[name].after), name)):
@@ -112,20 +110,23 @@ def _one(wishes: Sequence, what: str):
     return found[0] if found else None
 
 # %% ../../nbs/core/22_technique.ipynb #53bc919d
-def objective(
-    model: nn.Module, batch: Batch, flow: FlowMatching, techniques: Sequence[Technique] = (), number: int = 0
-) -> dict[str, Tensor]:  # name -> scalar; "flow" is the flow loss, the others are the techniques'
-    """The losses of one step. Raises `ValueError` if two techniques want a route, other clean images, or
-    other noise."""
-    active = [k for k in techniques if k.acts(number)]
-    wishes = [k.needs(batch, number) for k in active]
-    route, clean = (_one([w.route for w in wishes], "route tokens"),
-                    _one([w.clean for w in wishes], "choose what is learnt"))
+def _prediction(model: nn.Module, batch: Batch, flow: FlowMatching, wishes: Sequence[Needs],
+                ) -> tuple[Batch, Tensor, Output]:     # the batch as it is learnt, x_t, what the model says
+    "The forward pass that serves all wishes. Raises `ValueError` where two exclude each other."
+    route = _one([w.route for w in wishes], "route tokens")
+    clean = _one([w.clean for w in wishes], "choose what is learnt")
     noise = _one([w.noise for w in wishes], "choose the noise")
     batch = replace(batch, **{k: v for k, v in (("x0", clean), ("noise", noise)) if v is not None})
-    x_t = flow.mix(batch.x0, batch.noise, batch.t)
-    output = model(x_t, batch.t, batch.text, batch.mask, route=route,
-                   taps=tuple(sorted({i for w in wishes for i in w.taps})))
+    x_t, taps = flow.mix(batch.x0, batch.noise, batch.t), {i for w in wishes for i in w.taps}
+    return batch, x_t, model(x_t, batch.t, batch.text, batch.mask, route=route, taps=tuple(sorted(taps)))
+
+# %% ../../nbs/core/22_technique.ipynb #42a03291
+def objective(model: nn.Module, batch: Batch, flow: FlowMatching, techniques: Sequence[Technique] = (),
+              number: int = 0,            # of the step
+              ) -> dict[str, Tensor]:     # name -> scalar: "flow", and those of techniques
+    "The losses of one step. Raises `ValueError` if two techniques want a route, or images, or noise."
+    active = [k for k in techniques if k.acts(number)]
+    batch, x_t, output = _prediction(model, batch, flow, [k.needs(batch, number) for k in active])
     losses = {"flow": flow.loss(output.prediction, batch.x0, batch.noise, batch.t).mean()}
     for k in active:
         if (extra := k.loss(Step(batch, x_t, output, flow, number, model))) is not None:
@@ -138,7 +139,6 @@ def objective(
 # %% ../../nbs/core/22_technique.ipynb #251339f5
 @torch.no_grad()
 def as_learnt(batches: Sequence[Batch], techniques: Sequence[Technique]) -> list[Batch]:
-    """Validation batches with the clean images that the techniques have learnt in place of their own. Raises
-    `ValueError` if two do."""
+    "Validation batches with the clean images that techniques have learnt. Raises `ValueError` if two do."
     clean = [_one([k.clean(b) for k in techniques], "choose what is learnt") for b in batches]
     return [b if c is None else replace(b, x0=c) for b, c in zip(batches, clean)]

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from . import average, cost, precision, processes
 from .batch import Batch, Prepared, add_noise, data_key, prepare, read_batch
 from .checkpoint import CheckpointError, OtherRecipe, State, find_checkpoint, new_state, restore
-from .checkpoint import same_data
-from .checkpoint import save_checkpoint, whole
+from .checkpoint import same_data, save_checkpoint, whole
 from .denoiser import PRX
 from .files import read_json, require_writable
 from .flow import FlowMatching
@@ -43,19 +42,18 @@ def ahead(make: Callable, numbers: Sequence[int], threaded: bool) -> Iterator:
     if not threaded:
         yield from map(make, numbers)
         return
+    waiting = None
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(make, numbers[0]) if len(numbers) else None
-        for n in [*numbers[1:], None]:
-            ready, waiting = waiting, pool.submit(make, n) if n is not None else None
-            yield ready.result()
+        for n in numbers:
+            ready, waiting = waiting, pool.submit(make, n)
+            if ready is not None:
+                yield ready.result()
+        if waiting is not None:
+            yield waiting.result()
 
 # %% ../../nbs/core/25_train.ipynb #20f7ed89
-BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-
-
 def validation_set(prepared: Prepared, recipe: Recipe, device: torch.device) -> list[Batch]:
-    """Fixed batches of held-out images with the caption they are asked for with, the same for every seed and
-    variant."""
+    "Fixed batches of held-out images with the captions they are asked for with, for every seed and variant."
     held = prepared.heldout
     n = min(recipe.train.validate_samples, len(held))
     index = held[torch.linspace(0, len(held) - 1, n).round().long()]
@@ -67,21 +65,30 @@ def validation_set(prepared: Prepared, recipe: Recipe, device: torch.device) -> 
     return [Batch(*(v[i:i + 64] for v in whole)) for i in range(0, n, 64)]
 
 # %% ../../nbs/core/25_train.ipynb #4d253368
+BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
 @torch.no_grad()
 def validate(model: nn.Module, batches: list[Batch], flow: FlowMatching,
              ) -> dict[str, float]:      # "val" and one entry a bin of t, e.g. "val t 0.2-0.4"
     "Mean squared error of the velocity on fixed batches, overall and by time."
-    errors = [
-        flow.loss(
-            model(flow.mix(b.x0, b.noise, b.t), b.t, b.text, b.mask).prediction, b.x0, b.noise, b.t, "v")
-        for b in batches
-    ]
+    answer = lambda b: model(flow.mix(b.x0, b.noise, b.t), b.t, b.text, b.mask).prediction
+    errors = [flow.loss(answer(b), b.x0, b.noise, b.t, "v") for b in batches]
     error, t = torch.cat(errors).cpu(), torch.cat([b.t for b in batches]).cpu()
-    named = {f"val t {low:.1f}-{high:.1f}": error[(t >= low) & (t < high)].mean().item()
-             for low, high in zip(BINS, BINS[1:])}
-    return {"val": error.mean().item()} | named
+    named = {"val": error.mean().item()}
+    for low, high in zip(BINS, BINS[1:]):
+        named[f"val t {low:.1f}-{high:.1f}"] = error[(t >= low) & (t < high)].mean().item()
+    return named
 
 # %% ../../nbs/core/25_train.ipynb #3571fff9
+def _model(recipe: Recipe, named: dict[str, Tensor]) -> PRX:
+    "The weights to sample from, out of a checkpoint's tensors: the average, if the recipe keeps one."
+    prefix = "ema.module." if recipe.ema.keeps > 0 else "model."
+    model = PRX(**recipe.denoiser.model_dump())
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)})
+    return model
+
+# %% ../../nbs/core/25_train.ipynb #42b76b02
 @dataclass(frozen=True)
 class Run:
     "A trained run and its files."
@@ -98,51 +105,52 @@ class Run:
 
     @property
     def space(self):
-        """The space it draws in: the recipe's, or the one it trained (`autoencoder` in its folder). Raises
-        `LatentsError`."""
+        "The space it draws in: the recipe's, or the `autoencoder` it trained. Raises `LatentsError`."
         from prx_nb.core.latents import describe, load_latents
-        kept = next(
-            (node.autoencoder for node in self.recipe.techniques.on.values() if node.autoencoder), None)
+        on = self.recipe.techniques.on.values()
+        kept = next((node.autoencoder for node in on if node.autoencoder), None)
         return load_latents(describe(str(self.dir / kept)) if kept else self.recipe.latents)
 
     @staticmethod
     def load(folder: str | Path, device: str | torch.device = "cpu") -> "Run":
-        """Open a run's folder. Raises `CheckpointError` if there is no weight in it, `RecipeError` if no
-        recipe."""
+        "Open a run's folder. Raises `CheckpointError` without weights in it, `RecipeError` without recipe."
         folder = Path(folder)
         recipe = Recipe.load(folder / "recipe.json")
         found = find_checkpoint(folder / "checkpoint", recipe)
         if found is None:
             raise CheckpointError(f"{folder} has no checkpoint/step-*.safetensors")
-        prefix = "ema.module." if recipe.ema.keeps > 0 else "model."
-        model = PRX(**recipe.denoiser.model_dump())
-        model.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in found[0].items() if k.startswith(prefix)})
         record = read_json(folder / "record.json") if (folder / "record.json").exists() else {}
-        return Run(folder, recipe, model.to(device).eval(), record)
+        return Run(folder, recipe, _model(recipe, found[0]).to(device).eval(), record)
 
 # %% ../../nbs/core/25_train.ipynb #78c1afe9
+def _lines(first: int, last: int, show: bool) -> tuple[Callable[[str], None], Callable[[], None]]:
+    "`(tell, tick)` that print a line at every tenth of the way, with what was told last."
+    done, began, every, words = first, time.perf_counter(), max(1, last // 10), ""
+
+    def tell(line: str) -> None:
+        nonlocal words
+        words = line
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if show and (done % every == 0 or done == last):
+            pace = (time.perf_counter() - began) / (done - first)
+            print(f"step {done:>{len(str(last))}}/{last}  {words}  {pace:.3f} s a step", flush=True)
+    return tell, tick
+
+# %% ../../nbs/core/25_train.ipynb #d273cec3
 def progress_bar(first: int, last: int, show: bool) -> tuple[Callable[[str], None], Callable[[], None]]:
-    """`(tell, tick)`: say something about the step, and count one; a bar on a terminal, about ten lines
-    elsewhere."""
+    "`(tell, tick)`: say something about the step; count one. A bar on a terminal, about ten lines elsewhere."
     if show and sys.stderr.isatty():
         from tqdm import tqdm
         bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True)
         return bar.set_postfix_str, bar.update
-    done, began, every = [first], time.perf_counter(), max(1, last // 10)
-    words = [""]
-
-    def tick():
-        done[0] += 1
-        if show and (done[0] % every == 0 or done[0] == last):
-            pace = (time.perf_counter() - began) / (done[0] - first)
-            print(f"step {done[0]:>{len(str(last))}}/{last}  {words[0]}  {pace:.3f} s a step", flush=True)
-    return lambda line: words.__setitem__(0, line), tick
+    return _lines(first, last, show)
 
 # %% ../../nbs/core/25_train.ipynb #48a9e81c
 def learning_rate(recipe: Recipe, step: int,
-                  # of a group of weights with a rate of its own; none: optimizer.lr
-                  height: float | None = None,
+                  height: float | None = None,     # of a group of weights; none: optimizer.lr
                   ) -> float:
     "The rate of a step, numbered from 0."
     o, steps = recipe.optimizer, recipe.train.steps
@@ -151,15 +159,13 @@ def learning_rate(recipe: Recipe, step: int,
     return (o.lr if height is None else height) * min(1, rise, fall)
 
 # %% ../../nbs/core/25_train.ipynb #e6772abb
-def optimise(
-    state: State, losses: dict[str, Tensor], recipe: Recipe, step: int, place: Place | None = None) -> Tensor:
-    """Backward, clip by the norm over all processes' shares, warm-up, step, average. Returns the norm before
-    clipping."""
+def optimise(state: State, losses: dict[str, Tensor], recipe: Recipe, step: int,
+             place: Place | None = None) -> Tensor:
+    "Backward, clip by the norm over all shares, warm-up, step, average. Returns the norm before clipping."
     sum(losses.values()).backward()
-    if place:
-        for k in state.techniques:                                 # the denoiser's were averaged on the way
-            if k.acts(step):                                       # a zero is not the same to AdamW as none
-                place.average_gradients(k)
+    for k in state.techniques if place else ():                    # the denoiser's were averaged on the way
+        if k.acts(step):                                           # a zero is not the same to AdamW as none
+            place.average_gradients(k)
     norm = whole(nn.utils.clip_grad_norm_(state.parameters(), recipe.optimizer.clip))
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(recipe, step, group.get("initial_lr"))
@@ -168,27 +174,25 @@ def optimise(
     average.update(state.averages(), state.model, recipe.ema, step)
     return norm
 
-# %% ../../nbs/core/25_train.ipynb #6aec1b74
+# %% ../../nbs/core/25_train.ipynb #d306aa4b
 class NonFiniteLoss(RuntimeError):
     "Training stopped because the loss is not a finite number."
 
-# %% ../../nbs/core/25_train.ipynb #d306aa4b
+# %% ../../nbs/core/25_train.ipynb #bf87880b
 def _check_finite(losses: dict[str, float], step: int, recipe: Recipe, out: Path) -> None:
     "Stop at a loss that is not a finite number."
-    bad = {k: v for k, v in losses.items() if not torch.isfinite(torch.tensor(v))}
+    bad = [f"{v} ({k})" for k, v in losses.items() if not torch.isfinite(torch.tensor(v))]
     if bad:
-        raise NonFiniteLoss(
-            f"loss not finite, {', '.join(f'{v} ({k})' for k, v in bad.items())}, at step {step} of recipe "
-            f"{recipe.key} ({out / 'recipe.json'}); checkpoints from before it are kept in "
-            f"{out / 'checkpoint'}"
-        )
+        raise NonFiniteLoss(f"loss not finite, {', '.join(bad)}, at step {step} of recipe {recipe.key} "
+                            f"({out / 'recipe.json'}); checkpoints from before it are kept in "
+                            f"{out / 'checkpoint'}")
 
 # %% ../../nbs/core/25_train.ipynb #7f6600d0
 class Clock:
     "Seconds and joules of training so far, those before an interruption included. `with` it around the loop."
 
-    # of the checkpoint it goes on from; empty: the start
-    def __init__(self, place: Place, header: dict[str, str]):
+    def __init__(self, place: Place,
+                 header: dict[str, str]):      # of the checkpoint it goes on from; empty: the start
         self.place, self.meter = place, cost.Energy(place.device)
         self.before = float(header.get("seconds", 0.0))
         self.spent_before = json.loads(header.get("joules", "null")) if header else 0.0
@@ -260,14 +264,14 @@ def _note(s: Session, late: list[tuple[int, dict[str, Tensor]]]) -> dict[str, fl
 def _look(s: Session, fixed: list[Batch], done: int, latest: dict[str, float]) -> None:
     "Validate after so many steps."
     with precision.autocast(s.recipe, s.place.device):
-        now = as_learnt(fixed, s.state.techniques)
-        errors = validate(s.state.ema.module if s.state.ema else s.state.model, now, s.flow)
-        errors |= {f"ema {h:g} val": validate(a.module, now, s.flow)["val"]
-                   for h, a in zip(s.recipe.ema.also, s.state.also)}
+        seen = as_learnt(fixed, s.state.techniques)
+        errors = validate(s.state.ema.module if s.state.ema else s.state.model, seen, s.flow)
+        for half_life, other in zip(s.recipe.ema.also, s.state.also):
+            errors[f"ema {half_life:g} val"] = validate(other.module, seen, s.flow)["val"]
     s.curves.add(done, **errors, seconds=s.clock.seconds())
     s.tracker.log(latest | errors, step=done)
 
-# %% ../../nbs/core/25_train.ipynb #95e2bc25
+# %% ../../nbs/core/25_train.ipynb #0b32fa4a
 def _keep(s: Session, done: int) -> None:
     "Save the state after so many steps."
     if s.place.main:
@@ -280,8 +284,8 @@ def _loop(s: Session) -> None:
     "Steps `first` to the last."
     c, device, late = s.recipe.train, s.place.device, []
     s.model = torch.compile(s.model) if c.compile and device.type == "cuda" else s.model
-    fixed, (tell, tick) = (validation_set(s.prepared, s.recipe, device),
-                           progress_bar(s.first, c.steps, s.progress))
+    fixed = validation_set(s.prepared, s.recipe, device)
+    tell, tick = progress_bar(s.first, c.steps, s.progress)
     far = Progress(s.out, c.steps) if s.place.main else None
     read = lambda step: read_batch(s.prepared, s.recipe, step, s.place.part(c.batch))
     for step, batch in enumerate(ahead(read, range(s.first, c.steps), device.type == "cuda"), s.first):
@@ -310,7 +314,29 @@ def _begin(s: Session) -> None:
                   hardware=hardware(s.place.device), cost={"flops_step": cost.flops_step(s.recipe)},
                   **by_hand, **started)
 
-# %% ../../nbs/core/25_train.ipynb #9964dec4
+# %% ../../nbs/core/25_train.ipynb #d236e426
+def _finish(s: Session) -> None:
+    "What the techniques keep, and the last lines of the record."
+    for technique in s.state.techniques:
+        technique.keep(s.out)
+    s.curves.save()
+    c, clock = s.recipe.train, s.clock
+    source = clock.meter.source if clock.spent is not None else None
+    update_record(s.out, status="done", finished=now(), metrics=s.curves.last("val"), cost={
+        "train_seconds": clock.total, "step_seconds": clock.total / c.steps,
+        "images_seen": c.steps * c.batch, "peak_memory_mb": peak_memory(s.place.device),
+        "parameters": sum(p.numel() for p in s.state.model.parameters()),
+        "energy_joules": clock.spent, "energy_source": source})
+
+# %% ../../nbs/core/25_train.ipynb #a6cc84d6
+def _fail(s: Session, error: BaseException) -> None:
+    "Write down the curve so far, and what ended the run."
+    with contextlib.suppress(OSError):                     # a full disk must not hide what went wrong
+        s.curves.save()
+        update_record(s.out, status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
+                      cause=f"{type(error).__name__}: {error}".removesuffix(": "))
+
+# %% ../../nbs/core/25_train.ipynb #c3c90084
 def _run(s: Session) -> None:
     "Train from where the checkpoint left off and keep the record, whatever happens."
     if s.place.main:
@@ -320,33 +346,11 @@ def _run(s: Session) -> None:
             _loop(s)
     except BaseException as error:
         if s.place.main:
-            with contextlib.suppress(OSError):                     # a full disk must not hide what went wrong
-                s.curves.save()
-                update_record(s.out,
-                              status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
-                              cause=f"{type(error).__name__}: {error}".removesuffix(": "))
+            _fail(s, error)
         raise
     if s.place.main:
         _finish(s)
     s.tracker.end_training()
-
-# %% ../../nbs/core/25_train.ipynb #78be0ba1
-def _finish(s: Session) -> None:
-    "What the techniques keep, and the last lines of the record."
-    for technique in s.state.techniques:
-        technique.keep(s.out)
-    s.curves.save()
-    c, clock = s.recipe.train, s.clock
-    update_record(
-        s.out,
-        status="done",
-        finished=now(),
-        metrics=s.curves.last("val"),
-        cost={"train_seconds": clock.total, "step_seconds": clock.total / c.steps,
-              "images_seen": c.steps * c.batch, "peak_memory_mb": peak_memory(s.place.device),
-              "parameters": sum(p.numel() for p in s.state.model.parameters()), "energy_joules": clock.spent,
-              "energy_source": clock.meter.source if clock.spent is not None else None},
-    )
 
 # %% ../../nbs/core/25_train.ipynb #5b939059
 def _tracker(names: Sequence[str], out: Path, recipe: Recipe, place: Place) -> Any:
@@ -361,21 +365,26 @@ def _tracker(names: Sequence[str], out: Path, recipe: Recipe, place: Place) -> A
 
 # %% ../../nbs/core/25_train.ipynb #4eee24f6
 def _with_hand(recipe: Recipe, techniques: Sequence[Technique]) -> Recipe:
-    """The recipe that says which techniques were passed by hand. Raises `ValueError` where it speaks of
-    others."""
-    said = tuple(described(t) for t in techniques if not t.observes)
-    if recipe.by_hand and recipe.by_hand != said:
-        raise ValueError(
-            f"recipe.by_hand names {', '.join(recipe.by_hand)}, but techniques = [{', '.join(said)}] were "
-            "passed: pass the same objects again"
-        )
-    return recipe.replace("by_hand", said) if said else recipe
+    "The recipe that says which techniques were passed by hand. Raises `ValueError` where it names others."
+    passed = tuple(described(t) for t in techniques if not t.observes)
+    if recipe.by_hand and recipe.by_hand != passed:
+        raise ValueError(f"recipe.by_hand names {', '.join(recipe.by_hand)}, but techniques = "
+                         f"[{', '.join(passed)}] were passed: pass the same objects again")
+    return recipe.replace("by_hand", passed) if passed else recipe
 
-# %% ../../nbs/core/25_train.ipynb #d44acb98
-def _all_that_differs(
-    error: OtherRecipe, recipe: Recipe, out: Path, prepared: Prepared | None) -> CheckpointError:
-    """The refusal of a folder. Where only techniques by hand differ the data may do so too: both are named at
-    once."""
+# %% ../../nbs/core/25_train.ipynb #5dbdb2a3
+def _find(out: Path, recipe: Recipe, place: Place) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    "The checkpoint to go on from. Damaged ones are put aside and named in the record."
+    folder = require_writable(out / "checkpoint")
+    found = find_checkpoint(folder, recipe, print if place.main else lambda line: None, mend=place.main)
+    if place.main and (broken := sorted(p.name for p in folder.glob("*.broken"))):
+        update_record(out, broken_checkpoints=broken)
+    return found
+
+# %% ../../nbs/core/25_train.ipynb #5ee6c3ca
+def _all_that_differs(error: OtherRecipe, recipe: Recipe, out: Path, prepared: Prepared | None,
+                      ) -> CheckpointError:
+    "The refusal of a folder. Where only techniques by hand differ the data may, too: both are named at once."
     if set(error.changed) != {"by_hand"}:
         return error
     try:
@@ -385,67 +394,35 @@ def _all_that_differs(
     return error
 
 # %% ../../nbs/core/25_train.ipynb #762d9872
-def train(recipe: Recipe,
-          # the run's folder; a run that was interrupted there goes on
-          out: str | Path,
-          *,
-          progress: bool = True,
-          prepared: Prepared | None = None,         # what `prepare` gives, to share it between runs
-          device: str | torch.device | None = None, # none: a GPU if there is one
-          trackers: Sequence[str] = (),             # names accelerate knows: tensorboard, trackio, wandb
-          techniques: Sequence[Technique] = (),     # of your own, beside those that the recipe asks for
-          ) -> Run:
-    """Train a recipe. Raises `CheckpointError`, `NonFiniteLoss`, `ProcessDied`, `OSError` and what `prepare`
-    raises."""
-    out = require_writable(out)
-    recipe = _with_hand(recipe, techniques)
-    if recipe.train.processes > 1 and techniques:
-        raise ValueError(f"train.processes = {recipe.train.processes} with techniques passed by hand: "
-                         "other processes cannot be given them; train in one")
-    if recipe.train.processes > 1 and not processes.launched():
-        return _launch(recipe, out, progress, prepared, device, trackers)
-    place = processes.join(device, recipe.train.processes)
+def _session(recipe: Recipe, out: Path, place: Place, prepared: Prepared | None, progress: bool,
+             trackers: Sequence[str], techniques: Sequence[Technique]) -> Session:
+    "All that a run needs, fresh or as its checkpoint left it. Raises what its parts raise."
     try:
-        found = place.after_main(lambda: _find(out, recipe, place))
+        tensors, header = place.after_main(lambda: _find(out, recipe, place)) or (None, {})
     except OtherRecipe as error:
         raise _all_that_differs(error, recipe, out, prepared) from None
-    prepared = prepared or place.after_main(lambda: prepare(recipe, progress and place.main))
+    prepared = prepared or place.after_main(lambda: prepare(recipe, progress))
     data = data_key(prepared)
-    same_data(found[1] if found else {}, data, out)
-    # what they keep on disk is made once
-    asked = place.after_main(lambda: build(recipe, prepared, place.device))
+    same_data(header, data, out)
+    asked = place.after_main(lambda: build(recipe, prepared, place.device))   # what they keep is made once
     state = new_state(recipe, place.device, [*asked, *techniques])
     model = processes.spread(state, place, recipe)
-    if found:
-        restore(state, found[0])
-    header = found[1] if found else {}
-    first = int(header.get("step", 0))
-    session = Session(recipe, out, prepared, place, state, model, first, Clock(place, header),
-                      Curves(out, first), progress and place.main, _tracker(trackers, out, recipe, place),
-                      data)
-    _run(session)
-    return place.after_main(lambda: Run.load(out, place.device))   # when all is written
+    if header:
+        restore(state, tensors)
+    first, told = int(header.get("step", 0)), _tracker(trackers, out, recipe, place)
+    return Session(recipe, out, prepared, place, state, model, first, Clock(place, header),
+                   Curves(out, first), progress, told, data)
 
-# %% ../../nbs/core/25_train.ipynb #ebf1fc13
-def _find(out: Path, recipe: Recipe, place: Place) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    "The checkpoint to go on from. Damaged ones are put aside and named in the record."
-    folder = require_writable(out / "checkpoint")
-    found = find_checkpoint(folder, recipe, print if place.main else lambda line: None, mend=place.main)
-    if place.main and (broken := sorted(p.name for p in folder.glob("*.broken"))):
-        update_record(out, broken_checkpoints=broken)
-    return found
-
-# %% ../../nbs/core/25_train.ipynb #aafe06ac
-def _launch(
-    recipe: Recipe, out: Path, progress: bool, prepared: Prepared | None, device, trackers: Sequence[str]
-) -> Run:
+# %% ../../nbs/core/25_train.ipynb #013d2d6c
+def _launch(recipe: Recipe, out: Path, progress: bool, prepared: Prepared | None, device,
+            trackers: Sequence[str]) -> Run:
     "Train in several processes, started here."
     kind = processes.places(recipe, device)
-    found = _find(out, recipe, Place(torch.device("cpu")))
+    _, header = _find(out, recipe, Place(torch.device("cpu"))) or (None, {})
     prepared = prepared or prepare(recipe, progress)               # fetched and encoded once, not by each
-    same_data(found[1] if found else {}, data_key(prepared), out)
-    if (found and int(found[1]["step"]) == recipe.train.steps
-        and read_json(out / "record.json").get("status") == "done"):
+    same_data(header, data_key(prepared), out)
+    through = int(header.get("step", 0)) == recipe.train.steps
+    if through and read_json(out / "record.json").get("status") == "done":
         return Run.load(out, kind)
     try:
         processes.launch(recipe, out, device=kind, progress=progress, trackers=list(trackers))
@@ -454,11 +431,32 @@ def _launch(
         raise
     return Run.load(out, kind)
 
+# %% ../../nbs/core/25_train.ipynb #745b0682
+def train(recipe: Recipe,
+          out: str | Path,                          # the run's folder; one that was interrupted goes on
+          *,
+          progress: bool = True,
+          prepared: Prepared | None = None,         # what `prepare` gives, to share it between runs
+          device: str | torch.device | None = None, # none: a GPU if there is one
+          trackers: Sequence[str] = (),             # names accelerate knows: tensorboard, trackio, wandb
+          techniques: Sequence[Technique] = (),     # of your own, beside those that the recipe asks for
+          ) -> Run:
+    "Train. Raises `CheckpointError`, `NonFiniteLoss`, `ProcessDied`, `OSError` and what `prepare` raises."
+    out = require_writable(out)
+    recipe = _with_hand(recipe, techniques)
+    if recipe.train.processes > 1 and techniques:
+        raise ValueError(f"train.processes = {recipe.train.processes} with techniques passed by hand: "
+                         "other processes cannot be given them; train in one")
+    if recipe.train.processes > 1 and not processes.launched():
+        return _launch(recipe, out, progress, prepared, device, trackers)
+    place = processes.join(device, recipe.train.processes)
+    _run(_session(recipe, out, place, prepared, progress and place.main, trackers, techniques))
+    return place.after_main(lambda: Run.load(out, place.device))   # when all is written
+
 # %% ../../nbs/core/25_train.ipynb #94dfca76
 def main(recipe: str,                      # a file
          out: str,                         # the run's folder
-         # JSON: arguments of `train`, and `faults`, a folder for what goes wrong
-         options: str = "{}",
+         options: str = "{}",              # JSON: `train`'s arguments; `faults`, a folder for what goes wrong
          ) -> None:
     "Train the recipe in a file."
     given = json.loads(options)
@@ -468,7 +466,5 @@ def main(recipe: str,                      # a file
             torch.distributed.destroy_process_group()
 
 # %% ../../nbs/core/25_train.ipynb #fd3689b1
-# python -m
 if __name__ == "__main__" and getattr(globals().get("__spec__"), "name", "") == "prx_nb.core.train":
-    # its classes, not a second set of them
-    importlib.import_module("prx_nb.core.train").main(*sys.argv[1:])
+    importlib.import_module("prx_nb.core.train").main(*sys.argv[1:])      # its classes, not a second set
