@@ -42,7 +42,8 @@ MessageTimeout=20
 SlurmctldTimeout=60
 SlurmdTimeout=60
 MinJobAge=600
-ReturnToService=2
+# a machine that was set DOWN stays so until it is resumed, and does not come back by its daemon's next report
+ReturnToService=1
 MpiDefault=none
 SwitchType=switch/none
 MailProg=/bin/true
@@ -154,6 +155,11 @@ def _tree(pid: int) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).children(recursive=True)
     return []
+
+
+def steps(slurm: Slurm) -> list[psutil.Process]:
+    "The slurmstepds: one for each job's script and each step of it that is not at its end."
+    return [process for process in _strays(slurm) if process.info["name"] == "slurmstepd"]
 
 
 def _strays(slurm: Slurm) -> list[psutil.Process]:

@@ -31,7 +31,7 @@ def keys(tmp_path, monkeypatch):
     notebook = Path(ablations.get("prediction_target").notebook)
 
     def of(recipe):
-        identity._KEPT.clear()
+        identity._reached.cache_clear()
         return identity.key(identity.parts(notebook, {"variant": "v"}, recipe, copy))
     return copy, of
 

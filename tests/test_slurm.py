@@ -228,8 +228,10 @@ def test_a_lost_machine_is_named_and_a_requeued_run_survives_it(slurm, limited, 
     wait_for(lambda: all(gone(pid) for pid in pids) and slurm.job(ids[0])["JobState"] == "NODE_FAIL")
     wait_for(lambda: executor.reconcile(jobs)[0]["state"] == "host gone")          # whether or not it could still write a last word
     assert "Slurm says NODE_FAIL" in runs.read_status(jobs[0].out)["error"] and set(executor.queue_states()) == {jobs[1].out}
-    def back():                                                         # its daemon may report the state DOWN once more after the first RESUME
-        slurm.call("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+    wait_for(lambda: not private.steps(slurm))                          # slurmd launches no second copy of a job while a step of the first is left,
+    def back():                                                         # and a launch that it refuses is not tried again: the task would wait for ever
+        if "DOWN" in slurm.call("scontrol", "--oneliner", "show", "node", node):
+            slurm.call("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
         return (Path(jobs[1].out) / "tries").read_text() == "2"
     wait_for(back, 240)
     kernel(jobs[1].out)

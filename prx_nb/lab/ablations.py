@@ -39,54 +39,54 @@ class Published:
         return "better" if (self.value > self.baseline_value) == self.higher_is_better else "worse"
 
     def __str__(self):
-        return f"{self.metric} {self.baseline_value:.2f} -> {self.value:.2f} ({self.verdict}), {self.source}"
+        values = f"{self.baseline_value:.2f} -> {self.value:.2f}"
+        return f"{self.metric} {values} ({self.verdict}), {self.source}"
 
 # %% ../../nbs/lab/02_ablations.ipynb #31be4ad8
 class AblationError(ValueError):
     "An ablation, a variant or a choice of them that does not exist."
 
-# %% ../../nbs/lab/02_ablations.ipynb #cdb711a1
+# %% ../../nbs/lab/02_ablations.ipynb #a32aebf2
+def _check_names(ablation: "Ablation") -> None:
+    "Raises `AblationError` for a baseline or a shifted variant that is none of the variants, or no margin."
+    named = [("baseline", ablation.baseline), *(("seed_shift", name) for name in ablation.seed_shift)]
+    for what, name in named:
+        if name not in ablation.variants:
+            there = ", ".join(ablation.variants)
+            raise AblationError(f"ablation '{ablation.name}': {what} '{name}' is none of {there}")
+    if not ablation.margin > 0:
+        raise AblationError(f"ablation '{ablation.name}': margin = {ablation.margin}; it is a ratio above 0")
+
+# %% ../../nbs/lab/02_ablations.ipynb #1605a44e
 @dataclass(frozen=True)
 class Ablation:
-    "A question, a baseline and what the variants change."
+    "A question, a baseline and what the variants change. Raises `AblationError` for a name it does not have."
     name: str
     question: str
     baseline: str                                     # one of the variants
     variants: Mapping[str, Mapping[str, Any]]         # name -> {recipe path: value}
-    # the file that declares it; filled in where it is read from one
-    notebook: str = ""
-    # the metric that decides, by its name or family, e.g. MMD; none: FD
-    primary: str = ""
-    # smallest effect of interest on it, as a ratio: 0.05 is 5% (see lab.decision)
-    margin: float = 0.05
+    notebook: str = ""                  # the file that declares it; filled in where it is read from one
+    primary: str = ""                   # the metric that decides, by its name or family, e.g. MMD; none: FD
+    margin: float = 0.05                # smallest effect of interest on it, as a ratio; see lab.decision
     published: tuple[Published, ...] = ()
     references: tuple[str, ...] = ()                  # papers and posts, in words
     caveat: str = ""                                  # how the published setting differs from ours
     base: Mapping[str, Any] = field(default_factory=dict)   # what all variants share, the baseline included
-    # variant -> added to its seeds, for a null check
-    seed_shift: Mapping[str, int] = field(default_factory=dict)
+    seed_shift: Mapping[str, int] = field(default_factory=dict)   # variant -> added, for a null check
 
     def __post_init__(self):
-        if not self.margin > 0:
-            raise AblationError(
-                f"ablation '{self.name}': margin = {self.margin}; it is a ratio above 0, e.g. 0.05")
-        named = {"baseline": [self.baseline], "seed_shift": list(self.seed_shift)}
-        for what, name in ((what, name) for what, names in named.items() for name in names):
-            if name not in self.variants:
-                raise AblationError(
-                    f"ablation '{self.name}': {what} '{name}' is none of {', '.join(self.variants)}")
-        frozen = MappingProxyType(
-            {name: MappingProxyType(dict(changes)) for name, changes in self.variants.items()})
-        object.__setattr__(self, "variants", frozen)
-        for mapping in ("base", "seed_shift"):
-            object.__setattr__(self, mapping, MappingProxyType(dict(getattr(self, mapping))))
+        _check_names(self)
+        frozen = {name: MappingProxyType(dict(changes)) for name, changes in self.variants.items()}
+        for name, mapping in (("variants", frozen), ("base", self.base), ("seed_shift", self.seed_shift)):
+            object.__setattr__(self, name, MappingProxyType(dict(mapping)))
 
 # %% ../../nbs/lab/02_ablations.ipynb #f691ad0a
 def _unknown(kind: str, name: str, allowed: list[str]) -> AblationError:
+    "The error for a name that does not exist."
     near = difflib.get_close_matches(name, allowed, 1, 0.4)
     hint = f"; did you mean '{near[0]}'?" if near and near[0] != name else ""
-    return AblationError(
-        f"no {kind} '{name}'; there {'is' if len(allowed) == 1 else 'are'} {', '.join(allowed)}{hint}")
+    there = f"there {'is' if len(allowed) == 1 else 'are'} {', '.join(allowed)}"
+    return AblationError(f"no {kind} '{name}'; {there}{hint}")
 
 # %% ../../nbs/lab/02_ablations.ipynb #05d2e1e1
 def shift(ablation: str | Ablation,   # a name, or a declaration
@@ -96,15 +96,14 @@ def shift(ablation: str | Ablation,   # a name, or a declaration
     found = find(ablation) if isinstance(ablation, str) else ablation
     return found.seed_shift.get(variant, 0) if found else 0
 
-# %% ../../nbs/lab/02_ablations.ipynb #3a9c20c5
+# %% ../../nbs/lab/02_ablations.ipynb #0605e022
 def _shifted(ablation: Ablation, variant: str, seed: int) -> int:
+    "The seed that is trained with. Raises `AblationError` where another variant's seeds begin."
     shifts = sorted({shift(ablation, v) for v in ablation.variants})
     room = min((b - a for a, b in zip(shifts, shifts[1:])), default=math.inf)
     if seed >= room:
-        raise AblationError(
-            f"seed {seed} of '{ablation.name}' would be that of another variant's run: its seeds go from 0 "
-            f"to {room - 1}"
-        )
+        raise AblationError(f"seed {seed} of '{ablation.name}' would be that of another variant's run: "
+                            f"its seeds go from 0 to {room - 1}")
     return seed + shift(ablation, variant)
 
 # %% ../../nbs/lab/02_ablations.ipynb #43f7ac14
@@ -116,62 +115,62 @@ def changes(ablation: Ablation,
         raise _unknown("variant", variant, list(ablation.variants))
     return dict(ablation.base) | dict(ablation.variants[variant])
 
-# %% ../../nbs/lab/02_ablations.ipynb #51538070
+# %% ../../nbs/lab/02_ablations.ipynb #bf0ed70c
 def recipe(ablation: Ablation,
            variant: str,                                # one of `ablation.variants`
            preset: str = "smoke",                       # smoke, cpu, gpu or paper
            seed: int = 0,                               # 0 or more; `seed_shift` is added here
-           overrides: Mapping[str, Any] | None = None,  # {recipe path: value}, applied to every variant alike
+           overrides: Mapping[str, Any] | None = None,  # {recipe path: value}, for every variant alike
            ) -> Recipe:
     "The validated recipe of one run. Raises `AblationError` or `RecipeError`."
     ours, overrides = changes(ablation, variant), dict(overrides or {})
     own = {"seed"}.union(*(changes(ablation, name) for name in ablation.variants))
     if clash := sorted(own & set(overrides)):
-        raise AblationError(
-            f"'{clash[0]}' is what the ablation '{ablation.name}' sets itself; it cannot be overridden")
+        raise AblationError(f"'{clash[0]}' is what the ablation '{ablation.name}' sets itself; "
+                            "it cannot be overridden")
     return recipes.preset(preset).replace(overrides | ours | {"seed": _shifted(ablation, variant, seed)})
 
 # %% ../../nbs/lab/02_ablations.ipynb #f656055b
 def _tagged(path: Path) -> list[str]:
     "The sources of the cells tagged `ablation`. Raises `AblationError`."
     try:
-        cells = json.loads(path.read_text())["cells"]
-        return ["".join(c["source"]) for c in cells
-                if "ablation" in c.get("metadata", {}).get("tags", []) and c["cell_type"] == "code"]
+        cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        return ["".join(c["source"]) for c in cells if "ablation" in c.get("metadata", {}).get("tags", [])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AblationError(
-            f"{path} is not a notebook that can be read: {type(error).__name__}: {error}") from None
+        cause = f"{type(error).__name__}: {error}"
+        raise AblationError(f"{path} is not a notebook that can be read: {cause}") from None
 
-# %% ../../nbs/lab/02_ablations.ipynb #e1101326
+# %% ../../nbs/lab/02_ablations.ipynb #39db104c
 def _declared(path: Path) -> Ablation:
+    "What the tagged cell declares. Raises `AblationError`."
     sources = _tagged(path)
     if len(sources) != 1:
-        raise AblationError(
-            f"{path} has {len(sources)} cells tagged 'ablation'; exactly one is needed, which leaves an "
-            "`ablation = Ablation(...)`"
-        )
+        raise AblationError(f"{path} has {len(sources)} cells tagged 'ablation'; exactly one is needed, "
+                            "which leaves an `ablation = Ablation(...)`")
     room = types.ModuleType(path.stem)
     try:
         exec(compile(sources[0], str(path), "exec"), room.__dict__)
     except Exception as error:
-        raise AblationError(
-            f"{path}: the cell tagged 'ablation' fails with {type(error).__name__}: {error}") from error
+        cause = f"{type(error).__name__}: {error}"
+        raise AblationError(f"{path}: the cell tagged 'ablation' fails with {cause}") from error
     found = room.__dict__.get("ablation")
-    # by name: a notebook may hold a second copy of the class
-    if type(found).__name__ != "Ablation":
+    if type(found).__name__ != "Ablation":               # by name: a notebook may hold a copy of the class
         raise AblationError(f"{path}: the cell tagged 'ablation' leaves no `ablation = Ablation(...)`")
     return _with_uses(replace(found, notebook=str(path)), path.parent)
 
-# %% ../../nbs/lab/02_ablations.ipynb #dfe9b45b
-def _with_uses(ablation: Ablation, folder: Path) -> Ablation:
-    """The declaration with the paths of `uses` whole, as seen from its notebook; they are imported, so that
-    settings in them can be named."""
+# %% ../../nbs/lab/02_ablations.ipynb #40f7bb37
+def _whole_uses(changes: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    "The changes with the paths of `uses` whole."
     whole = lambda name: str((folder / name).resolve()) if name.endswith((".py", ".ipynb")) else name
-    mend = lambda changes: (
-        dict(changes) | ({"uses": [whole(name) for name in changes["uses"]]} if "uses" in changes else {}))
+    uses = {"uses": [whole(name) for name in changes["uses"]]} if "uses" in changes else {}
+    return dict(changes) | uses
+
+# %% ../../nbs/lab/02_ablations.ipynb #b883437b
+def _with_uses(ablation: Ablation, folder: Path) -> Ablation:
+    "The declaration with whole paths in `uses`; they are imported, so that settings in them can be named."
+    variants = {name: _whole_uses(changes, folder) for name, changes in ablation.variants.items()}
     try:
-        mended = replace(ablation, base=mend(ablation.base),
-                         variants={name: mend(changes) for name, changes in ablation.variants.items()})
+        mended = replace(ablation, base=_whole_uses(ablation.base, folder), variants=variants)
         for changes in (mended.base, *mended.variants.values()):
             for name in changes.get("uses", ()):
                 recipes.use(name)
@@ -180,6 +179,12 @@ def _with_uses(ablation: Ablation, folder: Path) -> Ablation:
     return mended
 
 # %% ../../nbs/lab/02_ablations.ipynb #66bf38f4
+@lru_cache(256)
+def _read(path: Path, changed: int, size: int) -> Ablation:
+    "Read once, as long as the file does not change."
+    return _declared(path)
+
+# %% ../../nbs/lab/02_ablations.ipynb #ff9480d2
 def from_notebook(path: str | Path) -> Ablation:
     "The declaration in a notebook. Raises `AblationError`, which names the file."
     path = Path(path).expanduser().resolve()
@@ -188,12 +193,6 @@ def from_notebook(path: str | Path) -> Ablation:
     stat = path.stat()
     return _read(path, stat.st_mtime_ns, stat.st_size)
 
-# %% ../../nbs/lab/02_ablations.ipynb #42edbf10
-@lru_cache(256)
-def _read(path: Path, changed: int, size: int) -> Ablation:
-    "Read once, as long as the file does not change."
-    return _declared(path)
-
 # %% ../../nbs/lab/02_ablations.ipynb #826a742a
 def folder() -> Path:
     "Where the workbook's ablation notebooks lie: in the checkout, or in the installed package."
@@ -201,32 +200,31 @@ def folder() -> Path:
     beside = package.parent / "nbs" / "ablations"
     return beside if beside.is_dir() else package / "ablations"
 
-# %% ../../nbs/lab/02_ablations.ipynb #7e56c012
+# %% ../../nbs/lab/02_ablations.ipynb #d34d2ff6
 def names() -> list[str]:
     "The ablations that go by name."
     return sorted(p.stem for p in folder().glob("*.ipynb"))
 
-# %% ../../nbs/lab/02_ablations.ipynb #17de53d7
+# %% ../../nbs/lab/02_ablations.ipynb #e3be4e82
 def known() -> dict[str, Ablation]:
-    "The workbook's own ablations."
+    "The workbook's own ablations, by name."
     return {name: from_notebook(folder() / f"{name}.ipynb") for name in names()}
 
-# %% ../../nbs/lab/02_ablations.ipynb #57be1b13
+# %% ../../nbs/lab/02_ablations.ipynb #4cd27bff
 def _is_path(name: str) -> bool:
+    "Whether a name stands for a notebook's file."
     return name.endswith(".ipynb") or "/" in name
 
-# %% ../../nbs/lab/02_ablations.ipynb #74aa05ae
+# %% ../../nbs/lab/02_ablations.ipynb #baa0a08c
 def find(name: str) -> Ablation | None:
-    """An ablation by name or by the path of its notebook; none where there is none of this name. Raises
-    `AblationError` for a bad notebook."""
+    "An ablation by name, none where there is none, or by its notebook's path. Raises `AblationError`."
     if _is_path(name):
         return from_notebook(name)
     return from_notebook(folder() / f"{name}.ipynb") if name in names() else None
 
-# %% ../../nbs/lab/02_ablations.ipynb #a9d80760
+# %% ../../nbs/lab/02_ablations.ipynb #38d91f2b
 def get(name: str) -> Ablation:
-    """An ablation by name or by the path of its notebook. Raises `AblationError`, which lists the ones there
-    are."""
+    "An ablation by name or by its notebook's path. Raises `AblationError`, which lists the ones there are."
     found = find(name)
     if found is None:
         raise _unknown("ablation", name, names())
@@ -235,15 +233,14 @@ def get(name: str) -> Ablation:
                             "give it another name, or their runs would be mixed up")
     return found
 
-# %% ../../nbs/lab/02_ablations.ipynb #08b87b17
+# %% ../../nbs/lab/02_ablations.ipynb #86c4ecbe
 def of_run(folder: str | Path) -> Ablation:
-    """The ablation of a run's folder: of the notebook that its job.json names, else by the name there. Raises
-    `AblationError`."""
-    job = {}
-    for name in ("job.json", "record.json"):
+    "The ablation of a run: of the notebook that its job.json names, else by name. Raises `AblationError`."
+    kept = {}
+    for file in ("job.json", "record.json"):
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            job = job or {k: v for k, v in json.loads((Path(folder) / name).read_text()).items()
-                            if k in ("ablation", "notebook")}
-    path, name = (str(job.get("notebook") or ""),
-                  str(job.get("ablation") or Path(folder).absolute().parents[1].name))
+            content = json.loads((Path(folder) / file).read_text())
+            kept = kept or {k: v for k, v in content.items() if k in ("ablation", "notebook")}
+    path = str(kept.get("notebook") or "")
+    name = str(kept.get("ablation") or Path(folder).absolute().parents[1].name)
     return from_notebook(path) if Path(path).is_file() and name not in names() else get(name)

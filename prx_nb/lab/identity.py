@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import time
 from collections.abc import Iterable, Mapping
 from functools import cache, lru_cache
 from importlib import metadata
@@ -25,31 +26,29 @@ from ..core.recipe import Recipe
 def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../../nbs/lab/03_identity.ipynb #266e03df
+# %% ../../nbs/lab/03_identity.ipynb #11b2e4c2
+def _does_nothing(node: ast.AST) -> bool:
+    "Whether a statement is only a text, as a docstring is."
+    value = getattr(node, "value", None) if isinstance(node, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+# %% ../../nbs/lab/03_identity.ipynb #0be791d0
 def meaning(source: str) -> str:
-    """A hash of what a piece of Python does: comments, docstrings and layout left out. What does not parse
-    counts as it is."""
+    "A hash of what Python code does: no comments, docstrings or layout. What does not parse counts as it is."
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return _short(source)
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):                                 # a text that is a statement does nothing
-            node.body = [
-                n
-                for n in body
-                if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)
-                        and isinstance(n.value.value, str))
-            ]
-    tree.body = [n for n in tree.body
-                 if not (isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__")]
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [n for n in body if not _does_nothing(n)]
+    lists_names = lambda n: isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"
+    tree.body = [n for n in tree.body if not lists_names(n)]
     return _short(ast.dump(tree))
 
 # %% ../../nbs/lab/03_identity.ipynb #b66225a8
 def _imports(tree: ast.AST, package: str) -> list[str]:
-    """Modules, and names that may be modules below them, that a source imports; `package` is what its dots
-    stand for."""
+    "Modules, and names that may be modules below them, that a source imports; `package`: of its dots."
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -60,7 +59,7 @@ def _imports(tree: ast.AST, package: str) -> list[str]:
             found += [module, *(f"{module}.{a.name}" for a in node.names)]
     return found
 
-# %% ../../nbs/lab/03_identity.ipynb #87e94ea0
+# %% ../../nbs/lab/03_identity.ipynb #caa1eba1
 @lru_cache(4096)
 def _seen(path: Path, changed: int, size: int, package: str) -> tuple[str, tuple[str, ...]]:
     "Meaning and imports of a file, read once as long as it does not change."
@@ -70,12 +69,20 @@ def _seen(path: Path, changed: int, size: int, package: str) -> tuple[str, tuple
     except SyntaxError:
         return _short(source), ()
 
-# %% ../../nbs/lab/03_identity.ipynb #faa9d2b8
+# %% ../../nbs/lab/03_identity.ipynb #11e5b6ea
 def _look(path: Path, package: str) -> tuple[str, tuple[str, ...]]:
+    "Meaning and imports of a file as it is now."
     stat = path.stat()
     return _seen(path, stat.st_mtime_ns, stat.st_size, package)
 
 # %% ../../nbs/lab/03_identity.ipynb #b57df2d3
+def _module(name: str, root: Path) -> tuple[Path, str]:
+    "The file of a module of the package, and what dots in its imports stand for."
+    path = root.joinpath(*name.split(".")[1:]).with_suffix(".py")
+    room = path.with_suffix("") / "__init__.py"                    # a technique may be a folder
+    return (room, name) if room.is_file() else (path, name.rpartition(".")[0])
+
+# %% ../../nbs/lab/03_identity.ipynb #98ab97ff
 def reached(names: Iterable[str],          # modules that are imported
             root: Path | None = None,      # of the package; none: the installed one
             ) -> dict[str, str]:           # module -> meaning, of those in the package
@@ -85,9 +92,7 @@ def reached(names: Iterable[str],          # modules that are imported
         name = todo.pop()
         if name in found or not name.startswith("prx_nb."):
             continue
-        path, package = root.joinpath(*name.split(".")[1:]).with_suffix(".py"), name.rpartition(".")[0]
-        if (room := path.with_suffix("") / "__init__.py").is_file():
-            path, package = room, name                             # a technique may be a folder
+        path, package = _module(name, root)
         if path.is_file():
             found[name], more = _look(path, package)
             inside = name.startswith("prx_nb.techniques.")
@@ -102,7 +107,7 @@ def libraries() -> dict[str, str]:
              "scipy", "pillow", "resvg_py", "tokenizers")
     return {name: metadata.version(name) for name in names if any(metadata.distributions(name=name))}
 
-# %% ../../nbs/lab/03_identity.ipynb #c34d25c6
+# %% ../../nbs/lab/03_identity.ipynb #6194ea6f
 def _undeclared(source: str) -> str:
     "A declaring cell without the declaration and the import that it needs; what else stands there counts."
     try:
@@ -113,23 +118,25 @@ def _undeclared(source: str) -> str:
     serves = lambda n: isinstance(n, ast.ImportFrom) and n.module == "prx_nb.lab.ablations"
     return "\n".join(ast.unparse(n) for n in body if not declares(n) and not serves(n))
 
-# %% ../../nbs/lab/03_identity.ipynb #1eeaa989
+# %% ../../nbs/lab/03_identity.ipynb #433abb9d
+def _imported(source: str) -> list[str]:
+    "What a notebook's cell imports; nothing when it is no Python, e.g. a magic."
+    try:
+        return _imports(ast.parse(source), "")
+    except SyntaxError:
+        return []
+
+# %% ../../nbs/lab/03_identity.ipynb #7e79ab83
 @lru_cache(1024)
 def _notebook(path: Path, changed: int, size: int) -> tuple[str, tuple[str, ...]]:
-    """Meaning of a notebook's code and what it imports. The declaration is left out: what it decides is in
-    the recipe."""
+    "Meaning of a notebook's code, its declaration left out, and what it imports."
     cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-    sources = [_undeclared(s) if "ablation" in c["metadata"].get("tags", []) else s for c in cells
-               for s in ["".join(c["source"])]]
-    imports = []
-    for source in sources:
-        try:
-            imports += _imports(ast.parse(source), "")
-        except SyntaxError:                                        # e.g. a magic
-            pass
-    return _short("|".join(map(meaning, sources))), tuple(imports)
+    declares = lambda c: "ablation" in c["metadata"].get("tags", [])
+    sources = [(_undeclared if declares(c) else str)("".join(c["source"])) for c in cells]
+    imports = tuple(name for source in sources for name in _imported(source))
+    return _short("|".join(map(meaning, sources))), imports
 
-# %% ../../nbs/lab/03_identity.ipynb #72f92f7d
+# %% ../../nbs/lab/03_identity.ipynb #f818b5ef
 def _used(name: str) -> tuple[str, tuple[str, ...]]:
     "What stands for a module or file of the reader's own, and what it imports."
     path = Path(name)
@@ -138,20 +145,24 @@ def _used(name: str) -> tuple[str, tuple[str, ...]]:
         path = Path(spec.origin) if spec and spec.origin else path
     if path.suffix == ".ipynb" and path.is_file():
         return _notebook(path, path.stat().st_mtime_ns, path.stat().st_size)
-    return (
-        _look(path, "" if name.endswith(".py") else name.rpartition(".")[0]) if path.is_file() else (name, ())
-    )
+    package = "" if name.endswith(".py") else name.rpartition(".")[0]
+    return _look(path, package) if path.is_file() else (name, ())
 
-# %% ../../nbs/lab/03_identity.ipynb #711d6d5c
+# %% ../../nbs/lab/03_identity.ipynb #36f69d6f
 def _files(settings: recipes.Data) -> dict[str, str]:
-    """The content of local images, where the recipe names some. What cannot be read is for `prepare` to
-    refuse."""
+    "The content of local images, if the recipe names some. What cannot be read is for `prepare` to refuse."
     with contextlib.suppress(OSError):
         if found := data.source_key(settings):
             return {f"what is in data.path {settings.path}": found}
     return {}
 
 # %% ../../nbs/lab/03_identity.ipynb #0fe716fe
+@lru_cache(256)
+def _reached(names: tuple[str, ...], root: Path | None, second: int) -> dict[str, str]:
+    "As `reached`, kept for the `second` it was asked in; not to be written to."
+    return reached(names, root)
+
+# %% ../../nbs/lab/03_identity.ipynb #a40d39fd
 def parts(notebook: Path, parameters: Mapping[str, Any], recipe: Recipe,
           root: Path | None = None,       # of the package; none: the installed one
           ) -> dict[str, str]:            # what -> a hash, a version or a key
@@ -159,29 +170,16 @@ def parts(notebook: Path, parameters: Mapping[str, Any], recipe: Recipe,
     stat = notebook.stat()
     cells, imports = _notebook(notebook, stat.st_mtime_ns, stat.st_size)
     used = {name: _used(name) for name in recipe.uses}
-    imported = [*imports, *(f"prx_nb.techniques.{name}" for name in recipe.techniques.on),
-                *(m for name, (_, more) in used.items() for m in (name, *more))]
+    imports = [*imports, *(f"prx_nb.techniques.{name}" for name in recipe.techniques.on),
+               *(m for name, (_, more) in used.items() for m in (name, *more))]
+    modules = _reached(tuple(dict.fromkeys(imports)), root, int(time.monotonic()))
     chosen = json.dumps({k: v for k, v in parameters.items() if k != "out"}, sort_keys=True)
     found = {"the notebook's code": cells, "the parameters": _short(chosen), "the recipe": recipe.key}
     found |= {f"library {name}": version for name, version in libraries().items()}
-    found |= {f"module {name}": mark for name, mark in _reached(tuple(dict.fromkeys(imported)), root).items()}
-    return (found | _files(recipe.data)
-            | {f"{name}, which the recipe uses": mark for name, (mark, _) in used.items()})
+    found |= {f"module {name}": mark for name, mark in modules.items()} | _files(recipe.data)
+    return found | {f"{name}, which the recipe uses": mark for name, (mark, _) in used.items()}
 
-# %% ../../nbs/lab/03_identity.ipynb #3e470e58
-_KEPT: dict[tuple, tuple[float, dict[str, str]]] = {}
-
-
-def _reached(names: tuple[str, ...], root: Path | None) -> dict[str, str]:
-    "As `reached`; looked up again for a plan of many runs only after a second."
-    import time
-    at, found = _KEPT.get((names, root), (0.0, {}))
-    if time.monotonic() - at > 1 or not found:
-        found = reached(names, root)
-        _KEPT[names, root] = time.monotonic(), found
-    return found
-
-# %% ../../nbs/lab/03_identity.ipynb #30e0392c
+# %% ../../nbs/lab/03_identity.ipynb #b812f574
 def key(parts: Mapping[str, str]) -> str:
     "One hash of all parts."
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -8,6 +8,7 @@ __all__ = ['VERDICTS', 'METHODS', 'Interval', 'mean_interval', 'paired_differenc
 
 # %% ../../nbs/lab/00_statistics.ipynb #ad030371
 import math
+from bisect import bisect_left
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,9 +24,10 @@ class Interval:
     n: int
 
     def __str__(self):
-        return f"{self.mean:.4g}" + (f" [{self.low:.4g}, {self.high:.4g}]" if self.n > 1 else " [one seed]")
+        ends = f" [{self.low:.4g}, {self.high:.4g}]" if self.n > 1 else " [one seed]"
+        return f"{self.mean:.4g}{ends}"
 
-# %% ../../nbs/lab/00_statistics.ipynb #15359248
+# %% ../../nbs/lab/00_statistics.ipynb #3135f107
 def mean_interval(values: Sequence[float],       # one number a seed
                   confidence: float = 0.95,      # share of such intervals that hold the true mean
                   ) -> Interval:
@@ -42,16 +44,15 @@ def mean_interval(values: Sequence[float],       # one number a seed
     return Interval(mean, float(mean - half), float(mean + half), n)
 
 # %% ../../nbs/lab/00_statistics.ipynb #c7184eba
-def paired_difference(
-    variant: Mapping[int, float],  # value by seed
-    baseline: Mapping[int, float],  # value by seed
-    confidence: float = 0.95,
-) -> Interval:  # of variant minus baseline, over the seeds that both have
+def paired_difference(variant: Mapping[int, float],     # value by seed
+                      baseline: Mapping[int, float],    # value by seed
+                      confidence: float = 0.95,
+                      ) -> Interval:          # of variant minus baseline, over the seeds that both have
     "Mean difference by seed with its interval. Raises `ValueError` when no seed is in both."
     seeds = sorted(set(variant) & set(baseline))
     if not seeds:
-        raise ValueError(
-            f"no seed in common: the variant has {sorted(variant)}, the baseline {sorted(baseline)}")
+        raise ValueError(f"no seed in common: the variant has {sorted(variant)}, "
+                         f"the baseline {sorted(baseline)}")
     return mean_interval([variant[s] - baseline[s] for s in seeds], confidence)
 
 # %% ../../nbs/lab/00_statistics.ipynb #bcfe8f39
@@ -73,9 +74,8 @@ def _p_values(variant: np.ndarray,       # (..., n)
               ) -> np.ndarray:           # (...)
     "Paired t tests along the last axis; not-a-number where the scatter was not measured."
     from scipy import stats
-    d = variant - baseline
-    rounding = np.maximum(1e-9 * abs(d.mean(-1)), 1e-12 * np.maximum(abs(variant), abs(baseline)).max(-1))
-    measured = np.ptp(d, -1) > rounding
+    d, largest = variant - baseline, np.maximum(abs(variant), abs(baseline)).max(-1)
+    measured = np.ptp(d, -1) > np.maximum(1e-9 * abs(d.mean(-1)), 1e-12 * largest)   # more than rounding
     p = np.full(measured.shape, np.nan)
     if measured.any():
         p[measured] = stats.ttest_rel(variant[measured], baseline[measured], axis=-1).pvalue
@@ -84,7 +84,7 @@ def _p_values(variant: np.ndarray,       # (..., n)
 # %% ../../nbs/lab/00_statistics.ipynb #a5649e70
 def p_value(variant: Mapping[int, float],       # value by seed
             baseline: Mapping[int, float],      # value by seed
-            ) -> float:                         # two-sided; not-a-number for one seed or equal differences
+            ) -> float:               # two-sided; not-a-number for one seed or equal differences
     "The paired t test over the seeds that both have. Raises `ValueError` as `paired_difference` does."
     n = paired_difference(variant, baseline).n
     pairs = np.array([[variant[s], baseline[s]] for s in sorted(set(variant) & set(baseline))])
@@ -102,7 +102,7 @@ def power(n: int,                       # seeds of each variant
     # the square of a noncentral t is a noncentral F; scipy's nct gives not-a-number at scattered arguments
     return float(stats.ncf.sf(edge**2, 1, n - 1, shift**2)) if shift else 1 - confidence
 
-# %% ../../nbs/lab/00_statistics.ipynb #0ea9878b
+# %% ../../nbs/lab/00_statistics.ipynb #5b691309
 def seeds_needed(effect: float, spread: float, power_wanted: float = 0.8, confidence: float = 0.95,
                  most: int = 10_000,    # give up above this many
                  ) -> int:
@@ -110,16 +110,13 @@ def seeds_needed(effect: float, spread: float, power_wanted: float = 0.8, confid
     if effect == 0 or spread <= 0 or not (0 < power_wanted < 1):
         raise ValueError(f"effect = {effect}, spread = {spread}, power_wanted = {power_wanted}: "
                          "an effect other than 0, a spread above 0 and a power between 0 and 1 are needed")
+    enough = lambda n: not power(n, effect, spread, confidence) < power_wanted
     low, high = 1, 2                                          # power grows with n: double, then bisect
-    while power(high, effect, spread, confidence) < power_wanted:
+    while not enough(high):
         low, high = high, high * 2
         if high > 2 * most:
             raise ValueError(f"more than {most} seeds for an effect of {effect} with a spread of {spread}")
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (
-            (low, middle) if power(middle, effect, spread, confidence) >= power_wanted else (middle, high))
-    return high
+    return low + 1 + bisect_left(range(low + 1, high), True, key=enough)
 
 # %% ../../nbs/lab/00_statistics.ipynb #8137d323
 def _holm(p: np.ndarray) -> np.ndarray:
@@ -134,33 +131,30 @@ METHODS = ("bh", "holm")
 def correct(p_values: Iterable[float],     # in [0, 1]; not-a-number is left alone and not counted
             method: str = "bh",            # one of `METHODS`
             ) -> list[float]:              # never below the given ones
-    """Correct the p values of one table for their number. Raises `ValueError` for a value outside [0, 1] or
-    another method."""
+    "The p values of one table, corrected for their number. Raises `ValueError` outside [0, 1]."
     from scipy import stats
     if method not in METHODS:
         raise ValueError(f"no correction '{method}'; there are {', '.join(METHODS)}")
     p = np.array(list(p_values), float)
     if wrong := [float(v) for v in p if v < 0 or v > 1]:
         raise ValueError(f"a p value lies in [0, 1], got {wrong[0]}")
-    counted = ~np.isnan(p)
-    if counted.any():
-        p[counted] = (
-            _holm(p[counted]) if method == "holm" else stats.false_discovery_control(p[counted], method="bh"))
+    if (counted := ~np.isnan(p)).any():
+        p[counted] = _holm(p[counted]) if method == "holm" else stats.false_discovery_control(p[counted])
     return p.tolist()
 
 # %% ../../nbs/lab/00_statistics.ipynb #12466754
 @dataclass(frozen=True)
 class Comparison:
     "One line of a table of comparisons."
-    difference: Interval               # variant minus baseline, paired by seed; its interval is not corrected
-    p: float                           # of this comparison alone; not-a-number: not measured
-    p_corrected: float                 # for the number of comparisons in the table
-    verdict: str                       # one of `VERDICTS`, by the corrected p value
-    # to see the observed difference with power 0.8, taken alone; none: cannot be said
-    seeds_needed: int | None
+    difference: Interval            # variant minus baseline, paired by seed; its interval is not corrected
+    p: float                        # of this comparison alone; not-a-number: not measured
+    p_corrected: float              # for the number of comparisons in the table
+    verdict: str                    # one of `VERDICTS`, by the corrected p value
+    seeds_needed: int | None        # for the observed difference, power 0.8, alone; none: cannot be said
 
 # %% ../../nbs/lab/00_statistics.ipynb #b82712d9
 def _seeds(variant: Mapping[int, float], baseline: Mapping[int, float], confidence: float) -> int | None:
+    "Seeds to see the observed difference; none where that cannot be said."
     d = [variant[s] - baseline[s] for s in set(variant) & set(baseline)]
     try:
         return seeds_needed(math.fsum(d) / len(d), float(np.std(d, ddof=1)), 0.8, confidence, most=1000)
@@ -168,25 +162,29 @@ def _seeds(variant: Mapping[int, float], baseline: Mapping[int, float], confiden
         return None
 
 # %% ../../nbs/lab/00_statistics.ipynb #f295af31
-# name -> (variant by seed, baseline by seed, higher_is_better)
-def compare(pairs: Mapping[Hashable, tuple],
+def _paired(pairs: Mapping[Hashable, tuple], confidence: float) -> dict[Hashable, tuple[Interval, float]]:
+    "Each comparison's difference and its own p value. Raises `ValueError`, which names the comparison."
+    found = {}
+    for name, (variant, baseline, _) in pairs.items():
+        try:
+            found[name] = paired_difference(variant, baseline, confidence), p_value(variant, baseline)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return found
+
+# %% ../../nbs/lab/00_statistics.ipynb #5e072f8e
+def compare(pairs: Mapping[Hashable, tuple],     # name -> (value by seed, baseline's, higher_is_better)
             method: str = "bh",                  # one of `METHODS`
             confidence: float = 0.95,            # a corrected p value below 1 - confidence is a difference
             ) -> dict[Hashable, Comparison]:     # by the same names
     "All comparisons of a table, corrected for their number. Raises `ValueError`, which names the comparison."
-    differences, p = {}, {}
-    for name, (variant, baseline, _) in pairs.items():
-        try:
-            differences[name], p[name] = (paired_difference(variant, baseline, confidence),
-                                          p_value(variant, baseline))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    found = {}
-    for (name, (variant, baseline, up)), q in zip(pairs.items(), correct(p.values(), method)):
-        word = (("better" if (differences[name].mean > 0) == up else "worse") if q < 1 - confidence
-                else "not distinguishable")
+    plain, found = _paired(pairs, confidence), {}
+    corrected = correct([p for _, p in plain.values()], method)
+    for (name, (variant, baseline, up)), (difference, p), q in zip(pairs.items(), plain.values(), corrected):
+        word = "better" if (difference.mean > 0) == up else "worse"
         needed = None if math.isnan(q) else _seeds(variant, baseline, confidence)
-        found[name] = Comparison(differences[name], p[name], q, word, needed)
+        word = word if q < 1 - confidence else "not distinguishable"
+        found[name] = Comparison(difference, p, q, word, needed)
     return found
 
 # %% ../../nbs/lab/00_statistics.ipynb #0a597360
@@ -211,10 +209,9 @@ def _left_out(seen: np.ndarray,        # (resamples,) 1 where a difference was c
     without = (seen.sum() - seen @ used) / np.maximum(len(seen) - used.sum(0), 1)
     return float((size - 1) / size * ((without - seen.mean()) ** 2).sum())
 
-# %% ../../nbs/lab/00_statistics.ipynb #67ad123f
-def _wilson(
-    share: float, variance: float, fewest: float, most: float, z: float = 1.96) -> tuple[float, float]:
-    "Wilson's interval for a share whose variance is known, counted as `fewest` to `most` independent tests."
+# %% ../../nbs/lab/00_statistics.ipynb #d64246d4
+def _wilson(share: float, variance: float, fewest: float, most: float, z: float = 1.96):
+    "Wilson's interval for a share of known variance, counted as `fewest` to `most` independent tests."
     n = min(max(share * (1 - share) / variance, fewest), most) if variance > 0 else fewest
     middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
@@ -226,14 +223,11 @@ def resampled_rate(a: Sequence[float],          # one value a run
                    resamples: int = 2000,       # how many tests
                    rng: np.random.Generator | None = None,   # none: a fixed one
                    ) -> Rate:
-    """Share of paired tests of n runs of `a` against n of `b` with p < 0.05. Raises `ValueError` for pools
-    below n or n below 2."""
+    "Share of paired tests of n runs each with p < 0.05. Raises `ValueError` for n below 2, above a pool."
     a, b, rng = np.array(list(a), float), np.array(list(b), float), rng or np.random.default_rng(0)
     if n < 2 or min(len(a), len(b)) < n or not np.isfinite([*a, *b]).all():
-        raise ValueError(
-            f"n = {n} with pools of {len(a)} and {len(b)}: at least 2 and at most as many as each pool has, "
-            "all finite"
-        )
+        raise ValueError(f"n = {n} with pools of {len(a)} and {len(b)}: "
+                         "at least 2 and at most as many as each pool has, all finite")
     drawn = [rng.random((resamples, len(pool))).argsort(1)[:, :n] for pool in (a, b)]
     seen = (_p_values(a[drawn[0]], b[drawn[1]]) < 0.05).astype(float)
     variance = sum(_left_out(seen, d, len(pool)) for d, pool in zip(drawn, (a, b)))

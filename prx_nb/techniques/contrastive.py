@@ -32,7 +32,7 @@ def other_caption(caption: Tensor,   # (B,) a number for each different caption
     found = (allowed & (allowed.cumsum(1) == nth[:, None] + 1)).int().argmax(1)
     return torch.where(count > 0, found, -1)
 
-# %% ../../nbs/techniques/03_contrastive.ipynb #b597d81f
+# %% ../../nbs/techniques/03_contrastive.ipynb #25a73da3
 def rolled(caption: Tensor) -> Tensor:   # (B,) -> (B,) index of the sample before; -1 in a batch of one
     "The neighbour as the negative, whatever its caption."
     n = len(caption)
@@ -58,18 +58,15 @@ NEGATIVES = ("other_caption", "roll")
 
 
 class Contrastive(Technique, name="contrastive", settings=Settings):
-    """Minus `weight` times the squared distance from another sample's target, in the space of the flow loss
-    (arXiv 2506.05350)."""
+    "Minus `weight` times the squared distance from another's target, in the flow loss's space (2506.05350)."
 
-    def __init__(
-        self, weight: float = 0.05, negatives: str = "other_caption", start: int = 0, stop: int | None = None
-    ):
+    def __init__(self, weight: float = 0.05, negatives: str = "other_caption",
+                 start: int = 0, stop: int | None = None):             # steps
         super().__init__()
         if not 0 <= weight < 1 or negatives not in NEGATIVES:
-            raise ValueError(
-                f"contrastive weight = {weight}, negatives = {negatives!r}: a weight from 0 to below 1 "
-                f"(from 1 on the loss has no minimum), negatives one of {', '.join(NEGATIVES)}"
-            )
+            raise ValueError(f"contrastive weight = {weight}, negatives = {negatives!r}: "
+                             "a weight from 0 to below 1 (from 1 on the loss has no minimum), "
+                             f"negatives one of {', '.join(NEGATIVES)}")
         self.weight, self.negatives, self.start, self.stop = weight, negatives, start, stop
 
     @classmethod
@@ -87,6 +84,7 @@ class Contrastive(Technique, name="contrastive", settings=Settings):
         return other_caption(batch.caption, batch.dropped, batch.random("contrastive"))
 
     def loss(self, step: Step) -> Tensor:
+        "A scalar, `weight` included; another's image and noise are put at this sample's time."
         b, flow, other = step.batch, step.flow, self.other(step.batch)
         x0, noise, space = b.x0[other], b.noise[other], flow.flow.loss
         answer = flow.to(space, step.output.prediction, step.x_t, b.t)
@@ -95,26 +93,23 @@ class Contrastive(Technique, name="contrastive", settings=Settings):
 
 # %% ../../nbs/techniques/03_contrastive.ipynb #e2e1cd65
 def plain(velocity: Tensor,    # (..., C, H, W) that a network trained with `weight` predicts
-          # (C, H, W), or one a sample: mean velocity of the negatives; minus the mean image on the straight
-          # path
-          mean: Tensor,
+          mean: Tensor,        # (C, H, W), or one a sample: mean of the negatives' velocities
           weight: float,
           ) -> Tensor:         # same shape as velocity
-    "Take back the stretch and the shift of the contrastive optimum."
+    "Take back the optimum's stretch and shift; on the straight path `mean` is minus the mean image."
     return (1 - weight) * velocity + weight * mean
 
 # %% ../../nbs/techniques/03_contrastive.ipynb #5fac8a7c
 @torch.no_grad()
-def caption_distance(
-    model: torch.nn.Module,
-    batch: Batch,
-    other: Tensor,  # (B,) index of whose caption is asked with instead; -1: none
-    flow: FlowMatching,
-) -> Tensor:  # (B,) relative to the own velocity's norm; not a number where there is none
+def caption_distance(model: torch.nn.Module,
+                     batch: Batch,
+                     other: Tensor,            # (B,) index of whose caption is asked with instead; -1: none
+                     flow: FlowMatching,
+                     ) -> Tensor:              # (B,) relative to the own velocity's norm; nan where none
     "How far the predicted velocity moves when only the caption changes."
     x_t = flow.mix(batch.x0, batch.noise, batch.t)
-    ask = lambda i: flow.to(
-        "v", model(x_t, batch.t, batch.text[i], batch.mask[i]).prediction, x_t, batch.t).flatten(1)
+    said = lambda i: model(x_t, batch.t, batch.text[i], batch.mask[i]).prediction
+    ask = lambda i: flow.to("v", said(i), x_t, batch.t).flatten(1)
     own, theirs = ask(torch.arange(len(other))), ask(other)
     apart = (own - theirs).norm(dim=1) / own.norm(dim=1).clamp_min(1e-12)
     return apart.masked_fill(other < 0, float("nan"))

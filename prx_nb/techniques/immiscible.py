@@ -27,8 +27,9 @@ def assignment(images: Tensor,       # (B, ...)
     cost = torch.cdist(images.flatten(1).double(), noise.flatten(1).double()).square()
     return torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1]).to(images.device)
 
-# %% ../../nbs/techniques/09_immiscible.ipynb #65adb1c0
-def in_groups(images: Tensor, noise: Tensor,
+# %% ../../nbs/techniques/09_immiscible.ipynb #8c833c93
+def in_groups(images: Tensor,        # (B, ...)
+              noise: Tensor,         # (B, ...)
               group: int,            # images that share out their noise; the last group may be smaller
               ) -> Tensor:           # (B, ...) noise in a new order
     "Noise assigned within groups of neighbours in the batch."
@@ -49,10 +50,9 @@ class Settings(Acts):
     def refuse(self, recipe, path):
         share = recipe.train.batch // recipe.train.processes
         if share % self.group:
-            yield (
-                f"{path}.group = {self.group} does not divide the {share} images that a process has of a "
-                f"batch; set it to a divisor of {share}, or to 0"
-            )
+            yield (f"{path}.group = {self.group} does not divide "
+                   f"the {share} images that a process has of a batch; "
+                   f"set it to a divisor of {share}, or to 0")
 
 # %% ../../nbs/techniques/09_immiscible.ipynb #ba073eed
 class Immiscible(Technique, name="immiscible", settings=Settings):
@@ -65,6 +65,8 @@ class Immiscible(Technique, name="immiscible", settings=Settings):
     @classmethod
     def of(cls, recipe: Recipe, prepared: Prepared | None = None, device: str | torch.device = "cpu",
            built: Mapping[str, Technique] = MappingProxyType({})) -> "Immiscible":
+        "As `techniques.immiscible` says."
+        "As `techniques.immiscible` says."
         c = recipe.techniques.immiscible
         return cls(c.group, c.start, c.stop)
 

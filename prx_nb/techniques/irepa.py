@@ -17,20 +17,19 @@ def spread(maps: Tensor, eps: float = 1e-6) -> Tensor:          # (B, C, h, w) -
     "Standard deviation over places, by channel."
     return maps.std((2, 3), keepdim=True) + eps
 
-# %% ../../nbs/techniques/02_irepa.ipynb #8b59569c
+# %% ../../nbs/techniques/02_irepa.ipynb #834ace3b
 def scalar(maps: Tensor,            # (B, C, h, w) of the teacher
            gamma: float = 1.0,      # share of the mean over places that is taken off
-           ) -> Tensor:
+           ) -> Tensor:             # (B, C, h, w)
     "Spatial normalisation (arXiv 2512.10794)."
     return (maps - gamma * maps.mean((2, 3), keepdim=True)) / spread(maps)
 
-# %% ../../nbs/techniques/02_irepa.ipynb #aafd2206
-def token(maps: Tensor, gamma: float = 1.0) -> Tensor:
-    """The public PRX repository's: what is taken off is weighed by each token's mean over channels. `gamma`
-    is not used."""
+# %% ../../nbs/techniques/02_irepa.ipynb #63b1d4bb
+def token(maps: Tensor, gamma: float = 1.0) -> Tensor:          # (B, C, h, w) -> the same shape
+    "The public PRX code's: each token's mean over channels weighs what is taken off. `gamma` is not used."
     return (maps - maps.mean(1, keepdim=True) * maps.mean((2, 3), keepdim=True)) / spread(maps)
 
-# %% ../../nbs/techniques/02_irepa.ipynb #1e58dc4a
+# %% ../../nbs/techniques/02_irepa.ipynb #8aac18b0
 def normaliser(name: str, gamma: float = 1.0) -> Callable[[Tensor], Tensor]:
     "The normalisation of this name: none, scalar or token."
     kinds = {"none": lambda maps: maps, "scalar": lambda maps: scalar(maps, gamma), "token": token}
@@ -43,8 +42,8 @@ def similarity(tokens: Tensor,      # (B, N, D)
     unit = F.normalize(tokens.float(), dim=-1)
     return unit @ unit.transpose(1, 2)
 
-# %% ../../nbs/techniques/02_irepa.ipynb #7d4ba02f
-def alikeness(tokens: Tensor) -> float:
+# %% ../../nbs/techniques/02_irepa.ipynb #22f9683c
+def alikeness(tokens: Tensor) -> float:          # (B, N, D)
     "Mean cosine between two different tokens of an image, over all images."
     n = tokens.shape[1]
     return ((similarity(tokens).sum((1, 2)) - n) / (n * (n - 1))).mean().item()
@@ -62,18 +61,15 @@ class Conv(nn.Module):
                 ) -> Tensor:                       # (B, K, channels)
         if kept is None:
             return self.conv(tokens.transpose(1, 2).unflatten(2, self.grid)).flatten(2).transpose(1, 2)
-        there = torch.zeros(len(kept), 1, self.grid[0] * self.grid[1], device=tokens.device).scatter(
-            2, kept.unsqueeze(1), 1.0)
+        (n, _, width), places = tokens.shape, self.grid[0] * self.grid[1]
         at = lambda rows: kept.unsqueeze(1).expand(-1, rows, -1)
-        full = tokens.new_zeros(len(kept), tokens.shape[2], there.shape[2]).scatter(
-            2, at(tokens.shape[2]), tokens.transpose(1, 2))
-        found = F.conv2d(full.unflatten(2, self.grid), self.conv.weight, padding=1) * self.missing(
-            there.unflatten(2, self.grid))
+        there = torch.zeros(n, 1, places, device=tokens.device).scatter(2, at(1), 1.0).unflatten(2, self.grid)
+        full = tokens.new_zeros(n, width, places).scatter(2, at(width), tokens.transpose(1, 2))
+        found = F.conv2d(full.unflatten(2, self.grid), self.conv.weight, padding=1) * self.missing(there)
         return found.flatten(2).gather(2, at(found.shape[1])).transpose(1, 2) + self.conv.bias
 
     @staticmethod
-    # (B, 1, rows, columns) 1 where a token is -> the same shape
-    def missing(there: Tensor) -> Tensor:
+    def missing(there: Tensor) -> Tensor:          # (B, 1, rows, columns) 1 where a token is -> same shape
         "Neighbours that the grid has for each that is there; the place itself is one of them."
         count = lambda x: F.conv2d(x, torch.ones(1, 1, 3, 3, device=x.device), padding=1)
         return count(torch.ones_like(there)) / count(there).clamp_min(1)

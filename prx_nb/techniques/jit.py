@@ -16,16 +16,15 @@ from ..core.flow import conversion
 def patch_spectrum(images: Tensor,   # (N, C, H, W)
                    patch: int,       # side
                    ) -> Tensor:      # (C * patch * patch,) float64, largest first
-    """Variances of the principal components of patches. Raises `ValueError` where patches do not fill the
-    image."""
+    "Variances of the principal components of patches. Raises `ValueError` if patches do not fill the image."
     if images.shape[-2] % patch or images.shape[-1] % patch:
-        raise ValueError(
-            f"patches of {patch} x {patch} do not fill images of {images.shape[-2]} x {images.shape[-1]}")
+        raise ValueError(f"patches of {patch} x {patch} do not fill images of "
+                         f"{images.shape[-2]} x {images.shape[-1]}")
     rows = patchify(images, patch).flatten(0, 1).double()
     rows = rows - rows.mean(0)
     return torch.linalg.eigvalsh(rows.T @ rows / len(rows)).flip(0).clamp_min(0)
 
-# %% ../../nbs/techniques/06_jit.ipynb #ae330311
+# %% ../../nbs/techniques/06_jit.ipynb #d30fbe5b
 def dimension(spectrum: Tensor,      # (D,) variances, largest first
               share: float = 0.95,
               ) -> int:              # from 1 to D
@@ -33,12 +32,11 @@ def dimension(spectrum: Tensor,      # (D,) variances, largest first
     held = spectrum.cumsum(0) / spectrum.sum()
     return min(int((held < share - 1e-9).sum()) + 1, len(spectrum))
 
-# %% ../../nbs/techniques/06_jit.ipynb #fc1231f7
+# %% ../../nbs/techniques/06_jit.ipynb #6cf5d885
 def floor(spectrum: Tensor,          # (D,) variances, largest first
           width: int,                # of the network's last layer
           ) -> float:
-    """The least mean squared error of answers that a linear layer makes from `width` numbers (Eckart & Young
-    1936)."""
+    "The least mean squared error of a linear layer's answers from `width` numbers (Eckart & Young 1936)."
     return (spectrum[width:].sum() / len(spectrum)).item()
 
 # %% ../../nbs/techniques/06_jit.ipynb #081d4a5b

@@ -27,46 +27,40 @@ def unit(features: Tensor,      # (B, C, h, w)
     "Features of length one at each place."
     return features / (features.square().sum(1, keepdim=True) + eps).sqrt()
 
-# %% ../../nbs/techniques/07_perceptual.ipynb #64d92d3a
+# %% ../../nbs/techniques/07_perceptual.ipynb #dcebc81c
 def lpips_form(a: Tensor, b: Tensor) -> Tensor:    # (B, C, h, w) twice -> (B,)
-    """Squared difference of unit features, mean over places: LPIPS (arXiv 1801.03924) without its learned
-    channel weights."""
+    "Squared difference of unit features, mean over places: LPIPS (arXiv 1801.03924) without learned weights."
     return (unit(a) - unit(b)).square().sum(1).mean((1, 2))
 
-# %% ../../nbs/techniques/07_perceptual.ipynb #b752cd2a
+# %% ../../nbs/techniques/07_perceptual.ipynb #7688ce20
 def cosine(a: Tensor, b: Tensor) -> Tensor:        # (B, C, h, w) twice -> (B,)
     "One minus the cosine, mean over places: the form of P-DINO (arXiv 2602.02493)."
     return 1 - (unit(a) * unit(b)).sum(1).mean((1, 2))
 
-
+# %% ../../nbs/techniques/07_perceptual.ipynb #049e174c
 DISTANCES = {"lpips_form": lpips_form, "cosine": cosine}
 
-# %% ../../nbs/techniques/07_perceptual.ipynb #049e174c
-# tap -> features (B, C, h, w) of the estimates of the clean images
-def perceptual_loss(estimate: Mapping[str, Tensor],
+
+def perceptual_loss(estimate: Mapping[str, Tensor],   # tap -> features (B, C, h, w) of the estimates
                     image: Mapping[str, Tensor],      # the same of the images
                     distance: str = "lpips_form",     # a name in `DISTANCES`
                     ) -> Tensor:                      # (B,)
-    "Distance of features, summed over taps."
-    return sum(
-        DISTANCES[distance](features.float(), image[tap].float()) for tap, features in estimate.items())
+    "Distance between features of estimated and true images, summed over taps (arXiv 2602.02493)."
+    apart = DISTANCES[distance]
+    return sum(apart(features.float(), image[tap].float()) for tap, features in estimate.items())
 
 # %% ../../nbs/techniques/07_perceptual.ipynb #bed11386
 class Settings(Acts):
-    """Distance of features between the estimate of the clean image and the image (arXiv 2602.02493). `weight`
-    0: off."""
+    "Distance of features between the estimated image and the image (arXiv 2602.02493). `weight` 0: off."
     teacher_field = "encoder"
 
     weight: float = Field(0.0, ge=0)
     encoder: str = "effnet-lite0"                 # effnet-lite0, vit-s14, a folder or a hub id
-    # its maps that are compared: tap1 .. tap5, block1 .. block12
-    taps: tuple[str, ...] = ("tap1", "tap2", "tap3")
-    # LPIPS's form without its learned weights, or 1 - cosine
-    distance: Literal["lpips_form", "cosine"] = "lpips_form"
+    taps: tuple[str, ...] = ("tap1", "tap2", "tap3")   # its maps that are compared: tap1 .. 5, block1 .. 12
+    distance: Literal["lpips_form", "cosine"] = "lpips_form"   # LPIPS's without its weights, or 1 - cosine
     t_max: float = Field(1.0, gt=0, le=1)         # acts on samples with t below it
     size: int | None = Field(None, ge=16)         # side the encoder works at, pixels; none: its own
-    # one image in so many of a batch is compared: cheaper, the same on average
-    one_in: int = Field(1, ge=1)
+    one_in: int = Field(1, ge=1)                  # one image in so many of a batch is compared: cheaper
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -76,19 +70,16 @@ class Settings(Acts):
 
     def refuse(self, recipe, path):
         if recipe.latents.autoencoder != "pixels":
-            yield (
-                f"{path}.weight = {self.weight} with latents.autoencoder = '{recipe.latents.autoencoder}': "
-                "it compares images, and latents are none; set latents.autoencoder = 'pixels', or set the "
-                "weight to 0"
-            )
+            named = recipe.latents.autoencoder
+            yield (f"{path}.weight = {self.weight} with latents.autoencoder = '{named}': "
+                   "it compares images, and latents are none; "
+                   "set latents.autoencoder = 'pixels', or set the weight to 0")
 
 # %% ../../nbs/techniques/07_perceptual.ipynb #25f92429
 class Perceptual(Technique, name="perceptual", settings=Settings):
-    """Adds the distance of a frozen encoder's features between the estimate of the clean image and the image
-    (arXiv 2602.02493)."""
+    "Adds the distance of the estimated image from the image, in a frozen encoder's features (2602.02493)."
 
-    # or anything frozen with .name, .taps and .features(images, taps)
-    def __init__(self, encoder: VisionEncoder,
+    def __init__(self, encoder: VisionEncoder,           # anything with .name, .taps, .features(images, taps)
                  taps: tuple[str, ...] = ("tap1", "tap2", "tap3"),   # maps whose distances are added up
                  weight: float = 0.1,
                  distance: str = "lpips_form",           # a name in `DISTANCES`
@@ -97,9 +88,8 @@ class Perceptual(Technique, name="perceptual", settings=Settings):
                  start: int = 0, stop: int | None = None):
         super().__init__()
         if unknown := [t for t in taps if t not in encoder.taps]:
-            raise EncoderError(
-                f"perceptual.taps: {encoder.name} has no tap {unknown[0]!r}; it has {', '.join(encoder.taps)}"
-            )
+            raise EncoderError(f"perceptual.taps: {encoder.name} has no tap {unknown[0]!r}; "
+                               f"it has {', '.join(encoder.taps)}")
         if distance not in DISTANCES:
             raise ValueError(f"perceptual.distance = {distance!r}: there are {', '.join(DISTANCES)}")
         self._frozen = (encoder,)                        # in a tuple: neither trained nor in the checkpoint
@@ -113,8 +103,8 @@ class Perceptual(Technique, name="perceptual", settings=Settings):
         c = recipe.techniques.perceptual
         encoder = load_vision_encoder(c.encoder, c.size, device)
         if not encoder.size:
-            raise EncoderError(
-                f"techniques.perceptual.size = {c.size} is smaller than one patch of '{c.encoder}'")
+            raise EncoderError(f"techniques.perceptual.size = {c.size} "
+                               f"is smaller than one patch of '{c.encoder}'")
         return cls(encoder, c.taps, c.weight, c.distance, c.t_max, c.one_in, c.start, c.stop)
 
 # %% ../../nbs/techniques/07_perceptual.ipynb #dd1cdf24
@@ -123,10 +113,12 @@ def _chosen(self: Perceptual, batch: Batch) -> Tensor:    # (K,) indices
     rows = torch.arange(0, len(batch.t), self.one_in, device=batch.t.device)
     return rows if self.t_max == 1 else rows[batch.t[rows] < self.t_max]
 
-# %% ../../nbs/techniques/07_perceptual.ipynb #78a8a02d
-# (B, 3, H, W) in [-1, 1] twice -> (B,)
-def _distances(self: Perceptual, estimate: Tensor, images: Tensor) -> Tensor:
-    "Distance of each estimate from its image, weight not included. Differentiable by the estimate."
+
+Perceptual.chosen = _chosen
+
+# %% ../../nbs/techniques/07_perceptual.ipynb #1efe84a9
+def _distances(self: Perceptual, estimate: Tensor, images: Tensor) -> Tensor:    # (B, 3, H, W) twice -> (B,)
+    "Distance of each estimate from its image, both in [-1, 1]; without the weight, with a gradient."
     encoder, = self._frozen
     with torch.autocast(images.device.type, enabled=False):
         with torch.no_grad():
@@ -134,7 +126,10 @@ def _distances(self: Perceptual, estimate: Tensor, images: Tensor) -> Tensor:
         seen = encoder.features(estimate.float(), self.taps)
         return perceptual_loss({t: seen[t] for t in self.taps}, real, self.distance)
 
-# %% ../../nbs/techniques/07_perceptual.ipynb #927a492c
+
+Perceptual.distances = _distances
+
+# %% ../../nbs/techniques/07_perceptual.ipynb #fee97f6f
 def _loss(self: Perceptual, step: Step) -> Tensor:
     "Weighted mean over one sample in `one_in`, in which those that do not act are zero."
     b, rows = step.batch, self.chosen(step.batch)
@@ -144,16 +139,15 @@ def _loss(self: Perceptual, step: Step) -> Tensor:
     return self.weight * self.distances(estimate, b.x0[rows]).sum() / len(b.t[::self.one_in])
 
 
-Perceptual.chosen, Perceptual.distances, Perceptual.loss = _chosen, _distances, _loss
+Perceptual.loss = _loss
 
 # %% ../../nbs/techniques/07_perceptual.ipynb #bd79e650
 def gradient_norms(technique: Perceptual, step: Step,     # of any denoiser; all its samples are taken
                    ) -> tuple[Tensor, Tensor, Tensor]:    # (B,) each
-    """Lengths of the gradients by the prediction of each sample's flow loss and weighted distance, and the
-    cosine between the two."""
+    "Lengths of each sample's gradients by the prediction: of flow loss, weighted distance; and their cosine."
     b, prediction = step.batch, step.output.prediction.detach().float().requires_grad_()
     flow = step.flow.loss(prediction, b.x0, b.noise, b.t).sum()
-    distance = (
-        technique.weight * technique.distances(step.flow.to("x", prediction, step.x_t, b.t), b.x0).sum())
+    estimate = step.flow.to("x", prediction, step.x_t, b.t)
+    distance = technique.weight * technique.distances(estimate, b.x0).sum()
     first, second = (torch.autograd.grad(value, prediction)[0].flatten(1) for value in (flow, distance))
     return first.norm(dim=1), second.norm(dim=1), torch.cosine_similarity(first, second)

@@ -30,16 +30,15 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, channels: int):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-                                    nn.Linear(hidden, channels))
+        self.layers = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(),
+                                    nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, channels))
 
     def forward(self, tokens: Tensor,              # (B, K, width)
-                # (B, K) their places on the grid; none: all, in order. An MLP need not know
-                kept: Tensor | None = None,
+                kept: Tensor | None = None,        # (B, K) their places on the grid: an MLP need not know
                 ) -> Tensor:                       # (B, K, channels)
         return self.layers(tokens)
 
-# %% ../../nbs/techniques/01_repa.ipynb #254bd208
+# %% ../../nbs/techniques/01_repa.ipynb #97484fd0
 @torch.no_grad()
 def redraw(projector: nn.Module, generator: torch.Generator) -> nn.Module:
     "Fresh weights for every layer, uniform within one over the root of its inputs, as the denoiser's are."
@@ -61,35 +60,40 @@ def tokens_of(maps: Tensor,      # (B, C, rows, columns)
     "A map's places as tokens, row by row."
     return maps.flatten(2).transpose(1, 2)
 
-# %% ../../nbs/techniques/01_repa.ipynb #40b30792
+# %% ../../nbs/techniques/01_repa.ipynb #436fb0e1
 def places(tokens: Tensor,            # (B, K, D) of a tapped block
            kept: Tensor | None,       # (B, K) the tokens that pass the route, if there is one
            count: int,                # of places on the grid
            ) -> Tensor | None:        # (B, K) where these tokens lie; none: everywhere, in order
     "Tell a tap inside a route from one outside. Raises `ValueError` where that cannot be."
     if tokens.shape[1] == count:
-        if (kept is not None and kept.shape[1] == count
-            and not kept.equal(torch.arange(count, device=kept.device).expand_as(kept))):
-            raise ValueError(
-                "a route keeps all tokens in another order: nobody can tell if a tap lies inside it")
+        all_kept = kept is not None and kept.shape[1] == count
+        if all_kept and not kept.equal(torch.arange(count, device=kept.device).expand_as(kept)):
+            raise ValueError("a route keeps all tokens in another order: "
+                             "nobody can tell if a tap lies inside it")
         return None
     if kept is None or kept.shape[1] != tokens.shape[1]:
-        raise ValueError(
-            f"the teacher has {count} places, but the tapped block holds {tokens.shape[1]} tokens")
+        raise ValueError(f"the teacher has {count} places, "
+                         f"but the tapped block holds {tokens.shape[1]} tokens")
     return kept
 
 # %% ../../nbs/techniques/01_repa.ipynb #c4e3df4a
-def alignment_loss(tokens: Tensor,             # (B, K, C) of a block, projected to the teacher's width
-                   # (B, C, rows, columns) of a frozen teacher, of the clean images
-                   maps: Tensor,
-                   # (B, K) places of the tokens on the teacher's grid; none: all, row by row
-                   kept: Tensor | None = None,
-                   ) -> Tensor:                # a scalar from -1 to 1
+def alignment_loss(tokens: Tensor,              # (B, K, C) of a block, projected to the teacher's width
+                   maps: Tensor,                # (B, C, rows, columns) of a frozen teacher: the clean images
+                   kept: Tensor | None = None,  # (B, K) places of the tokens; none: all, row by row
+                   ) -> Tensor:                 # a scalar from -1 to 1
     "Minus the mean cosine of tokens and teacher (arXiv 2410.06940)."
     target = tokens_of(maps)
     if kept is not None:
         target = target.gather(1, kept.unsqueeze(-1).expand(-1, -1, target.shape[2]))
     return -cosine(tokens, target.contiguous()).mean()
+
+# %% ../../nbs/techniques/01_repa.ipynb #c8010b08
+def _taps(teacher: str) -> tuple[str, int | None]:
+    "What a teacher's maps are called, and how many there are; none: not known before it is loaded."
+    if teacher == "effnet-lite0":
+        return "tap", 5
+    return "block", 12 if teacher in ("vit-s14", "random-vit-s14") else None
 
 # %% ../../nbs/techniques/01_repa.ipynb #bba8dc5f
 class Settings(Acts):
@@ -97,106 +101,94 @@ class Settings(Acts):
     trains, teacher_field = True, "teacher"
 
     weight: float = Field(0.0, ge=0)
-    # effnet-lite0, vit-s14, random-vit-s14, a folder or a hub id
-    teacher: str = "effnet-lite0"
+    teacher: str = "effnet-lite0"                 # or vit-s14, random-vit-s14, a folder, a hub id
     tap: str = "tap4"                             # which of its maps: tap1 .. tap5, block1 .. block12
-    # block whose tokens are aligned; none: the last of the first half
-    layer: int | None = Field(None, ge=0)
-    # one image in so many of a batch is aligned: cheaper, the same on average
-    one_in: int = Field(1, ge=1)
+    layer: int | None = Field(None, ge=0)         # block that is aligned; none: the last of the first half
+    one_in: int = Field(1, ge=1)                  # one image in so many is aligned: cheaper
     projector: Literal["mlp", "conv"] = "mlp"     # of the tokens into the teacher's space
-    # width of the mlp projector; none: that of the denoiser's tokens
-    hidden: int | None = Field(None, ge=8)
-    # of the teacher: iREPA's, and the public repository's
-    spatial_norm: Literal["none", "scalar", "token"] = "none"
+    hidden: int | None = Field(None, ge=8)        # width of the mlp projector; none: the tokens'
+    spatial_norm: Literal["none", "scalar", "token"] = "none"   # iREPA's, and the public code's
     gamma: float = Field(1.0, ge=0)               # share of the mean over places that scalar subtracts
 
     @model_validator(mode="after")
     def _tap_of_teacher(self):
-        kind, count = (("tap", 5) if self.teacher == "effnet-lite0"
-                       else ("block", 12 if self.teacher in ("vit-s14", "random-vit-s14") else None))
+        kind, count = _taps(self.teacher)
         number = self.tap.removeprefix(kind)
-        if self.weight and not (
-            self.tap.startswith(kind) and number.isdecimal() and 1 <= int(number) <= (count or int(number))):
-            raise ValueError(
-                f"techniques.repa.tap = '{self.tap}': teacher '{self.teacher}' has {kind}1 to "
-                f"{kind}{count or 'N, its last'}"
-            )
+        numbered = self.tap.startswith(kind) and number.isdecimal()
+        if self.weight and not (numbered and 1 <= int(number) <= (count or int(number))):
+            raise ValueError(f"techniques.repa.tap = '{self.tap}': teacher '{self.teacher}' has "
+                             f"{kind}1 to {kind}{count or 'N, its last'}")
         return self
 
     def refuse(self, recipe, path):
         if self.layer is not None and self.layer >= recipe.denoiser.depth:
             yield f"{path}.layer = {self.layer}: blocks are numbered 0 to {recipe.denoiser.depth - 1}"
         if recipe.data.augment:
-            yield (
-                f"{path}.weight = {self.weight} with data.augment = {list(recipe.data.augment)}: the "
-                "teacher's maps are computed once, from the images as they are; set data.augment to [], or "
-                "the weight to 0"
-            )
+            yield (f"{path}.weight = {self.weight} with data.augment = {list(recipe.data.augment)}: "
+                   "the teacher's maps are computed once, from the images as they are; "
+                   "set data.augment to [], or the weight to 0")
 
 # %% ../../nbs/techniques/01_repa.ipynb #59c400ab
 class REPA(Technique, name="repa", settings=Settings):
     "Alignment of a block's tokens with a frozen teacher's (arXiv 2410.06940)."
 
-    # numbers of images (B,) -> maps (B, C, rows, columns)
-    def __init__(self, teacher: Callable[[Tensor], Tensor],
-                 # (tokens (B, K, D), kept (B, K) or none) -> (B, K, C)
-                 projector: nn.Module,
+    def __init__(self, teacher: Callable[[Tensor], Tensor],    # images' numbers (B,) -> maps (B, C, h, w)
+                 projector: nn.Module,                         # tokens (B, K, D), kept (B, K) -> (B, K, C)
                  layer: int,                                   # block whose output is aligned, from 0
                  weight: float = 0.5,
-                 # first step, and the first one at which it no longer acts
-                 start: int = 0, stop: int | None = None,
+                 start: int = 0, stop: int | None = None,      # first step, and the first without it
                  one_in: int = 1,                              # one image in so many of a batch is aligned
                  normalise: Callable[[Tensor], Tensor] = lambda maps: maps):     # of the teacher's maps
         super().__init__()
         self._teacher = (teacher,)                             # in a tuple, a network is not registered
-        self.projector, self.layer, self.weight, self.start, self.stop = (
-            projector.float(), layer, weight, start, stop)
-        self.one_in, self.normalise = one_in, normalise
+        self.projector, self.layer, self.weight = projector.float(), layer, weight
+        self.start, self.stop, self.one_in, self.normalise = start, stop, one_in, normalise
 
     def needs(self, batch: Batch, step: int) -> Needs:
         return Needs((self.layer,))
 
     def loss(self, step: Step) -> Tensor:
         "Minus `weight` times the mean cosine. Raises `ValueError` where the grids do not fit."
-        tokens = step.output.taps[self.layer][::self.one_in]
-        # a GPU still computes the forward pass
-        maps = self._teacher[0](step.batch.index[::self.one_in]).to(tokens.device, non_blocking=True)
-        kept = places(step.output.taps[self.layer], step.output.kept, maps.shape[2] * maps.shape[3])
-        kept = kept if kept is None else kept[::self.one_in]
-        with torch.autocast(tokens.device.type, enabled=False):
-            return self.weight * alignment_loss(
-                self.projector(tokens.float(), kept), self.normalise(maps.float()), kept)
+        tapped, some = step.output.taps[self.layer], slice(None, None, self.one_in)
+        maps = self._teacher[0](step.batch.index[some])
+        maps = maps.to(tapped.device, non_blocking=True)       # a GPU still computes the forward pass
+        kept = places(tapped, step.output.kept, maps.shape[2] * maps.shape[3])
+        kept = kept if kept is None else kept[some]
+        with torch.autocast(tapped.device.type, enabled=False):
+            tokens = self.projector(tapped[some].float(), kept)
+            return self.weight * alignment_loss(tokens, self.normalise(maps.float()), kept)
 
 # %% ../../nbs/techniques/01_repa.ipynb #89488dbc
 def middle(depth: int) -> int:
     "The last block of the first half, from 0."
     return max(0, depth // 2 - 1)
 
-# %% ../../nbs/techniques/01_repa.ipynb #605bf0e1
+# %% ../../nbs/techniques/01_repa.ipynb #b4d3b9ae
+def _projector(settings: Settings, width: int, channels: int, grid: tuple[int, int]) -> nn.Module:
+    "From tokens of this width to a teacher's channels, as `projector` says."
+    if settings.projector == "mlp":
+        return MLP(width, settings.hidden or width, channels)
+    from prx_nb.techniques.irepa import Conv
+    return Conv(width, channels, grid)
+
+# %% ../../nbs/techniques/01_repa.ipynb #bfc4354c
 @classmethod
 def of(cls, recipe: Recipe, prepared: Prepared, device: str | torch.device = "cpu",
-           built: Mapping[str, Technique] = MappingProxyType({})) -> "REPA":
-    """As `techniques.repa` asks for. Maps that are not on disk are made now. Raises `EncoderError`,
-    `RecipeError`."""
-    from prx_nb.techniques import irepa                        # read after this: its two parts fit in here
+       built: Mapping[str, Technique] = MappingProxyType({})) -> "REPA":
+    "As `techniques.repa` asks for; maps not on disk are made. Raises `EncoderError`, `RecipeError`."
+    from prx_nb.techniques.irepa import normaliser             # read after this: its two parts fit in here
     r, share = recipe.techniques.repa, recipe.train.batch // recipe.train.processes
     if share % r.one_in:
-        raise RecipeError(
-            f"techniques.repa.one_in = {r.one_in} does not divide the {share} images that a process has of a "
-            "batch"
-        )
-    side, width = (recipe.data.size // recipe.latents.factor // recipe.denoiser.patch_size,
-                   recipe.denoiser.hidden_size)
+        raise RecipeError(f"techniques.repa.one_in = {r.one_in} does not divide "
+                          f"the {share} images that a process has of a batch")
+    side = recipe.data.size // recipe.latents.factor // recipe.denoiser.patch_size
     maps = feature_maps(r.teacher, prepared.images, r.tap, (side, side), device, progress=True)
-    mlp = r.projector == "mlp"
-    projector = (
-        MLP(width, r.hidden or width, maps.channels) if mlp else irepa.Conv(width, maps.channels, maps.grid))
+    projector = _projector(r, recipe.denoiser.hidden_size, maps.channels, maps.grid)
+    projector = redraw(projector, stream(recipe.seed, "repa"))
     layer = middle(recipe.denoiser.depth) if r.layer is None else r.layer
-    # as stored: half the bytes to move
-    half = lambda index: torch.from_numpy(maps.shards.rows(index.tolist()))
-    return cls(half, redraw(projector, stream(recipe.seed, "repa")), layer, r.weight, r.start, r.stop,
-               r.one_in, irepa.normaliser(r.spatial_norm, r.gamma))
+    half = lambda index: torch.from_numpy(maps.shards.rows(index.tolist()))      # as stored: half the bytes
+    return cls(half, projector, layer, r.weight, r.start, r.stop, r.one_in,
+               normaliser(r.spatial_norm, r.gamma))
 
 
 REPA.of = of
@@ -226,13 +218,13 @@ def by_layer(model: nn.Module, flow: FlowMatching,
     taps = []
     for b in batches:
         time = torch.full_like(b.t, t)
-        taps.append(model(flow.mix(b.x0, b.noise, time), time, b.text, b.mask, taps=tuple(range(depth))).taps)
+        x_t = flow.mix(b.x0, b.noise, time)
+        taps.append(model(x_t, time, b.text, b.mask, taps=tuple(range(depth))).taps)
     return [readable(torch.cat([s[i] for s in taps]), teacher.to(taps[0][i].device)) for i in range(depth)]
 
-# %% ../../nbs/techniques/01_repa.ipynb #d0169d6c
+# %% ../../nbs/techniques/01_repa.ipynb #6e4b542c
 class Watch(Technique):
-    """Adds no loss. At some steps it measures `by_layer` into `found` (steps, blocks), which is kept in
-    checkpoints."""
+    "Adds no loss. At some steps it measures `by_layer` into `found` (steps, blocks), kept in checkpoints."
     observes = True
 
     def __init__(self, batches: Sequence[Batch], teacher: Tensor, depth: int, at: Sequence[int]):
@@ -242,5 +234,5 @@ class Watch(Technique):
 
     def loss(self, step: Step) -> None:
         if step.number in self.at:
-            self.found[self.at.index(step.number)] = torch.tensor(
-                by_layer(step.model, step.flow, *self._set, self.found.shape[1]))
+            now = by_layer(step.model, step.flow, *self._set, self.found.shape[1])
+            self.found[self.at.index(step.number)] = torch.tensor(now)

@@ -23,50 +23,49 @@ from ..core.technique import Needs, Technique
 def sparse_route(draw: Tensor,            # (B, N) numbers from 0 to 1, one a token
                  rate: float,             # share of the tokens that skips the deep blocks
                  first: int, last: int,   # the denoiser's `fusion`
-                 drop: Tensor | None = None,   # (B,) numbers from 0 to 1, one a sample
+                 drop: Tensor | None = None,    # (B,) numbers from 0 to 1, one a sample
                  path_drop: float = 0.1,  # share of samples that go on without the deep stream
-                 ) -> Route:
+                 ) -> Route:              # with the (B, K) tokens that stay
     "Tokens that see the deep blocks, and samples that go without them (arXiv 2510.21986)."
     return Route(choose(draw, rate), first, last, None if drop is None else drop < path_drop)
 
 # %% ../../nbs/techniques/05_sprint.ipynb #05f93610
 class Settings(Acts):
-    """Sparse deep blocks (SPRINT, arXiv 2510.21986): a share `rate` of the tokens skips the blocks of
-    `denoiser.fusion`. 0: off."""
+    "Sparse deep blocks (SPRINT, arXiv 2510.21986): a share `rate` skips those of `denoiser.fusion`. 0: off."
     switch, routes = "rate", True
 
     rate: float = Field(0.0, ge=0, lt=1)
-    # share of samples that go on without the deep stream, for guidance by it
-    path_drop: float = Field(0.1, ge=0, lt=1)
+    path_drop: float = Field(0.1, ge=0, lt=1)     # share of samples without the deep stream: for guidance
 
     def refuse(self, recipe, path):
         if not recipe.denoiser.fusion:
-            yield (
-                f"{path}.rate = {self.rate} needs denoiser.fusion, the first and last block of the sparse "
-                f"stream; set it, e.g. to [1, {max(1, recipe.denoiser.depth - 2)}], or the rate to 0"
-            )
+            yield (f"{path}.rate = {self.rate} needs denoiser.fusion, the first and last block of the sparse "
+                   f"stream; set it, e.g. to [1, {max(1, recipe.denoiser.depth - 2)}], or the rate to 0")
 
     def routing(self, recipe):
-        return Routing(self.rate, *stretch(*recipe.denoiser.fusion, recipe.denoiser.depth),
-                       *self.span(recipe.train.steps))
+        blocks = stretch(*recipe.denoiser.fusion, recipe.denoiser.depth)
+        return Routing(self.rate, *blocks, *self.span(recipe.train.steps))
+
+# %% ../../nbs/techniques/05_sprint.ipynb #d95c3d95
+def _share(name: str, value: float) -> float:
+    "A share of tokens or samples as it is. Raises `ValueError` unless it is at least 0 and below 1."
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} = {value}: a share should be at least 0 and below 1")
+    return value
 
 # %% ../../nbs/techniques/05_sprint.ipynb #e2c50b9b
 class SPRINT(Technique, name="sprint", settings=Settings):
-    """A share `rate` of the tokens skips the deep blocks of a fused denoiser in training (arXiv 2510.21986).
-    Raises `ValueError`."""
+    "A share `rate` of the tokens skips the deep blocks of a fused denoiser in training (arXiv 2510.21986)."
 
     def __init__(self, rate: float = 0.75,          # share of the tokens that skip
                  first: int = 1, last: int = 1,     # the denoiser's `fusion`
                  patch_size: int = 4,               # of the denoiser
                  path_drop: float = 0.1,            # share of samples without the deep stream
                  start: int = 0, stop: int | None = None):    # steps
+        "Raises `ValueError` for a rate or path drop that is no share."
         super().__init__()
-        for name, share in {"rate": rate, "path_drop": path_drop}.items():
-            if not 0 <= share < 1:
-                raise ValueError(f"{name} = {share}: a share should be at least 0 and below 1")
-        self.rate, self.first, self.last, self.patch_size, self.path_drop = (
-            rate, first, last, patch_size, path_drop)
-        self.start, self.stop = start, stop
+        self.rate, self.path_drop = _share("rate", rate), _share("path_drop", path_drop)
+        self.first, self.last, self.patch_size, self.start, self.stop = first, last, patch_size, start, stop
 
     @classmethod
     def of(cls, recipe: Recipe, prepared: Prepared | None = None, device: str | torch.device = "cpu",
@@ -77,8 +76,5 @@ class SPRINT(Technique, name="sprint", settings=Settings):
 
     def needs(self, batch: Batch, step: int) -> Needs:
         tokens = batch.x0.shape[2] * batch.x0.shape[3] // self.patch_size**2
-        drop = batch.random("path drop") if self.path_drop else None
-        return Needs(
-            route=sparse_route(
-                batch.random("route", tokens), self.rate, self.first, self.last, drop, self.path_drop)
-        )
+        draw, drop = batch.random("route", tokens), batch.random("path drop") if self.path_drop else None
+        return Needs(route=sparse_route(draw, self.rate, self.first, self.last, drop, self.path_drop))

@@ -7,7 +7,7 @@ __all__ = ['random_route', 'Settings', 'TREAD', 'fade', 'step_seconds']
 
 # %% ../../nbs/techniques/04_tread.ipynb #30ed343d
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
@@ -24,15 +24,14 @@ from ..core.technique import Needs, Technique
 # %% ../../nbs/techniques/04_tread.ipynb #d26817c3
 def random_route(draw: Tensor,       # (B, N) numbers from 0 to 1, one a token
                  rate: float,        # share of the tokens that skips
-                 first: int, last: int,   # blocks, from 0, both inclusive
+                 first: int, last: int,    # blocks, from 0, both inclusive
                  ) -> Route:         # with the (B, K) tokens that stay
     "Other tokens in every sample skip a stretch of blocks and come back as they were (arXiv 2501.04765)."
     return Route(choose(draw, rate), first, last)
 
 # %% ../../nbs/techniques/04_tread.ipynb #3546f2a1
 class Settings(Acts):
-    """Token routing in training (TREAD, arXiv 2501.04765): a share `rate` of the tokens skips blocks `first`
-    to `last`. 0: off."""
+    "Token routing (TREAD, arXiv 2501.04765): a share `rate` of them skips blocks `first` to `last`. 0: off."
     switch, routes = "rate", True
 
     rate: float = Field(0.0, ge=0, lt=1)
@@ -41,33 +40,32 @@ class Settings(Acts):
 
     def refuse(self, recipe, path):
         if recipe.denoiser.fusion:
-            yield (
-                f"{path}.rate = {self.rate} with denoiser.fusion = {recipe.denoiser.fusion}: TREAD's tokens "
-                "skip blocks unchanged, fusion changes them; set denoiser.fusion to null, or the rate to 0"
-            )
+            yield (f"{path}.rate = {self.rate} with denoiser.fusion = {recipe.denoiser.fusion}: "
+                   "TREAD's tokens skip blocks unchanged, fusion changes them; "
+                   "set denoiser.fusion to null, or the rate to 0")
         try:
             stretch(self.first, self.last, recipe.denoiser.depth)
         except ValueError as why:
             yield f"{path}: {why}"
 
     def routing(self, recipe):
-        return Routing(
-            self.rate, *stretch(self.first, self.last, recipe.denoiser.depth), *self.span(recipe.train.steps))
+        blocks = stretch(self.first, self.last, recipe.denoiser.depth)
+        return Routing(self.rate, *blocks, *self.span(recipe.train.steps))
 
 # %% ../../nbs/techniques/04_tread.ipynb #e10e097e
 class TREAD(Technique, name="tread", settings=Settings):
-    """A share `rate` of the image tokens skips blocks `first` to `last` in training (arXiv 2501.04765).
-    Raises `ValueError`."""
+    "A share `rate` of the image tokens skips blocks `first` to `last` in training (arXiv 2501.04765)."
 
     def __init__(self, rate: float = 0.5,           # share of the tokens that skip
                  first: int = 1, last: int = 1,     # blocks, from 0, both inclusive
                  patch_size: int = 4,               # of the denoiser
                  start: int = 0, stop: int | None = None):    # steps
+        "Raises `ValueError` for a rate that is no share."
         super().__init__()
         if not 0 <= rate < 1:
             raise ValueError(f"rate = {rate}: the share of tokens that skip should be at least 0 and below 1")
-        self.rate, self.first, self.last, self.patch_size, self.start, self.stop = (
-            rate, first, last, patch_size, start, stop)
+        self.rate, self.first, self.last, self.patch_size = rate, first, last, patch_size
+        self.start, self.stop = start, stop
 
     @classmethod
     def of(cls, recipe: Recipe, prepared: Prepared | None = None, device: str | torch.device = "cpu",
@@ -88,24 +86,36 @@ def fade(images: Tensor,       # (B, C, H, W) in [-1, 1]
     "The same images, with the patches of all other tokens nearly grey."
     patches = patchify(images, patch_size)
     rest = torch.ones(patches.shape[:2], dtype=torch.bool).scatter(1, keep, False)
-    return unpatchify(
-        torch.where(rest[..., None], 0.15 * patches + 0.3, patches), patch_size, *images.shape[2:])
+    faded = torch.where(rest[..., None], 0.15 * patches + 0.3, patches)
+    return unpatchify(faded, patch_size, *images.shape[2:])
 
 # %% ../../nbs/techniques/04_tread.ipynb #ba856ad6
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
+    "How long a call takes, with all that it leaves to a GPU."
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    began = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - began
+
+# %% ../../nbs/techniques/04_tread.ipynb #79be8ec4
+def _there_and_back(model: nn.Module, batch: Batch, flow: FlowMatching, x_t: Tensor,
+                    route: Route | None) -> None:
+    "Forward and backward pass; the gradients stay with the weights."
+    answer = model(x_t, batch.t, batch.text, batch.mask, route=route).prediction
+    flow.loss(answer, batch.x0, batch.noise, batch.t).mean().backward()
+
+# %% ../../nbs/techniques/04_tread.ipynb #3db97b11
 def step_seconds(model: nn.Module, batch: Batch, flow: FlowMatching,
                  routes: dict[str, Route | None],      # name -> a route; none: all tokens
                  repeats: int = 10,
                  ) -> dict[str, list[float]]:          # seconds of each repeat
     "How long forward and backward pass take with each route, measured in turns. Leaves no gradients behind."
     x_t, seconds = flow.mix(batch.x0, batch.noise, batch.t), {name: [] for name in routes}
-    wait = torch.cuda.synchronize if x_t.is_cuda else lambda: None
     for turn in range(repeats + 1):                                # the first one warms up
         for name in list(routes)[::1 if turn % 2 else -1]:
-            wait()
-            began = time.perf_counter()
-            answer = model(x_t, batch.t, batch.text, batch.mask, route=routes[name]).prediction
-            flow.loss(answer, batch.x0, batch.noise, batch.t).mean().backward()
-            wait()
-            seconds[name] += [time.perf_counter() - began] if turn else []
+            taken = _seconds(lambda: _there_and_back(model, batch, flow, x_t, routes[name]), x_t.device)
+            seconds[name] += [taken] if turn else []
             model.zero_grad(set_to_none=True)
     return seconds
