@@ -19,6 +19,13 @@ from .seeds import stream
 from .settings import Choice
 
 # %% ../../nbs/core/26_sample.ipynb #b9222449
+def _diffusers_grid(steps: int, shift: float) -> Tensor:
+    "The sigmas of `FlowMatchEulerDiscreteScheduler`."
+    least = shifted(torch.tensor(1 / 1000, dtype=torch.float64), shift).item()
+    times = shifted(torch.linspace(1, least, steps, dtype=torch.float64), shift)
+    return torch.cat((times, torch.zeros(1))).float()
+
+# %% ../../nbs/core/26_sample.ipynb #e2cfe72b
 def grid(steps: int,            # number of network evaluations
          shift: float = 1.0,    # above 1: more steps near noise
          kind: str = "linear",  # linear or diffusers
@@ -28,9 +35,7 @@ def grid(steps: int,            # number of network evaluations
         return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).float()
     if kind != "diffusers":
         raise ValueError(f"grid '{kind}'; there are linear and diffusers")
-    least = shifted(torch.tensor(1 / 1000, dtype=torch.float64), shift).item()
-    times = shifted(torch.linspace(1, least, steps, dtype=torch.float64), shift)
-    return torch.cat((times, torch.zeros(1))).float()
+    return _diffusers_grid(steps, shift)
 
 # %% ../../nbs/core/26_sample.ipynb #052ce955
 def noise(seed: int,
@@ -41,13 +46,12 @@ def noise(seed: int,
     return torch.stack([torch.randn(shape, generator=stream(seed, "sample", i)) for i in numbers])
 
 # %% ../../nbs/core/26_sample.ipynb #318d9160
-def euler(velocity: Callable[[Tensor, Tensor], Tensor],  # (x (B, ...), t (B,)) -> (B, ...)
-          start: Tensor,                                 # (B, ...) noise
-          times: Tensor,                                 # (N + 1,) from 1 to 0
-          watch: Callable[[int, Tensor], None] | None = None,  # is shown each stop
-          ) -> Tensor:                                   # (B, ...)
-    """Follow a velocity from noise to image with Euler's method (algorithm 1 of arXiv 2209.03003, time
-    reversed)."""
+def euler(velocity: Callable[[Tensor, Tensor], Tensor],          # (x (B, ...), t (B,)) -> (B, ...)
+          start: Tensor,                                         # (B, ...) noise
+          times: Tensor,                                         # (N + 1,) from 1 to 0
+          watch: Callable[[int, Tensor], None] | None = None,    # is shown each stop
+          ) -> Tensor:                                           # (B, ...)
+    "Follow a velocity from noise to image with Euler's method (arXiv 2209.03003, time reversed)."
     x = start
     for i, (now, then) in enumerate(zip(times[:-1], times[1:])):
         x = x + (then - now).to(x) * velocity(x, now.to(x).expand(len(x)))
@@ -55,8 +59,31 @@ def euler(velocity: Callable[[Tensor, Tensor], Tensor],  # (x (B, ...), t (B,)) 
             watch(i, x)
     return x
 
-
+# %% ../../nbs/core/26_sample.ipynb #6892d057
 SAMPLERS = Choice("sample.sampler", euler=euler)       # (velocity, start, times, watch) -> where it ends
+
+# %% ../../nbs/core/26_sample.ipynb #ae8438e4
+def _asked_at_once(model: Callable, text: Tensor, mask: Tensor | None,
+                   null: Tensor, null_mask: Tensor | None, **inside,
+                   ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    "(x, t) -> what a model answers without and with the caption, both (B, C, h, w), in one batch."
+    states = torch.cat((null, text))
+    masks = None if mask is None else torch.cat((null_mask, mask))
+
+    def answers(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        both = model(x.repeat(2, 1, 1, 1), t.repeat(2), states, masks, **inside).prediction.float()
+        return both.chunk(2)
+    return answers
+
+# %% ../../nbs/core/26_sample.ipynb #ccbb9447
+def _asked_by_route(model: Callable, text: Tensor, mask: Tensor | None,
+                    null: Tensor, null_mask: Tensor | None, weak: Callable[[Tensor], Route],
+                    **inside) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    "(x, t) -> what a model answers on a route to `null`, and on all tokens to the caption."
+    def answers(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        with_ = model(x, t, text, mask, **inside).prediction.float()
+        return model(x, t, null, null_mask, route=weak(t), **inside).prediction.float(), with_
+    return answers
 
 # %% ../../nbs/core/26_sample.ipynb #566e8afe
 def guided(model: Callable,              # a denoiser
@@ -65,28 +92,20 @@ def guided(model: Callable,              # a denoiser
            null: Tensor, null_mask: Tensor | None,       # (B, L, D), (B, L) of the empty caption
            guidance: float = 1.0,        # w; 1 asks only with the caption
            clamp: float | None = None,   # none: as the prediction needs it, see above
-           # t (B,) -> the route on which the second caption is asked; none: all tokens
-           weak: Callable[[Tensor], Route] | None = None,
+           weak: Callable[[Tensor], Route] | None = None,   # t (B,) -> route of the second; none: all tokens
            **inside,                     # passed to the denoiser
            ) -> Callable[[Tensor, Tensor], Tensor]:       # velocity(x, t)
-    """The velocity field of a model for given captions, led away from `null`, and from a routed pass if there
-    is one."""
+    "The velocity field of a model for given captions, led away from `null`, and from a routed pass if any."
     if clamp is None:
         clamp = flow.flow.clamp if flow.flow.prediction == "eps" else 0.0
-    both = guidance != 1
-    states = torch.cat((null, text)) if both else text
-    masks = None if mask is None else torch.cat((null_mask, mask)) if both else mask
+    if guidance == 1:
+        return lambda x, t: flow.to("v", model(x, t, text, mask, **inside).prediction.float(), x, t, clamp)
+    both = (text, mask, null, null_mask)
+    ask = _asked_by_route(model, *both, weak, **inside) if weak else _asked_at_once(model, *both, **inside)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        if both and weak:
-            with_ = model(x, t, text, mask, **inside).prediction.float()
-            without = model(x, t, null, null_mask, route=weak(t), **inside).prediction.float()
-        else:
-            twice = (x.repeat(2, 1, 1, 1), t.repeat(2)) if both else (x, t)
-            answer = model(*twice, states, masks, **inside).prediction.float()
-            without, with_ = answer.chunk(2) if both else (None, answer)
-        answer = without + guidance * (with_ - without) if both else with_
-        return flow.to("v", answer, x, t, clamp)
+        without, with_ = ask(x, t)
+        return flow.to("v", without + guidance * (with_ - without), x, t, clamp)
     return velocity
 
 # %% ../../nbs/core/26_sample.ipynb #610bd85f
@@ -96,8 +115,7 @@ def routes(recipe: recipes.Recipe,            # one that routes in training
            times: Tensor,                     # (N + 1,) the grid
            seed: int = 0,
            ) -> Callable[[Tensor], Route]:    # t (B,), one of the times -> a route
-    """Which tokens the weak branch of guidance keeps at each stop: none in a fused network, else as many as
-    training kept."""
+    "Which tokens the weak branch keeps at each stop: none in a fused network, else as many as training kept."
     r = recipes.routing(recipe)
 
     def at(t: Tensor) -> Route:
@@ -109,35 +127,43 @@ def routes(recipe: recipes.Recipe,            # one that routes in training
     return at
 
 # %% ../../nbs/core/26_sample.ipynb #67ed9617
+def _shape(recipe: recipes.Recipe, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    "(C, h, w) of the latents of a picture of (H, W) pixels; none: the recipe's square."
+    height, width = size or (recipe.data.size,) * 2
+    factor = recipe.latents.factor
+    return recipe.latents.channels, height // factor, width // factor
+
+# %% ../../nbs/core/26_sample.ipynb #4ef0850e
+def _draw(model: torch.nn.Module, recipe: recipes.Recipe,
+          numbers: range,                               # of the samples, which name their noise
+          text: Tensor, mask: Tensor, null: Tensor, null_mask: Tensor,     # all with B rows
+          shape: tuple[int, int, int], seed: int, watch: Callable | None) -> Tensor:
+    "(B, C, h, w): the pictures of one batch."
+    device, s = next(model.parameters()).device, recipe.sample
+    start = noise(seed, numbers, shape).to(device) * recipe.flow.noise_scale
+    words = [v.to(device) for v in (text, mask, null, null_mask)]
+    words = words if s.guide != "route" else words[:2] * 2             # the same captions on both branches
+    times, tokens = grid(s.steps, s.shift, s.grid), shape[1] * shape[2] // recipe.denoiser.patch_size**2
+    weak = None if s.guide == "caption" else routes(recipe, numbers, tokens, times, seed)
+    with precision.autocast(recipe, device):
+        velocity = guided(model, FlowMatching(recipe.flow), *words, s.guidance, weak=weak)
+        return SAMPLERS[s.sampler](velocity, start, times, watch).cpu()
+
+# %% ../../nbs/core/26_sample.ipynb #3c3185f7
 @torch.no_grad()
-def draw(
-    model: torch.nn.Module,
-    recipe: recipes.Recipe,  # flow, sampling and sizes are read from it
-    text: Tensor,
-    mask: Tensor,  # (N, L, D), (N, L)
-    null: Tensor,
-    null_mask: Tensor,  # (1, L, D), (1, L): the empty caption
-    seed: int = 0,
-    size: tuple[int, int] | None = None,  # (H, W) in pixels; none: the recipe's square
-    watch: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:  # (N, C, h, w) latents (images in [-1, 1], if the latents are pixels), on the CPU
-    "Draw one picture a caption."
-    device, s, factor = next(model.parameters()).device, recipe.sample, recipe.latents.factor
-    shape = (recipe.latents.channels, *((n // factor) for n in size or (recipe.data.size,) * 2))
-    flow, times, done = FlowMatching(recipe.flow), grid(s.steps, s.shift, s.grid), []
-    tokens = shape[1] * shape[2] // recipe.denoiser.patch_size**2
+def draw(model: torch.nn.Module,
+         recipe: recipes.Recipe,        # flow, sampling and sizes are read from it
+         text: Tensor, mask: Tensor,    # (N, L, D), (N, L)
+         null: Tensor, null_mask: Tensor,               # (1, L, D), (1, L): the empty caption
+         seed: int = 0,
+         size: tuple[int, int] | None = None,           # (H, W) in pixels; none: the recipe's square
+         watch: Callable[[int, Tensor], None] | None = None,
+         ) -> Tensor:                   # (N, C, h, w), on the CPU
+    "Draw one picture a caption: latents, or where these are pixels images in [-1, 1]."
+    shape, done = _shape(recipe, size), []
     for at in range(0, len(text), recipe.evaluate.batch):
         part = slice(at, at + recipe.evaluate.batch)
         n = len(text[part])
-        start = noise(seed, range(at, at + n), shape).to(device) * recipe.flow.noise_scale
-        words = [
-            v.to(device) for v in (text[part], mask[part], null.expand(n, -1, -1), null_mask.expand(n, -1))]
-        # the same captions on both branches
-        words = words if s.guide != "route" else words[:2] * 2
-        weak = None if s.guide == "caption" else routes(recipe, range(at, at + n), tokens, times, seed)
-        with precision.autocast(recipe, device):
-            done.append(
-                SAMPLERS[s.sampler](
-                    guided(model, flow, *words, s.guidance, weak=weak), start, times, watch).cpu()
-            )
+        words = text[part], mask[part], null.expand(n, -1, -1), null_mask.expand(n, -1)
+        done.append(_draw(model, recipe, range(at, at + n), *words, shape, seed, watch))
     return torch.cat(done)
