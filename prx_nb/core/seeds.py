@@ -17,9 +17,8 @@ def stream(seed: int,                              # the run's seed
            ) -> torch.Generator:                   # a fresh generator, always the same for the same name
     "A random stream with a name."
     text = "|".join([str(seed), *(f"{type(n).__name__}:{n}" for n in name)])
-    # manual_seed takes 63 bits
-    start = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-    return torch.Generator(device).manual_seed(start)
+    digest = hashlib.sha256(text.encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)   # it takes 63 bits
 
 # %% ../../nbs/core/03_seeds.ipynb #5f03e39c
 def order(seed: int,         # the run's seed

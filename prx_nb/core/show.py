@@ -19,7 +19,7 @@ def to_uint8(images: torch.Tensor,     # (B, C, H, W) floating point in [-1, 1];
         raise TypeError(f"expected floating point images in [-1, 1], got {images.dtype}: converted already?")
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
-# %% ../../nbs/core/04_show.ipynb #a20416e3
+# %% ../../nbs/core/04_show.ipynb #14c89a65
 def from_uint8(images: torch.Tensor,   # uint8 in 0..255, any shape
                ) -> torch.Tensor:      # float32 in [-1, 1], same shape
     "Bytes as floating point. Raises `TypeError` for images that are not bytes."
@@ -28,6 +28,11 @@ def from_uint8(images: torch.Tensor,   # uint8 in 0..255, any shape
     return images.float() / 127.5 - 1
 
 # %% ../../nbs/core/04_show.ipynb #e162ee0c
+def _bytes(images: torch.Tensor) -> np.ndarray:
+    "(B, C, H, W) in [-1, 1], on any device, as (B, H, W, C) uint8."
+    return to_uint8(images.detach().float().cpu()).permute(0, 2, 3, 1).numpy()
+
+# %% ../../nbs/core/04_show.ipynb #310af6f3
 def tile(images: torch.Tensor,         # (B, 3, H, W) in [-1, 1]
          columns: int | None = None,   # none: as square as it gets
          gap: int = 2,                 # white pixels between images
@@ -37,17 +42,16 @@ def tile(images: torch.Tensor,         # (B, 3, H, W) in [-1, 1]
     columns = columns or math.ceil(math.sqrt(b))
     rows = math.ceil(b / columns)
     sheet = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, c), 255, np.uint8)
-    for i, image in enumerate(to_uint8(images.detach().float().cpu()).permute(0, 2, 3, 1).numpy()):
+    for i, image in enumerate(_bytes(images)):
         y, x = i // columns * (h + gap), i % columns * (w + gap)
         sheet[y:y + h, x:x + w] = image
     return sheet
 
 # %% ../../nbs/core/04_show.ipynb #120b25f6
 def picture(images: torch.Tensor, columns: int | None = None, zoom: int = 1, gap: int = 2):
-    """A grid of images as a `PIL.Image` of at most 256 colours (small in notebooks), enlarged by a whole
-    number without smoothing."""
+    "A grid of images as a `PIL.Image` of at most 256 colours, enlarged by a whole number without smoothing."
     from PIL import Image
-    sheet = Image.fromarray(tile(images, columns, gap)).quantize()
+    sheet = Image.fromarray(tile(images, columns, gap)).quantize()        # few colours: small in notebooks
     return sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST)
 
 # %% ../../nbs/core/04_show.ipynb #77abf171
@@ -61,15 +65,13 @@ def show_images(images: torch.Tensor,          # (B, 3, H, W) in [-1, 1]
 
     import matplotlib.pyplot as plt
     rows = math.ceil(len(images) / columns)
-    height = side * (1.55 if titles else 1.05)
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(columns * side * 1.05, rows * height), dpi=72, squeeze=False)
-    pixels = to_uint8(images.detach().float().cpu()).permute(0, 2, 3, 1).numpy()
-    for i, ax in enumerate(axes.flat):
+    size = (columns * side * 1.05, rows * side * (1.55 if titles else 1.05))
+    fig, axes = plt.subplots(rows, columns, figsize=size, dpi=72, squeeze=False)
+    for ax in axes.flat:
         ax.axis("off")
-        if i < len(images):
-            ax.imshow(pixels[i], interpolation="nearest")
-        if titles and i < len(images):
+    for i, (ax, pixels) in enumerate(zip(axes.flat, _bytes(images))):
+        ax.imshow(pixels, interpolation="nearest")
+        if titles:
             ax.set_title(textwrap.fill(titles[i], 15, max_lines=4, placeholder="..."), fontsize=7)
     fig.tight_layout(pad=0.2)
     return fig
