@@ -426,10 +426,13 @@ def _launch(recipe: Recipe, out: Path, progress: bool, prepared: Prepared | None
         return Run.load(out, kind)
     try:
         processes.launch(recipe, out, device=kind, progress=progress, trackers=list(trackers))
-    except Exception as error:              # who was killed, or ended by another's fault, could not say so
-        if read_json(out / "record.json").get("status") != "failed":
-            kind = "" if isinstance(error, processes.ProcessDied) else f"{type(error).__name__}: "
-            update_record(out, status="failed", cause=f"{kind}{error}")
+    except processes.ProcessDied as error:                         # who was killed could not say so
+        update_record(out, status="failed", cause=str(error))
+        raise
+    except Exception as error:                                     # ended by another's fault before it wrote
+        record = out / "record.json"
+        if not (record.exists() and read_json(record).get("status") == "failed"):
+            update_record(out, status="failed", cause=f"{type(error).__name__}: {error}")
         raise
     return Run.load(out, kind)
 
