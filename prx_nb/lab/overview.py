@@ -69,7 +69,8 @@ def _effect(
     if mine.empty or base.empty:
         return {family: "", "verdict": "", "needed": ""}
     r, scale = mine.iloc[0], abs(base["mean"].iloc[0]) or math.nan
-    if word := getattr(r, "decision", ""):
+    # not-a-number where a file has none
+    if isinstance(word := getattr(r, "decision", ""), str) and word:
         within = f" within {r.margin:.0%}" if word == "equivalent" else ""
         return {family: percent(r.ratio - 1, r.ratio_low - 1, r.ratio_high - 1), "verdict": word + within,
                 "needed": ""}

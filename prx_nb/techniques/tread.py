@@ -6,6 +6,7 @@
 __all__ = ['random_route', 'Settings', 'TREAD', 'fade', 'step_seconds']
 
 # %% ../../nbs/techniques/04_tread.ipynb #30ed343d
+import functools
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -115,7 +116,8 @@ def step_seconds(model: nn.Module, batch: Batch, flow: FlowMatching,
     x_t, seconds = flow.mix(batch.x0, batch.noise, batch.t), {name: [] for name in routes}
     for turn in range(repeats + 1):                                # the first one warms up
         for name in list(routes)[::1 if turn % 2 else -1]:
-            taken = _seconds(lambda: _there_and_back(model, batch, flow, x_t, routes[name]), x_t.device)
+            work = functools.partial(_there_and_back, model, batch, flow, x_t, routes[name])
+            taken = _seconds(work, x_t.device)
             seconds[name] += [taken] if turn else []
             model.zero_grad(set_to_none=True)
     return seconds
