@@ -25,7 +25,7 @@ def test_decay_and_half_life_are_two_words_for_one(decay, every):
     assert decay ** (h / every) == pytest.approx(0.5)
     assert half_life_of(0.0) == 0 and half_life_of(0.5, every) == pytest.approx(every)
     by_half_life = SMOKE.replace({"ema.decay": None, "ema.half_life": h, "ema.every": every}).ema
-    assert by_half_life.keeps == pytest.approx(decay, rel=1e-12)
+    assert by_half_life.keeps(9) == pytest.approx(decay, rel=1e-12)
 
 
 EMAS = [Ema(decay=0.8), Ema(decay=None, half_life=6, every=3), Ema(decay=0.9, every=2, start=5), Ema(decay=0.9, every=4, start=4),
@@ -36,7 +36,7 @@ EMAS = [Ema(decay=0.8), Ema(decay=None, half_life=6, every=3), Ema(decay=0.9, ev
 def test_an_average_is_the_sum_with_known_shares(ema):
     "Against a plain recursion on exact numbers, and torch's AveragedModel against both."
     net, mean, g = nn.Linear(1, 1).double(), None, torch.Generator().manual_seed(0)
-    average, path = new_average(nn.Linear(1, 1), ema.keeps), []
+    average, path = new_average(nn.Linear(1, 1), ema.keeps(9)), []
     counted = 0
     for step in range(23):
         value = torch.randn((), generator=g, dtype=torch.float64)
@@ -46,7 +46,7 @@ def test_an_average_is_the_sum_with_known_shares(ema):
         update([average], net.float(), ema, step)
         net.double()
         if step >= ema.start and (step + 1) % ema.every == 0:
-            mean = value if counted == 0 else ema.keeps * mean + (1 - ema.keeps) * value
+            mean = value if counted == 0 else ema.keeps(9) * mean + (1 - ema.keeps(9)) * value
             counted += 1
         expected = value if counted == 0 else mean
         s = shares(step + 1, ema)
@@ -156,5 +156,5 @@ def test_one_clear_error(changes, says):
 
 def test_half_lives_so_short_that_nothing_is_kept_are_copies():
     ema = SMOKE.replace({"ema.decay": None, "ema.half_life": 1e-3, "ema.every": 2}).ema
-    assert ema.keeps == 0 or math.isclose(ema.keeps, 0, abs_tol=1e-300)
+    assert ema.keeps(9) == 0 or math.isclose(ema.keeps(9), 0, abs_tol=1e-300)
     assert shares(6, ema).tolist() == [0, 0, 0, 0, 0, 1]

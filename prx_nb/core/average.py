@@ -36,13 +36,14 @@ def first_update(ema: Ema) -> int:
 def shares(steps: int, ema: Ema,
            ) -> Tensor:          # (steps,) float64, adding up to 1
     "The share that the weights after each step have in the average after `steps` steps."
+    keeps = ema.keeps(steps)
     found, counted = torch.zeros(steps, dtype=torch.float64), range(first_update(ema), steps, ema.every)
     if not counted:
         found[-1] = 1
         return found
     age = torch.arange(len(counted) - 1, -1, -1, dtype=torch.float64)
-    found[list(counted)] = (1 - ema.keeps) * ema.keeps**age
-    found[counted[0]] = ema.keeps ** (len(counted) - 1)
+    found[list(counted)] = (1 - keeps) * keeps**age
+    found[counted[0]] = keeps ** (len(counted) - 1)
     return found
 
 # %% ../../nbs/core/20_average.ipynb #5a0ffbc3

@@ -94,8 +94,8 @@ def new_state(recipe: Recipe, device: torch.device, techniques: Sequence[nn.Modu
     model = PRX(**recipe.denoiser.model_dump()).initialise(stream(recipe.seed, "weights")).to(device)
     state = State(precision.store(model, recipe), None, None, nn.ModuleList(techniques).to(device))
     state.optimizer = new_optimizer(recipe, state.model, state.techniques)
-    if recipe.ema.keeps > 0:
-        state.ema = average.new_average(model, recipe.ema.keeps)
+    if (keeps := recipe.ema.keeps(recipe.train.steps)) > 0:
+        state.ema = average.new_average(model, keeps)
     decays = [average.decay_of(half_life, recipe.ema.every) for half_life in recipe.ema.also]
     state.also = nn.ModuleList(average.new_average(model, decay) for decay in decays)
     return state

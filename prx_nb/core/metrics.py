@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MetricError', 'ImageFeatures', 'Given', 'fd', 'polynomial_total', 'kid', 'gaussian_total', 'mmd', 'concept_ranks',
-           'StyleClassifier', 'border_colours', 'duplicates', 'Reference', 'score', 'evaluate', 'prepare',
-           'higher_is_better', 'throughput']
+           'StyleClassifier', 'border_colours', 'duplicates', 'residual_noise', 'Reference', 'score', 'seen_in',
+           'joint_error', 'evaluate', 'prepare', 'prepare_beside', 'higher_is_better', 'throughput']
 
 # %% ../../nbs/core/28_metrics.ipynb #5f7593a9
 import functools
@@ -13,7 +13,7 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,15 @@ def duplicates(images: torch.Tensor,          # (N, 3, H, W) in [-1, 1]
         near += (distance < tolerance).tril(start - 1).any(1).sum().item()
     return near / len(images)
 
+# %% ../../nbs/core/28_metrics.ipynb #c6afdeae
+def residual_noise(images: torch.Tensor,      # (N, 3, H, W) in [-1, 1]
+                   ) -> float:                # standard deviation, in the same units; mean over images
+    "White noise in pictures, by the median of their finest diagonal Haar coefficients."
+    a, b, c, d = (images[..., y::2, x::2][..., :images.shape[-2] // 2, :images.shape[-1] // 2].float()
+                  for y in (0, 1) for x in (0, 1))
+    size = ((a - b - c + d) / 2).abs().flatten(1).median(1).values
+    return (size / statistics.NormalDist().inv_cdf(0.75)).mean().item()
+
 # %% ../../nbs/core/28_metrics.ipynb #a4b0b77d
 def _readable(path: Path) -> dict[str, float] | None:
     "Numbers by name from a file; none where there is none or it is damaged."
@@ -281,26 +290,29 @@ def chance(self: Reference) -> dict[str, float]:
 
 # %% ../../nbs/core/28_metrics.ipynb #b87078da
 @patch
-def limits_of(self: Reference, index: torch.Tensor) -> dict[str, float]:    # (N,) numbers of images
+def limits_of(self: Reference,
+              index: torch.Tensor,                      # (N,) numbers of images
+              kind: str = "",                           # a name for what is done to them first
+              done: Callable[[torch.Tensor], torch.Tensor] | None = None,   # what is done
+              ) -> dict[str, float]:
     """What these very drawings score when they are taken for samples: as many as there are samples, so FD's
-    bias is alike."""
-    drawn = hashlib.sha256(np.ascontiguousarray(index.numpy(), "<i8").tobytes()).hexdigest()[:12]
-    path = cache_dir("limits") / f"{self.key}-{drawn}.json"
+    bias is alike. Kept on disk."""
+    drawn = np.ascontiguousarray(index.numpy(), "<i8").tobytes() + kind.encode()
+    path = cache_dir("limits") / f"{self.key}-{hashlib.sha256(drawn).hexdigest()[:12]}.json"
     if found := _readable(path):
         return found
-    items = [self.images.items[i] for i in index.tolist()]
-    found = score(self._features(index), self.images.batch(index), items, self)
+    images, items = self.images.batch(index), [self.images.items[i] for i in index.tolist()]
+    found = evaluate(done(images) if done else images, items, self)
     if all(map(math.isfinite, found.values())):
         write_json(path, found)
     return found
 
 # %% ../../nbs/core/28_metrics.ipynb #d20e676b
 def score(features: dict[str, torch.Tensor],     # by tap, as in `Reference.real`
-          samples: torch.Tensor,                 # (N, 3, H, W) in [-1, 1]
-          items: list[Item],                     # (N,)
+          items: list[Item],                     # (N,) what the samples were drawn for
           reference: Reference,
           ) -> dict[str, float]:
-    "All metrics of samples whose features are known."
+    "What an encoder's features of samples say; its name is in each metric's."
     name, wide, narrow = reference.encoder.name, features["pooled"], reference.narrow
     label = f"{name}-tap5" if narrow == "tap5" else f"{name}-b9" if name.endswith("vit-s14") else name
     ranks, concepts = concept_ranks(wide, items, *reference.gallery(items), reference.centre)
@@ -316,21 +328,30 @@ def score(features: dict[str, torch.Tensor],     # by tap, as in `Reference.real
     if reference.style:
         guesses = reference.style.predict(reference.early(features))
         found[f"style[{name}]"] = statistics.mean(g == i.style for g, i in zip(guesses, items))
+    return found
+
+# %% ../../nbs/core/28_metrics.ipynb #a24e8501
+def seen_in(samples: torch.Tensor,               # (N, 3, H, W) in [-1, 1]
+            items: list[Item],                   # (N,)
+            scale: dict[str, float],             # of `Reference`
+            ) -> dict[str, float]:
+    "What needs no encoder: does it show what was asked for, is it noise, is it the same again?"
+    found = adherence(samples, items, scale)
     grounds = [(seen, i.background) for seen, i in zip(border_colours(samples), items) if i.background]
     if grounds:
         found["background"] = statistics.mean(seen == told for seen, told in grounds)
-    return found | adherence(samples, items, reference.scale) | {"duplicates": duplicates(samples)}
+    return found | {"residual-noise": residual_noise(samples), "duplicates": duplicates(samples)}
+
+# %% ../../nbs/core/28_metrics.ipynb #2a1ac6ad
+def joint_error(distance: float,                 # MMD; below 0, where chance has it so, it counts as 0
+                prompt: float | None = None,     # prompt-error; none: not known
+                ) -> float:
+    "Geometric mean of a distance to real images and an error of following the prompt."
+    return math.sqrt(max(0.0, distance) * (1.0 if prompt is None else prompt))
 
 # %% ../../nbs/core/28_metrics.ipynb #f39751f9
-# (N, 3, H, W) floating point in [-1, 1]; what lies outside is clipped
-def evaluate(samples: torch.Tensor,
-             items: list[Item],                  # (N,) what each was drawn for
-             reference: Reference,
-             batch: int | None = None,           # none: 16 on a CPU, 256 on a GPU
-             # features of images met before, by their bytes; new ones are added
-             seen: dict | None = None,
-             ) -> dict[str, float]:
-    "Measure generated images. Raises `MetricError` for bytes, numbers that are not finite, other shapes."
+def _checked(samples: torch.Tensor, items: list[Item]) -> torch.Tensor:
+    "Samples as bytes, as they are saved. Raises `MetricError`."
     if not samples.is_floating_point() or samples.ndim != 4 or samples.shape[1] != 3:
         raise MetricError(
             f"samples must be floating point (N, 3, H, W) in [-1, 1], got {samples.dtype} "
@@ -344,37 +365,66 @@ def evaluate(samples: torch.Tensor,
             f"{len(bad)} of {len(samples)} samples hold numbers that are not finite, the first is sample "
             f"{bad[0]}"
         )
-    pixels = to_uint8(samples.detach().float().cpu())                   # as saved in a file: bytes, once
-    names, seen = [p.numpy().tobytes() for p in pixels], {} if seen is None else seen
+    return to_uint8(samples.detach().float().cpu())
+
+# %% ../../nbs/core/28_metrics.ipynb #5bf4fd28
+def _features_of(pixels: torch.Tensor,           # (N, 3, H, W) bytes
+                 reference: Reference, batch: int | None, seen: dict) -> dict[str, torch.Tensor]:
+    "Features by tap, (N, d); those met before are taken from `seen`, new ones added to it."
+    names = [p.numpy().tobytes() for p in pixels]
     new = list({name: i for i, name in enumerate(names) if name not in seen}.values())
     for rows in torch.tensor(new).split(batch or (256 if reference.encoder.on_gpu else 16)) if new else ():
         with torch.no_grad():
             found = reference.encoder.means(from_uint8(pixels[rows]), reference.taps)
         seen |= {names[i]: {t: found[t][k].float().cpu() for t in reference.taps}
                  for k, i in enumerate(rows.tolist())}
-    features = {t: torch.stack([seen[name][t] for name in names]) for t in reference.taps}
-    return score(features, from_uint8(pixels), items, reference)
+    return {t: torch.stack([seen[name][t] for name in names]) for t in reference.taps}
+
+# %% ../../nbs/core/28_metrics.ipynb #50aff0d3
+def evaluate(samples: torch.Tensor,              # (N, 3, H, W) floating point in [-1, 1]; beyond is clipped
+             items: list[Item],                  # (N,) what each was drawn for
+             reference: Reference,
+             batch: int | None = None,           # none: 16 on a CPU, 256 on a GPU
+             seen: dict | None = None,           # features of images met before, by their bytes
+             beside: Sequence[Reference] = (),   # further encoders
+             ) -> dict[str, float]:
+    "Measure generated images. Raises `MetricError` for bytes, numbers that are not finite, other shapes."
+    pixels, seen = _checked(samples, items), {} if seen is None else seen
+    found = score(_features_of(pixels, reference, batch, seen), items, reference)
+    for other in beside:
+        found |= score(_features_of(pixels, other, batch, {}), items, other)
+    plain = seen_in(from_uint8(pixels), items, reference.scale)
+    joint = {m.replace("MMD[", "joint["): joint_error(v, plain.get("prompt-error"))
+             for m, v in found.items() if m.startswith("MMD[")}
+    return joint | found | plain
 
 # %% ../../nbs/core/28_metrics.ipynb #17d5377f
-_last: list[Reference] = []
+_last: dict[str, Reference] = {}         # by encoder
 
 
-def prepare(recipe: Any, prepared: Any,      # a `Recipe`; anything with .images and .split
-            progress: bool = False) -> Reference:
+def prepare(recipe: Any, prepared: Any,  # a `Recipe`; anything with .images and .split
+            progress: bool = False,
+            features: str | None = None, # which encoder; none: the recipe's
+            ) -> Reference:
     """The reference that a recipe asks for; real features are computed now if they are not on disk. The last
-    one is kept."""
-    for known in _last:
-        if (known.images is prepared.images and known.split is prepared.split
-            and known.encoder.name == recipe.evaluate.features):
-            return known
-    _last[:] = [Reference(prepared.images, prepared.split, recipe.evaluate.features, progress=progress)]
-    return _last[0]
+    one of each encoder is kept."""
+    name = features or recipe.evaluate.features
+    known = _last.get(name)
+    if known is None or known.images is not prepared.images or known.split is not prepared.split:
+        _last[name] = Reference(prepared.images, prepared.split, name, progress=progress)
+    return _last[name]
+
+# %% ../../nbs/core/28_metrics.ipynb #67702c6b
+def prepare_beside(recipe: Any, prepared: Any, progress: bool = False) -> list[Reference]:
+    "The references of the further encoders that a recipe names, `evaluate.beside`."
+    names = dict.fromkeys(recipe.evaluate.beside)
+    return [prepare(recipe, prepared, progress, name) for name in names if name != recipe.evaluate.features]
 
 # %% ../../nbs/core/28_metrics.ipynb #9907a819
-_BETTER = {"KID": False, "FD": False, "MMD": False, "MMD-biased": False, "retrieval@1": True,
+_BETTER = {"joint": False, "KID": False, "FD": False, "MMD": False, "MMD-biased": False, "retrieval@1": True,
            "retrieval@5": True, "retrieval-rank": False, "style": True, "background": True,
            "ground-error": False, "palette-error": False, "size-error": False, "place-error": False,
-           "prompt-error": False, "duplicates": False, "images/s": True, "val": False, "loss": False,
+           "prompt-error": False, "residual-noise": False, "length": True, "duplicates": False, "images/s": True, "val": False, "loss": False,
            "seconds": False, "memory": False}
 
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from . import settings
-from .settings import Acts, Node, RecipeError, Routing, hint, named_in, stretch
+from .settings import Acts, Node, RecipeError, Routing, counted, hint, later, named_in, stretch
 
 _all_ = ["Acts", "Node", "RecipeError", "Routing", "stretch"]    # who reads recipes needs no other import
 
@@ -265,25 +265,34 @@ class Optimizer(Node):
 # %% ../../nbs/core/01_recipe.ipynb #02b9cf16
 class Ema(Node):
     "The running average of the weights that samples are drawn from, off at `decay` 0; see `core.average`."
-    decay: float | None = Field(0.99, ge=0, lt=1) # share of it that an update keeps; none: see half_life
-    half_life: float | None = Field(None, gt=0)   # steps after which a state counts half; none: see decay
+    decay: float | None = Field(None, ge=0, lt=1) # share of it that an update keeps
+    half_life: float | None = Field(None, gt=0)   # steps after which a state counts half
+    share: float | None = Field(0.03, gt=0, le=1) # the half-life as a share of all steps
     every: int = Field(1, ge=1)                   # steps between updates
     start: int = Field(0, ge=0)                   # first step that counts; until then it is the weights
     also: tuple[float, ...] = ()                  # half-lives of more averages, kept and validated beside it
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_them(cls, value):
+        "Where one is named, the others are not there unless they are named, too."
+        ways = dict.fromkeys(("decay", "half_life", "share"))
+        given = isinstance(value, dict) and any(value.get(k) is not None for k in ways)
+        return ways | value if given else value
+
     @model_validator(mode="after")
     def _consistent(self):
-        if (self.decay is None) == (self.half_life is None):
-            raise ValueError(f"ema.decay = {self.decay} and ema.half_life = {self.half_life}: "
-                             "one says the other; give one, and null for the other")
+        if [self.decay, self.half_life, self.share].count(None) != 2:
+            raise ValueError(f"ema.decay = {self.decay}, ema.half_life = {self.half_life} and "
+                             f"ema.share = {self.share}: one says the others; give one, and null for the rest")
         if min(self.also, default=1) <= 0 or len(set(self.also)) != len(self.also):
             raise ValueError(f"ema.also = {self.also}: half-lives in steps, above 0, each once")
         return self
 
-    @property
-    def keeps(self) -> float:
-        "Share of the average that an update keeps; 0: there is no average."
-        return self.decay if self.half_life is None else 0.5 ** (self.every / self.half_life)
+    def keeps(self, steps: int) -> float:
+        "Share of the average that an update keeps in a run of so many steps; 0: there is no average."
+        half_life = self.half_life if self.share is None else self.share * steps
+        return self.decay if half_life is None else 0.5 ** (self.every / half_life)
 
 # %% ../../nbs/core/01_recipe.ipynb #c2ce0ccc
 class Train(Node):
@@ -315,17 +324,30 @@ class Sample(Node):
     guidance: float = Field(3.0, ge=1)            # 1 is no guidance
     shift: float = Field(1.0, gt=0)               # of the sampling grid
     grid: Literal["linear", "diffusers"] = "linear"
+    stretch: float = later(1.0, gt=0)             # factor on the guided velocity
     # what guidance leads away from: the empty caption, a routed pass, both at once
     guide: Literal["caption", "route", "both"] = "caption"
 
 # %% ../../nbs/core/01_recipe.ipynb #8a312ca7
 class Evaluate(Node):
-    "How many samples are drawn and what is measured on them."
-    samples: int = Field(128, ge=2)
+    "How many samples are drawn, at which settings of the sampler, and what is measured on them."
+    samples: int = Field(256, ge=2)               # that are judged, drawn at the setting chosen for the run
+    choose: int = later(64, ge=2)                 # drawn at each setting, for other prompts, to choose it
+    guidance: tuple[float, ...] = later((0.5, 1.0, 1.5))    # times sample.guidance: what is tried ...
+    stretch: tuple[float, ...] = later((1.0, 1.15, 1.3))    # ... with each of these times sample.stretch
     batch: int = Field(64, ge=1)
     captions: Literal["short", "long", "dense"] = "dense"   # of held-out images, whatever was trained on
     features: named_in("prx_nb.core.encoders:ENCODERS", "effnet-lite0", "vit-s14") = "effnet-lite0"
+    beside: tuple[str, ...] = later(("vit-s14",)) # further encoders that measure the judged samples
     pictures: int = Field(16, ge=1)               # in the sample grid
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        for name in ("guidance", "stretch"):
+            values = getattr(self, name)
+            if not values or min(values) <= 0 or len(set(values)) != len(values):
+                raise ValueError(f"evaluate.{name} = {values}: factors above 0, at least one, each once")
+        return self
 
 # %% ../../nbs/core/01_recipe.ipynb #4f917e0e
 def _source(path: Path) -> str:
@@ -481,7 +503,7 @@ class Recipe(Node):
     @property
     def key(self) -> str:
         "Twelve hex digits that name this run: a hash of every setting that does something."
-        tree = self.model_dump(mode="json")
+        tree = counted(self)
         tree["techniques"] = {name: tree["techniques"][name] for name in self.techniques.on}
         counts = {k: v for k, v in tree.items() if v or k not in ("uses", "by_hand")}
         return hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:12]
@@ -631,20 +653,21 @@ Recipe.load = staticmethod(load)
 _SMOKE = {
     "data.size": 16, "data.limit": 256, "text.encoder": "static", "text.tokens": 12,
     "denoiser.hidden_size": 32, "denoiser.num_heads": 2, "denoiser.depth": 2,
-    "optimizer.lr": 1e-3, "optimizer.warmup": 4, "ema.decay": 0.8,
+    "optimizer.lr": 1e-3, "optimizer.warmup": 4, "ema.decay": 0.8, "ema.share": None,
     "train.steps": 12, "train.batch": 8, "train.checkpoint_every": 6,
     "train.validate_every": 6, "train.validate_samples": 16,
     "sample.steps": 4, "evaluate.samples": 16, "evaluate.batch": 16, "evaluate.pictures": 8,
+    "evaluate.choose": 8, "evaluate.guidance": (1.0,), "evaluate.stretch": (1.0, 1.2), "evaluate.beside": (),
 }
 
 # %% ../../nbs/core/01_recipe.ipynb #eac7dae1
 _GPU = {
     "data.size": 64, "data.skin_tones": True, "text.tokens": 48,
     "denoiser.hidden_size": 384, "denoiser.num_heads": 6, "denoiser.depth": 6,
-    "optimizer.lr": 1e-3, "optimizer.warmup": 100, "ema.decay": 0.995,
+    "optimizer.lr": 1e-3, "optimizer.warmup": 100,
     "train.steps": 1500, "train.batch": 256, "train.precision": "bf16", "train.compile": True,
     "train.validate_every": 250, "train.validate_samples": 512, "train.checkpoint_every": 500,
-    "sample.steps": 30, "evaluate.samples": 1024, "evaluate.batch": 256,
+    "sample.steps": 30, "evaluate.samples": 1024, "evaluate.choose": 256, "evaluate.batch": 256,
 }
 
 # %% ../../nbs/core/01_recipe.ipynb #501e7d11
@@ -657,7 +680,7 @@ _PAPER = {
     "denoiser.hidden_size": 1792, "denoiser.num_heads": 28, "denoiser.depth": 16,
     "denoiser.axes_dim": (32, 32),
     "optimizer.lr": 1e-4, "optimizer.eps": 1e-15, "optimizer.warmup": 1000, "optimizer.cooldown": 0.0,
-    "optimizer.clip": 0.2, "ema.decay": 0.0,
+    "optimizer.clip": 0.2, "ema.decay": 0.0, "ema.share": None,
     "train.steps": 100_000, "train.batch": 256, "train.precision": "bf16", "train.compile": True,
     "train.validate_every": 10_000, "train.validate_samples": 2048, "train.checkpoint_every": 10_000,
     "sample.steps": 50, "sample.guidance": 3.5,

@@ -93,20 +93,22 @@ def guided(model: Callable,              # a denoiser
            guidance: float = 1.0,        # w; 1 asks only with the caption
            clamp: float | None = None,   # none: as the prediction needs it, see above
            weak: Callable[[Tensor], Route] | None = None,   # t (B,) -> route of the second; none: all tokens
+           stretch: float = 1.0,         # factor on the velocity
+           correct: Callable | None = None,   # (answer, x, t, of the caption: bool) -> answer
            **inside,                     # passed to the denoiser
            ) -> Callable[[Tensor, Tensor], Tensor]:       # velocity(x, t)
     "The velocity field of a model for given captions, led away from `null`, and from a routed pass if any."
     if clamp is None:
         clamp = flow.flow.clamp if flow.flow.prediction == "eps" else 0.0
-    if guidance == 1:
-        return lambda x, t: flow.to("v", model(x, t, text, mask, **inside).prediction.float(), x, t, clamp)
-    both = (text, mask, null, null_mask)
+    correct, both = correct or (lambda answer, *_: answer), (text, mask, null, null_mask)
     ask = _asked_by_route(model, *both, weak, **inside) if weak else _asked_at_once(model, *both, **inside)
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        without, with_ = ask(x, t)
-        return flow.to("v", without + guidance * (with_ - without), x, t, clamp)
-    return velocity
+    def answer(x: Tensor, t: Tensor) -> Tensor:
+        if guidance == 1:
+            return correct(model(x, t, text, mask, **inside).prediction.float(), x, t, True)
+        without, with_ = (correct(a, x, t, said) for a, said in zip(ask(x, t), (False, True)))
+        return without + guidance * (with_ - without)
+    return lambda x, t: stretch * flow.to("v", answer(x, t), x, t, clamp)
 
 # %% ../../nbs/core/26_sample.ipynb #610bd85f
 def routes(recipe: recipes.Recipe,            # one that routes in training
@@ -137,7 +139,8 @@ def _shape(recipe: recipes.Recipe, size: tuple[int, int] | None) -> tuple[int, i
 def _draw(model: torch.nn.Module, recipe: recipes.Recipe,
           numbers: range,                               # of the samples, which name their noise
           text: Tensor, mask: Tensor, null: Tensor, null_mask: Tensor,     # all with B rows
-          shape: tuple[int, int, int], seed: int, watch: Callable | None) -> Tensor:
+          shape: tuple[int, int, int], seed: int, watch: Callable | None,
+          correct: Callable | None = None) -> Tensor:
     "(B, C, h, w): the pictures of one batch."
     device, s = next(model.parameters()).device, recipe.sample
     start = noise(seed, numbers, shape).to(device) * recipe.flow.noise_scale
@@ -146,7 +149,8 @@ def _draw(model: torch.nn.Module, recipe: recipes.Recipe,
     times, tokens = grid(s.steps, s.shift, s.grid), shape[1] * shape[2] // recipe.denoiser.patch_size**2
     weak = None if s.guide == "caption" else routes(recipe, numbers, tokens, times, seed)
     with precision.autocast(recipe, device):
-        velocity = guided(model, FlowMatching(recipe.flow), *words, s.guidance, weak=weak)
+        velocity = guided(model, FlowMatching(recipe.flow), *words, s.guidance, None, weak, s.stretch,
+                          correct)
         return SAMPLERS[s.sampler](velocity, start, times, watch).cpu()
 
 # %% ../../nbs/core/26_sample.ipynb #3c3185f7
@@ -158,6 +162,7 @@ def draw(model: torch.nn.Module,
          seed: int = 0,
          size: tuple[int, int] | None = None,           # (H, W) in pixels; none: the recipe's square
          watch: Callable[[int, Tensor], None] | None = None,
+         correct: Callable | None = None,               # see `guided`
          ) -> Tensor:                   # (N, C, h, w), on the CPU
     "Draw one picture a caption: latents, or where these are pixels images in [-1, 1]."
     shape, done = _shape(recipe, size), []
@@ -165,5 +170,5 @@ def draw(model: torch.nn.Module,
         part = slice(at, at + recipe.evaluate.batch)
         n = len(text[part])
         words = text[part], mask[part], null.expand(n, -1, -1), null_mask.expand(n, -1)
-        done.append(_draw(model, recipe, range(at, at + n), *words, shape, seed, watch))
+        done.append(_draw(model, recipe, range(at, at + n), *words, shape, seed, watch, correct))
     return torch.cat(done)

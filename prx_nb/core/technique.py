@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'Needs', 'Step', 'Technique', 'build', 'described', 'objective', 'as_learnt']
 
 # %% ../../nbs/core/22_technique.ipynb #f0084035
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -78,6 +78,10 @@ class Technique(nn.Module):
 
     def clean(self, batch: Batch) -> Tensor | None:
         "(B, C, h, w) to be validated on, where it is not the batch's x0 that is learnt; else none."
+
+    @classmethod
+    def correction(cls, recipe: Recipe, prepared: Prepared) -> Callable | None:
+        "(answer, x, t, of the caption: bool) -> answer with what it does to the optimum taken back; or none."
 
     def keep(self, folder: Path) -> None:
         "Write what a finished run needs of it, beside the checkpoint, into the run's folder."

@@ -83,7 +83,7 @@ def validate(model: nn.Module, batches: list[Batch], flow: FlowMatching,
 # %% ../../nbs/core/25_train.ipynb #3571fff9
 def _model(recipe: Recipe, named: dict[str, Tensor]) -> PRX:
     "The weights to sample from, out of a checkpoint's tensors: the average, if the recipe keeps one."
-    prefix = "ema.module." if recipe.ema.keeps > 0 else "model."
+    prefix = "ema.module." if recipe.ema.keeps(recipe.train.steps) > 0 else "model."
     model = PRX(**recipe.denoiser.model_dump())
     model.load_state_dict({k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)})
     return model

@@ -12,7 +12,7 @@ import difflib
 import json
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -66,7 +66,7 @@ class Ablation:
     baseline: str                                     # one of the variants
     variants: Mapping[str, Mapping[str, Any]]         # name -> {recipe path: value}
     notebook: str = ""                  # the file that declares it; filled in where it is read from one
-    primary: str = ""                   # the metric that decides, by its name or family, e.g. MMD; none: FD
+    primary: str = "joint"              # the metric that decides, by its name or family: the first measured
     margin: float = 0.05                # smallest effect of interest on it, as a ratio; see lab.decision
     published: tuple[Published, ...] = ()
     references: tuple[str, ...] = ()                  # papers and posts, in words
@@ -79,6 +79,10 @@ class Ablation:
         frozen = {name: MappingProxyType(dict(changes)) for name, changes in self.variants.items()}
         for name, mapping in (("variants", frozen), ("base", self.base), ("seed_shift", self.seed_shift)):
             object.__setattr__(self, name, MappingProxyType(dict(mapping)))
+
+    def decides(self, metrics: Iterable[str]) -> str | None:
+        "The primary metric among those that were measured; none: it was not."
+        return next((m for m in metrics if self.primary in (m, m.split("[")[0])), None)
 
 # %% ../../nbs/lab/02_ablations.ipynb #f691ad0a
 def _unknown(kind: str, name: str, allowed: list[str]) -> AblationError:
