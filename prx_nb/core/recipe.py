@@ -58,6 +58,7 @@ class Captions(Node):
     "Which caption a training image gets, and how often none."
     kind: named_in("prx_nb.core.captions:CAPTIONS", "short", "long", "dense", "mixed") = "dense"
     dropout: float = Field(0.1, ge=0, lt=1)       # share replaced by the encoded empty caption
+    wrong: float = later(0.0, ge=0, lt=1)         # share of the training images that get another's captions
 
 # %% ../../nbs/core/01_recipe.ipynb #8d569ceb
 class Text(Node):
@@ -297,12 +298,12 @@ class Ema(Node):
 # %% ../../nbs/core/01_recipe.ipynb #c2ce0ccc
 class Train(Node):
     "Length, batch, precision, how often to look and to save, and in how many processes."
-    steps: int = Field(1500, ge=1)
+    steps: int = Field(1000, ge=1)
     batch: int = Field(32, ge=1)                  # images a step, of all processes together
     precision: Literal["fp32", "bf16"] = "fp32"   # of the computation
     weights: Literal["fp32", "bf16"] = "fp32"     # of the denoiser's weights and their optimizer state
     compile: bool = False                         # torch.compile the denoiser
-    validate_every: int = Field(300, ge=1)
+    validate_every: int = Field(200, ge=1)
     validate_samples: int = Field(128, ge=1)
     checkpoint_every: int = Field(500, ge=1)
     keep: int = Field(2, ge=1)                    # checkpoints kept

@@ -171,8 +171,7 @@ def compared(names: list[str],               # ablations
     place = lambda name: name if preset == "cpu" else f"{name}/{preset}"
     link = lambda name: f"[{name.replace('_', ' ')}]({home}/outputs/published/{place(name)}/report.md)"
     missing = [f"`{name}`" for name in names if name not in set(found.ablation)]
-    table = found.assign(ablation=found.ablation.map(link)).rename(
-        columns={"ablation": "question", "needed": "seeds needed"})
+    table = found.assign(ablation=found.ablation.map(link)).rename(columns={"ablation": "question"})
     lines = [" | ".join(map(str, row))
              for row in (table.columns, ["---"] * len(table.columns), *table.itertuples(index=False))]
     parts = ["\n".join(f"| {line} |" for line in lines) if len(table) else "",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'MARKS', 'PANEL', 'DOTS', 'look', 'band', 'curve_figure', 'time_figure', 'metrics_figure', 'pareto_figure',
-           'chance_figure', 'forest_figure', 'read_samples', 'samples_figure']
+           'dial_figure', 'chance_figure', 'forest_figure', 'read_samples', 'samples_figure']
 
 # %% ../../nbs/lab/14_figures.ipynb #f4be4c84
 import json
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .ablations import Ablation
-from .results import better_up, by_seed, main_metrics, pareto, variant_order
+from .results import better_up, by_seed, dial, main_metrics, pareto, parts, variant_order
 from .statistics import Interval, mean_interval
 
 # %% ../../nbs/lab/14_figures.ipynb #834914a2
@@ -195,6 +195,39 @@ def pareto_figure(runs: pd.DataFrame, ablation: Ablation, metric: str, cost: str
     ax.set(xlim=_span([c.mean for c in costs], costs, 0.15),
            ylim=_span([q.mean for q in qualities], qualities, 0.15))
     fig.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3)
+    return fig
+
+# %% ../../nbs/lab/14_figures.ipynb #3a24d6b2
+def _trade(ax, found: pd.DataFrame, x: str, y: str, drawn: dict[str, tuple[str, str]]) -> None:
+    "Means over seeds, a line along the stretch for each guidance; the setting chosen most often has a ring."
+    styles = dict(zip(sorted(found.guidance.unique()), ("-", "--", ":", "-.")))
+    for (variant, guidance), c in found.groupby(["variant", "guidance"], sort=False):
+        colour, mark = drawn[variant]
+        m = c.groupby("stretch").agg(**{"x": (x, "mean"), "y": (y, "mean"), "n": ("chosen", "sum")})
+        ax.plot(m.x, m.y, styles.get(guidance, "-"), color=colour, marker=mark, ms=4, lw=1.2)
+        ax.scatter(m.x[m.n > 0], m.y[m.n > 0], s=90, facecolors="none", edgecolors=colour)
+
+# %% ../../nbs/lab/14_figures.ipynb #b0d44ad4
+def dial_figure(runs: pd.DataFrame, ablation: Ablation, metric: str):
+    "`metric` by stretch, and distance against prompt error, at every setting tried; `None` where none was."
+    import matplotlib.pyplot as plt
+    found, drawn = dial(runs), look(ablation)
+    if not len(found) or metric not in found:
+        return None
+    apart = [m for m in parts(metric) if m in found]
+    fig, axes = plt.subplots(1, 2 if len(apart) == 2 else 1, figsize=(8.4 if len(apart) == 2 else 4.4, 3.2),
+                             dpi=DOTS, constrained_layout=True, squeeze=False)
+    _trade(axes[0, 0], found, "stretch", metric, drawn)
+    axes[0, 0].set(xlabel="factor on the velocity", ylabel=metric, yscale="log")
+    if len(apart) == 2:
+        _trade(axes[0, 1], found, apart[1], apart[0], drawn)
+        axes[0, 1].set(xlabel=apart[1], ylabel=apart[0], yscale="log")
+    for variant in dict.fromkeys(found.variant):
+        axes[0, -1].plot([], [], color=drawn[variant][0], marker=drawn[variant][1], label=variant)
+    for guidance, style in zip(sorted(found.guidance.unique()), ("-", "--", ":", "-.")):
+        axes[0, 0].plot([], [], style, color="0.4", label=f"guidance {guidance:g}")
+    for ax in axes[0]:
+        _tidy(ax); _plain_numbers(ax); ax.legend(frameon=False, fontsize=7)
     return fig
 
 # %% ../../nbs/lab/14_figures.ipynb #4ec8469f

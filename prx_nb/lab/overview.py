@@ -17,8 +17,8 @@ from . import ablations, results
 from .ablations import Published
 
 # %% ../../nbs/lab/17_overview.ipynb #19b71c44
-# the distances to real images that have published kin: FID, and CMMD or DINO-MMD
-FAMILIES = ("FD", "MMD")
+# what decides, and what it is made of
+FAMILIES = ("joint", "MMD", "prompt-error")
 
 
 def percent(change: float, low: float = math.nan, high: float = math.nan) -> str:
@@ -60,24 +60,20 @@ def teachers(recipe: Recipe) -> tuple[str, ...]:
 def _effect(
     rows: pd.DataFrame, family: str, variant: str, baseline: str, known: tuple[str, ...] = ()
 ) -> dict[str, str]:
-    """Our difference on a family of metrics, but not in the features of a `known` encoder; its verdict, and
-    the seeds needed."""
+    """Our difference on a family of metrics, but not in the features of a `known` encoder; its verdict."""
     name = rows.metric.str.removesuffix("]").str.partition("[")
     rows = rows[(name[0] == family) & ~name[2].str.startswith(known)]
     mine = rows[rows.variant == variant]
     base = rows[(rows.variant == baseline) & rows.metric.isin(mine.metric[:1])]
     if mine.empty or base.empty:
-        return {family: "", "verdict": "", "needed": ""}
+        return {family: "", "verdict": ""}
     r, scale = mine.iloc[0], abs(base["mean"].iloc[0]) or math.nan
     # not-a-number where a file has none
     if isinstance(word := getattr(r, "decision", ""), str) and word:
         within = f" within {r.margin:.0%}" if word == "equivalent" else ""
-        return {family: percent(r.ratio - 1, r.ratio_low - 1, r.ratio_high - 1), "verdict": word + within,
-                "needed": ""}
-    open_ = r.verdict == "not distinguishable" and not pd.isna(r.seeds_needed)
-    needed = "" if not open_ else str(int(r.seeds_needed)) if r.seeds_needed > r.seeds else f">{r.seeds}"
+        return {family: percent(r.ratio - 1, r.ratio_low - 1, r.ratio_high - 1), "verdict": word + within}
     return {family: percent(r.difference / scale, r.difference_low / scale, r.difference_high / scale),
-            "verdict": r.verdict, "needed": needed}
+            "verdict": r.verdict}
 
 # %% ../../nbs/lab/17_overview.ipynb #cc145ced
 def _cost(folder: Path, variant: str, baseline: str) -> str:
@@ -96,7 +92,7 @@ def overview(folder: Path,                     # outputs/published
              names: Iterable[str],             # ablations
              preset: str = "cpu",
              ) -> pd.DataFrame:                # one row a variant that was published, in words
-    """Ablation, variant, published effect, ours on each family with verdict, agreement, seeds (needed), cost.
+    """Ablation, variant, published effect, ours on each family with verdict, agreement, seeds, cost.
     Empty where nothing is published."""
     rows = []
     for name in names:
@@ -121,12 +117,11 @@ def overview(folder: Path,                     # outputs/published
                         others.loc[others.variant == variant, ["source", "agreement"]].itertuples(index=False)
                     ),
                     "seeds": int(found[found.variant == variant].seeds.max()),
-                    "needed": ", ".join(f"{f} {e['needed']}" for f, e in effects.items() if e["needed"]),
                     "cost": _cost(home, variant, ablation.baseline),
                 }
             )
     return pd.DataFrame(
         rows,
         columns=["ablation", "variant", "published", *(f"{f}, ours" for f in FAMILIES), "agreement", "seeds",
-                 "needed", "cost"],
+                 "cost"],
     )

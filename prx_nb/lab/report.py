@@ -70,6 +70,8 @@ def _opening(page: Page, f: Findings) -> None:
     page.text(f.ablation.question)
     for line in results.declared(f.table, f.ablation):
         page.text(f"**{line}**")
+    for line in results.plan_words(f.runs, f.table, f.ablation):
+        page.text(line, "small")
     where = f" at {p}" if (p := results.point(f.group)) else ""
     n, hardware = len(f.seeds), in_list(sorted(set(f.runs.hardware)))
     page.text(f"Preset {f.runs.preset[0]}{where}: {len(f.runs)} runs of {in_list(f.variants)}, "
@@ -84,9 +86,9 @@ def _opening(page: Page, f: Findings) -> None:
 _HOW = (
     "The declared question, answered at the top, is decided unpaired on logarithms, with scatter borrowed "
     "from other questions and a margin named before looking (lab.decision). All below is exploration: "
-    "differences are paired by seed; the interval is that of the comparison alone (Student's t). p is "
-    "corrected over this table (Benjamini-Hochberg), and decides the verdict: a difference where it is below "
-    "0.05. Seeds needed: to see a difference as large as this one looks in 8 of 10 tries."
+    "differences are paired by seed; p is corrected over this table (Benjamini-Hochberg) and decides the "
+    "verdict, a difference where it is below 0.05; the intervals are widened as the words are. Metrics at "
+    "chance for all variants are not in the table that is corrected."
 )
 
 
@@ -136,6 +138,8 @@ def _samples(page: Page, f: Findings, more: int = 3) -> None:
     if (first := draw(f.seeds[0])) is None:
         return
     page.text("Samples", "h2")
+    if len(results.dial(f.runs)):
+        page.text("Each run is drawn at the setting of the sampler that is best for it (below).", "small")
     page.text(
         "Same column: same prompt, same starting noise. Top row: the held-out drawing that the prompt "
         "describes."
@@ -145,10 +149,35 @@ def _samples(page: Page, f: Findings, more: int = 3) -> None:
         for seed in f.seeds[1:1 + more]:
             page.figures((draw(seed), f"samples-s{seed}", alt + str(seed)), colours=256, wide=True)
 
+# %% ../../nbs/lab/16_report.ipynb #e9d11a22
+def _dial(page: Page, f: Findings) -> None:
+    "How each variant was sampled, what the dials do, and pictures whose place is known."
+    metric, limits = results.primary(f.ablation, f.table.metric.unique()), bounds(f.runs)
+    if len(results.dial(f.runs)):
+        page.text("How it was sampled", "h2")
+        page.text("Every run is drawn at each of these settings for prompts it is not judged by; the best is "
+                  "chosen, and the run is judged there, on other prompts.")
+        page.frame(results.sampled(f.runs, f.ablation), "What was chosen, by how many runs; the length of the "
+                   "predicted velocity beside the true one (1: as long); noise left in the pictures")
+        page.figures((figures.dial_figure(f.runs, f.ablation, metric), "dial",
+                      f"{metric} of {in_list(f.variants)} at every setting of the sampler, and the trade between "
+                      "distance and prompt error; rings: chosen"), wide=True)
+        for line in results.dial_words(f.runs, f.table, f.ablation):
+            page.text(line, "li")
+    rows = results.known_pictures(limits, [m for m in results.main_metrics(f.table) if m != "val"])
+    if len(rows.columns) > 3 and len(rows):
+        page.text("Known pictures", "h3")
+        page.text("The same drawings that the prompts describe, as many as there are samples, and what nobody "
+                  "would take for them. A metric that ranks these wrongly should not decide.")
+        page.frame(rows, "What each metric says of pictures whose place is known", cards=True)
+        if wrong := results.misranked(limits, metric):
+            page.text(f"**{metric} decides here, and ranks {in_list(wrong)}.**", "warn")
+
 # %% ../../nbs/lab/16_report.ipynb #ff4e2da4
 def _means(page: Page, f: Findings) -> None:
     page.text("Results", "h2")
-    page.frame(results.means(f.table, bounds(f.runs), f.flags),
+    limits = {k: v for k, v in bounds(f.runs).items() if k in ("real", "guessing")}
+    page.frame(results.means(f.table, limits, f.flags),
                "Means with 95% intervals over seeds; real: held-out drawings in place of samples")
     page.figures(
         (
@@ -273,7 +302,7 @@ def assemble(f: Findings) -> Page:
     "The page of a folder of runs; its figures are written to <group>/report."
     name = f.ablation.name.replace("_", " ").capitalize()
     page = Page(f.group / "report", name + (f", {p}" if (p := results.point(f.group)) else ""))
-    for part in (_opening, _verdict, _published, _samples, _means, _curves, _cost, _chance, _runs, _again):
+    for part in (_opening, _verdict, _published, _samples, _dial, _means, _curves, _cost, _chance, _runs, _again):
         part(page, f)
     return page
 

@@ -146,20 +146,17 @@ def correct(p_values: Iterable[float],     # in [0, 1]; not-a-number is left alo
 @dataclass(frozen=True)
 class Comparison:
     "One line of a table of comparisons."
-    difference: Interval            # variant minus baseline, paired by seed; its interval is not corrected
+    difference: Interval            # variant minus baseline, paired by seed; as wide as the table asks
     p: float                        # of this comparison alone; not-a-number: not measured
     p_corrected: float              # for the number of comparisons in the table
     verdict: str                    # one of `VERDICTS`, by the corrected p value
-    seeds_needed: int | None        # for the observed difference, power 0.8, alone; none: cannot be said
 
 # %% ../../nbs/lab/00_statistics.ipynb #b82712d9
-def _seeds(variant: Mapping[int, float], baseline: Mapping[int, float], confidence: float) -> int | None:
-    "Seeds to see the observed difference; none where that cannot be said."
-    d = [variant[s] - baseline[s] for s in set(variant) & set(baseline)]
-    try:
-        return seeds_needed(math.fsum(d) / len(d), float(np.std(d, ddof=1)), 0.8, confidence, most=1000)
-    except ValueError:
-        return None
+def _levels(called: list[bool], method: str, alpha: float) -> list[float]:
+    "The confidence of each interval, such that it holds 0 just where no difference is called."
+    r, m = sum(called), len(called)
+    shares = {"bh": (r / m, (r + 1) / m), "holm": (1 / (m - r + 1), 1 / max(m - r, 1))}[method]
+    return [1 - alpha * (shares[0] if yes else min(1.0, shares[1])) for yes in called]
 
 # %% ../../nbs/lab/00_statistics.ipynb #f295af31
 def _paired(pairs: Mapping[Hashable, tuple], confidence: float) -> dict[Hashable, tuple[Interval, float]]:
@@ -179,12 +176,15 @@ def compare(pairs: Mapping[Hashable, tuple],     # name -> (value by seed, basel
             ) -> dict[Hashable, Comparison]:     # by the same names
     "All comparisons of a table, corrected for their number. Raises `ValueError`, which names the comparison."
     plain, found = _paired(pairs, confidence), {}
-    corrected = correct([p for _, p in plain.values()], method)
-    for (name, (variant, baseline, up)), (difference, p), q in zip(pairs.items(), plain.values(), corrected):
-        word = "better" if (difference.mean > 0) == up else "worse"
-        needed = None if math.isnan(q) else _seeds(variant, baseline, confidence)
-        word = word if q < 1 - confidence else "not distinguishable"
-        found[name] = Comparison(difference, p, q, word, needed)
+    corrected = dict(zip(plain, correct([p for _, p in plain.values()], method)))
+    measured = [name for name, q in corrected.items() if not math.isnan(q)]
+    called = [corrected[name] < 1 - confidence for name in measured]
+    levels = dict(zip(measured, _levels(called, method, 1 - confidence) if measured else ()))
+    for name, (variant, baseline, up) in pairs.items():
+        wide = paired_difference(variant, baseline, levels.get(name, confidence))
+        word = "better" if (wide.mean > 0) == up else "worse"
+        word = word if corrected[name] < 1 - confidence else "not distinguishable"
+        found[name] = Comparison(wide, plain[name][1], corrected[name], word)
     return found
 
 # %% ../../nbs/lab/00_statistics.ipynb #0a597360
