@@ -8,7 +8,7 @@ import torch
 from prx_nb.core import captions, train
 from prx_nb.core import recipe as recipes
 from prx_nb.lab import ablations, judge
-from prx_nb.lab.ablations import Ablation, AblationError
+from prx_nb.lab.ablations import Ablation, AblationError, Scaled
 
 ABLATIONS = ablations.known()
 
@@ -22,8 +22,8 @@ def test_each_variant_is_what_its_declaration_says_and_nothing_else(name, preset
     base = ablations.recipe(ablation, ablation.baseline, preset, 3)
     for variant in ablation.variants:
         mine, sets = ablations.recipe(ablation, variant, preset, 3), ablations.changes(ablation, variant)
-        flat = recipes.flatten(mine)
-        assert {k: flat[k] for k in sets} == sets
+        flat, preset_s = recipes.flatten(mine), recipes.flatten(recipes.preset(preset))
+        assert {k: flat[k] for k in sets} == {k: v.of(preset_s[k]) if isinstance(v, Scaled) else v for k, v in sets.items()}
         allowed = set().union(*ablation.variants.values()) | ({"seed"} if ablation.seed_shift else set())
         assert set(mine.diff(base)) <= allowed
         assert mine.seed == 3 + ablation.seed_shift.get(variant, 0)
@@ -36,7 +36,7 @@ def test_the_null_checks_two_pools_share_no_seed():
     assert not pools[0] & pools[1] and [len(p) for p in pools] == [999, 999]
 
 
-def test_the_positive_control_is_examined_with_the_same_words():
+def test_all_lengths_of_caption_are_examined_with_the_same_words():
     exams = {ablations.recipe(ABLATIONS["caption_length"], v, "cpu").evaluate for v in ABLATIONS["caption_length"].variants}
     assert len(exams) == 1 and exams.pop().captions == "dense"
     assert {(p.variant, p.verdict) for p in ABLATIONS["caption_length"].published} == {("short", "worse")}

@@ -211,9 +211,14 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"checkpoint {path} cannot be read: its tensors do not match its checksum")
     return tensors, header
 
+# %% ../../nbs/core/23_checkpoint.ipynb #cddd0334
+def _after_training(setting: str) -> bool:
+    "Whether a setting, by its dotted path, is of drawing and measuring alone, so that weights do not depend on it."
+    return setting.startswith(("sample.", "evaluate.")) and setting != "evaluate.captions"
+
 # %% ../../nbs/core/23_checkpoint.ipynb #02547188
 def _same_run(path: Path, header: dict[str, str], recipe: Recipe) -> None:
-    "Raise `CheckpointError` unless the checkpoint is of this recipe, whatever the number of processes."
+    "Raise `CheckpointError` unless the weights are of this recipe, whatever the processes and the exam."
     try:
         there = Recipe.model_validate_json(header["recipe"])
     except ValidationError:
@@ -221,7 +226,7 @@ def _same_run(path: Path, header: dict[str, str], recipe: Recipe) -> None:
                               "choose another output folder or delete it") from None
     differ = {} if recipe.key == there.key else recipe.diff(there)
     changed = {k: f"{k}: {old!r} there, {new!r} asked for" for k, (old, new) in differ.items()
-               if k not in ("train.processes", "train.parallel")}
+               if k not in ("train.processes", "train.parallel") and not _after_training(k)}
     if changed:
         what = "; ".join(list(changed.values())[:4])
         raise OtherRecipe(
