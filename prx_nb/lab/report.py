@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.files import atomic
+from ..core.files import atomic, read_json, write_json
 from . import ablations, figures, results
 from .ablations import Ablation
 from .figures import read_samples
@@ -70,6 +70,8 @@ def _opening(page: Page, f: Findings) -> None:
     page.text(f.ablation.question)
     for line in results.declared(f.table, f.ablation):
         page.text(f"**{line}**")
+    for line in results.control_words(f.table, f.ablation):
+        page.text(line, "small")
     for line in results.plan_words(f.runs, f.table, f.ablation):
         page.text(line, "small")
     where = f" at {p}" if (p := results.point(f.group)) else ""
@@ -484,6 +486,12 @@ def _add_notices(notice: Path, runs: pd.DataFrame) -> None:
     with atomic(notice) as part:
         part.write_text(before)
 
+# %% ../../nbs/lab/16_report.ipynb #c4938bf4
+def _whole_record(run: Path) -> dict:
+    "A run's record with its recipe in it, where there is one."
+    found, path = read_json(run / "record.json"), run / "recipe.json"
+    return found | ({"recipe": read_json(path)} if path.exists() else {})
+
 # %% ../../nbs/lab/16_report.ipynb #72b30f9a
 def publish(
     folder: str | Path,  # of runs with a report
@@ -504,6 +512,6 @@ def publish(
     for path in [*made.glob("*.png"), *made.glob("*.csv"), made / "report.md"]:
         shutil.copy(path, to / path.name)
     for run in map(Path, runs.folder):
-        shutil.copy(run / "record.json", to / "records" / f"{run.name}.json")
+        write_json(to / "records" / f"{run.name}.json", _whole_record(run))
     _add_notices(place / "NOTICE", runs)
     return to

@@ -8,8 +8,8 @@ __all__ = ['COLUMNS', 'ORDER', 'pretend_runs', 'ReportError', 'collect', 'point'
            'parts', 'log_scatter', 'published_scatter', 'decisions', 'from_records', 'answered', 'table', 'kin',
            'agreement', 'published_table', 'published_lines', 'in_words', 'direction', 'misranked', 'known_pictures',
            'dial', 'sampled', 'same_sign', 'flags', 'p_words', 'verdicts', 'means', 'readable', 'declared',
-           'plan_words', 'dial_words', 'sentences', 'curves', 'at_moment', 'verdict_words', 'equal_time', 'costs',
-           'cost_words', 'pareto', 'chance', 'command']
+           'control_words', 'plan_words', 'dial_words', 'sentences', 'curves', 'at_moment', 'verdict_words',
+           'equal_time', 'costs', 'cost_words', 'pareto', 'chance', 'command']
 
 # %% ../../nbs/lab/13_results.ipynb #70ec2628
 import contextlib
@@ -636,6 +636,21 @@ def declared(results: pd.DataFrame, ablation: Ablation) -> list[str]:
         more = {"equivalent": f" within {r.margin:.0%}", "undecided": " yet"}.get(r.decision, "")
         lines.append(f"{r.variant} {how[r.decision]} {ablation.baseline}{more} on {r.metric}: "
                      f"{r.ratio - 1:+.1%} [{ends}], {r.seeds} {'seeds' if r.seeds > 1 else 'seed'}.")
+    return lines
+
+# %% ../../nbs/lab/13_results.ipynb #7b47ae1a
+def control_words(results: pd.DataFrame, ablation: Ablation) -> list[str]:
+    "Whether a control found what it had to, one sentence a variant; empty for other ablations."
+    rows = results[results.metric == primary(ablation, results.metric.unique())].set_index("variant")
+    found = rows.decision.fillna("") if "decision" in rows else rows.verdict * 0
+    lines = []
+    for variant, right in ablation.expected.items():
+        if word := found.get(variant, ""):
+            kept = "the control passes" if word == right else "**the control fails**" if word != "undecided" else "not decided yet"
+            lines.append(f"Control: {variant} must be {right}, and is {word}: {kept}.")
+    smaller = [v for v, word in found.items() if word == "worse" and v in ablation.variants]
+    if lines and "worse" in ablation.expected.values():
+        lines.append(f"The smallest damage that is called: {smaller[0] if smaller else 'none'}.")
     return lines
 
 # %% ../../nbs/lab/13_results.ipynb #2f72e814
