@@ -213,7 +213,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 # %% ../../nbs/core/23_checkpoint.ipynb #cddd0334
 def _after_training(setting: str) -> bool:
-    "Whether a setting, by its dotted path, is of drawing and measuring alone, so that weights do not depend on it."
+    """Whether a setting, by its dotted path, is of drawing and measuring alone, so that weights do not depend
+    on it."""
     return setting.startswith(("sample.", "evaluate.")) and setting != "evaluate.captions"
 
 # %% ../../nbs/core/23_checkpoint.ipynb #02547188

@@ -232,7 +232,7 @@ class Reference:
     def scale(self) -> dict[str, float]:
         """What the errors of adherence are for others' prompts, by held-out drawings; empty where fewer than
         two are."""
-        return shuffled(self.images.batch(self.held), self.shown) if len(self.held) > 1 else {}
+        return self._scale() if len(self.held) > 1 else {}
 
     @functools.cached_property
     def own(self) -> float:
@@ -244,6 +244,15 @@ class Reference:
         """What real held-out drawings score when they are taken for samples: the ceiling. Empty where fewer
         than two are held out."""
         return self.limits_of(self.held) if len(self.held) > 1 else {}
+
+# %% ../../nbs/core/28_metrics.ipynb #28d31897
+@patch
+def _scale(self: Reference) -> dict[str, float]:
+    "Measured once, then kept on disk."
+    path = cache_dir("limits") / f"{self.key}-scale.json"
+    found = _readable(path) or shuffled(self.images.batch(self.held), self.shown)
+    write_json(path, found)
+    return found
 
 # %% ../../nbs/core/28_metrics.ipynb #67d817fe
 @patch
@@ -386,13 +395,14 @@ def evaluate(samples: torch.Tensor,              # (N, 3, H, W) floating point i
              reference: Reference,
              batch: int | None = None,           # none: 16 on a CPU, 256 on a GPU
              seen: dict | None = None,           # features of images met before, by their bytes
-             beside: Sequence[Reference] = (),   # further encoders
+             beside: Sequence[Reference] = (),   # further encoders ...
+             few: int | None = None,             # ... that see the first so many; none: all
              ) -> dict[str, float]:
     "Measure generated images. Raises `MetricError` for bytes, numbers that are not finite, other shapes."
     pixels, seen = _checked(samples, items), {} if seen is None else seen
     found = score(_features_of(pixels, reference, batch, seen), items, reference)
     for other in beside:
-        found |= score(_features_of(pixels, other, batch, {}), items, other)
+        found |= score(_features_of(pixels[:few], other, batch, {}), items[:few], other)
     plain = seen_in(from_uint8(pixels), items, reference.scale)
     joint = {m.replace("MMD[", "joint["): joint_error(v, plain.get("prompt-error"))
              for m, v in found.items() if m.startswith("MMD[")}
@@ -424,8 +434,8 @@ def prepare_beside(recipe: Any, prepared: Any, progress: bool = False) -> list[R
 _BETTER = {"joint": False, "KID": False, "FD": False, "MMD": False, "MMD-biased": False, "retrieval@1": True,
            "retrieval@5": True, "retrieval-rank": False, "style": True, "background": True,
            "ground-error": False, "palette-error": False, "size-error": False, "place-error": False,
-           "prompt-error": False, "residual-noise": False, "length": True, "duplicates": False, "images/s": True, "val": False, "loss": False,
-           "seconds": False, "memory": False}
+           "prompt-error": False, "residual-noise": False, "length": True, "duplicates": False,
+           "images/s": True, "val": False, "loss": False, "seconds": False, "memory": False}
 
 
 def higher_is_better(name: str,       # as `evaluate` gives it, e.g. "KID[effnet-lite0]"

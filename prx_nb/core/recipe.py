@@ -284,8 +284,10 @@ class Ema(Node):
     @model_validator(mode="after")
     def _consistent(self):
         if [self.decay, self.half_life, self.share].count(None) != 2:
-            raise ValueError(f"ema.decay = {self.decay}, ema.half_life = {self.half_life} and "
-                             f"ema.share = {self.share}: one says the others; give one, and null for the rest")
+            raise ValueError(
+                f"ema.decay = {self.decay}, ema.half_life = {self.half_life} and "
+                f"ema.share = {self.share}: one says the others; give one, and null for the rest"
+            )
         if min(self.also, default=1) <= 0 or len(set(self.also)) != len(self.also):
             raise ValueError(f"ema.also = {self.also}: half-lives in steps, above 0, each once")
         return self
@@ -333,13 +335,14 @@ class Sample(Node):
 class Evaluate(Node):
     "How many samples are drawn, at which settings of the sampler, and what is measured on them."
     samples: int = Field(256, ge=2)               # that are judged, drawn at the setting chosen for the run
-    choose: int = later(64, ge=2)                 # drawn at each setting, for other prompts, to choose it
+    choose: int = later(48, ge=2)                 # drawn at each setting, for other prompts, to choose it
     guidance: tuple[float, ...] = later((0.5, 1.0, 1.5))    # times sample.guidance: what is tried ...
     stretch: tuple[float, ...] = later((1.0, 1.15, 1.3))    # ... with each of these times sample.stretch
     batch: int = Field(64, ge=1)
     captions: Literal["short", "long", "dense"] = "dense"   # of held-out images, whatever was trained on
     features: named_in("prx_nb.core.encoders:ENCODERS", "effnet-lite0", "vit-s14") = "effnet-lite0"
-    beside: tuple[str, ...] = later(("vit-s14",)) # further encoders that measure the judged samples
+    beside: tuple[str, ...] = later(("vit-s14",)) # further encoders ...
+    beside_samples: int = later(128, ge=2)        # ... and how many of the judged samples they see
     pictures: int = Field(16, ge=1)               # in the sample grid
 
     @model_validator(mode="after")

@@ -66,13 +66,16 @@ def exam(prepared: Prepared, recipe: Recipe) -> Exam:
 
 # %% ../../nbs/lab/11_judge.ipynb #dd8a0227
 def rehearsal(prepared: Prepared, recipe: Recipe) -> Exam:
-    "Other prompts and other noise, to choose the setting of the sampler by. Raises `MetricError` for fewer than two."
+    """Other prompts and other noise, to choose the setting of the sampler by. Raises `MetricError` for fewer
+    than two."""
     index = _held(prepared, recipe)[1]
     if len(index) < 2:
         held = len(prepared.heldout)
-        raise metrics.MetricError(f"{held} held-out images leave {len(index)} to choose the sampler's setting by: "
-                                  "hold out more (data.holdout_concepts), or set evaluate.guidance and "
-                                  "evaluate.stretch to [1] and nothing is chosen")
+        raise metrics.MetricError(
+            f"{held} held-out images leave {len(index)} to choose the sampler's setting by: "
+            "hold out more (data.holdout_concepts), or set evaluate.guidance and "
+            "evaluate.stretch to [1] and nothing is chosen"
+        )
     return _asked(prepared, index, 1)
 
 # %% ../../nbs/lab/11_judge.ipynb #b5ce301c
@@ -88,7 +91,8 @@ def reworded(prepared: Prepared, recipe: Recipe,
 
 # %% ../../nbs/lab/11_judge.ipynb #7eaf270f
 def correction(recipe: Recipe, prepared: Prepared) -> Callable | None:
-    "What takes back all that a recipe's techniques are known to do to an answer; none: nothing. See `sample.guided`."
+    """What takes back all that a recipe's techniques are known to do to an answer; none: nothing. See
+    `sample.guided`."""
     each = [CLASSES[name].correction(recipe, prepared) for name in recipe.techniques.on]
     each = [c for c in each if c is not None]
 
@@ -130,7 +134,8 @@ def keep(folder: Path, images: Tensor, questions: Exam, notice: str, count: int)
 
 # %% ../../nbs/lab/11_judge.ipynb #4ad03d85
 def settings(recipe: Recipe) -> list[Recipe]:
-    "The settings of the sampler that are tried; without guidance there is only the factor. The recipe's own may be one."
+    """The settings of the sampler that are tried; without guidance there is only the factor. The recipe's own
+    may be one."""
     s, e = recipe.sample, recipe.evaluate
     weights = {max(1.0, g * s.guidance) for g in e.guidance} if s.guidance > 1 else {1.0}
     return [recipe.replace({"sample.guidance": w, "sample.stretch": f * s.stretch})
@@ -163,7 +168,8 @@ def rehearse(run: Run, prepared: Prepared,
     only, by, rows = settings(run.recipe), None, []
     if len(only) > 1:
         rows = tried(run, prepared)
-        by = (ablation.decides(rows[0]) if ablation else None) or next(m for m in rows[0] if m.startswith("joint"))
+        by = (ablation.decides(rows[0]) if ablation else None) or next(
+            m for m in rows[0] if m.startswith("joint"))
     found = best(rows, by) if rows else {k: getattr(only[0].sample, k) for k in ("guidance", "stretch")}
     exam = {"chosen": found, "by": by, "tried": rows}
     write_json(run.dir / "exam.json", exam)
@@ -200,7 +206,9 @@ def lengths(run: Run, prepared: Prepared) -> dict[str, float]:      # "length", 
 def judge(run: Run, prepared: Prepared, questions: Exam, images: Tensor) -> dict[str, float]:
     "All metrics of the drawn pictures, by name, of every encoder the recipe names, and `lengths`."
     reference, beside = metrics.prepare(run.recipe, prepared), metrics.prepare_beside(run.recipe, prepared)
-    return metrics.evaluate(images, questions.items, reference, beside=beside) | lengths(run, prepared)
+    found = metrics.evaluate(
+        images, questions.items, reference, beside=beside, few=run.recipe.evaluate.beside_samples)
+    return found | lengths(run, prepared)
 
 # %% ../../nbs/lab/11_judge.ipynb #dd2f3c87
 def spoiled(images: Tensor,                # (N, 3, H, W) in [-1, 1], square
@@ -212,7 +220,8 @@ def spoiled(images: Tensor,                # (N, 3, H, W) in [-1, 1], square
     mixed = lambda: images.flatten(2)[:, :, torch.randperm(side * side, generator=g)].view_as(images)
     makers = {"blurred": lambda: F.avg_pool2d(F.pad(images, (1,) * 4, "replicate"), 3, 1),
               "mosaic": lambda: coarse(max(2, side // 8)), "flat ground": lambda: border_of(images),
-              "noise in its colours": mixed, "noise": lambda: torch.randn(images.shape, generator=g).clamp(-1, 1)}
+              "noise in its colours": mixed,
+              "noise": lambda: torch.randn(images.shape, generator=g).clamp(-1, 1)}
     if kind not in makers:
         raise ValueError(f"no kind of spoiled pictures '{kind}'; there are {', '.join(makers)}")
     return makers[kind]()
@@ -231,16 +240,15 @@ def border_of(images: Tensor) -> Tensor:   # (N, 3, H, W), of one colour each
 # %% ../../nbs/lab/11_judge.ipynb #b5977974
 def bounds(prepared: Prepared, recipe: Recipe) -> dict[str, dict[str, float]]:
     """What the same metrics give for the drawings that the prompts describe, as many as samples, for the same
-    spoiled, and for guessing."""
-    each = [metrics.prepare(recipe, prepared), *metrics.prepare_beside(recipe, prepared)]
-    index = exam(prepared, recipe).index
-    found = {"real": {}, "guessing": {}} | {kind: {} for kind in SPOILED}
-    for reference in each:
-        found["real"] |= reference.limits_of(index)
-        found["guessing"] |= reference.chance
-        for kind in SPOILED:
-            found[kind] |= reference.limits_of(index, kind, lambda x: spoiled(x, kind))
-    return found
+    spoiled, and for guessing. Further encoders measure the drawings as they are, no fewer than of a run."""
+    reference, index = metrics.prepare(recipe, prepared), exam(prepared, recipe).index
+    found = {"real": {}, "guessing": {}}
+    for other in metrics.prepare_beside(recipe, prepared):
+        found["real"] |= other.limits_of(index[:recipe.evaluate.beside_samples])
+        found["guessing"] |= other.chance
+    found["real"] |= reference.limits_of(index)
+    found["guessing"] |= reference.chance
+    return found | {kind: reference.limits_of(index, kind, lambda x: spoiled(x, kind)) for kind in SPOILED}
 
 # %% ../../nbs/lab/11_judge.ipynb #3aea99cf
 def complete(run: Run,

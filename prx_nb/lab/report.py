@@ -159,18 +159,24 @@ def _dial(page: Page, f: Findings) -> None:
         page.text("How it was sampled", "h2")
         page.text("Every run is drawn at each of these settings for prompts it is not judged by; the best is "
                   "chosen, and the run is judged there, on other prompts.")
-        page.frame(results.sampled(f.runs, f.ablation), "What was chosen, by how many runs; the length of the "
-                   "predicted velocity beside the true one (1: as long); noise left in the pictures")
-        page.figures((figures.dial_figure(f.runs, f.ablation, metric), "dial",
-                      f"{metric} of {in_list(f.variants)} at every setting of the sampler, and the trade between "
-                      "distance and prompt error; rings: chosen"), wide=True)
+        page.frame(results.sampled(f.runs, f.ablation),
+                   "What was chosen, by how many runs; the length of the "
+                   "predicted velocity beside the true one (1: as long); noise left in the pictures",)
+        page.figures(
+            (figures.dial_figure(f.runs, f.ablation, metric), "dial",
+             f"{metric} of {in_list(f.variants)} at every setting of the sampler, and the trade between "
+             "distance and prompt error; rings: chosen",),
+            wide=True,
+        )
         for line in results.dial_words(f.runs, f.table, f.ablation):
             page.text(line, "li")
     rows = results.known_pictures(limits, [m for m in results.main_metrics(f.table) if m != "val"])
     if len(rows.columns) > 3 and len(rows):
         page.text("Known pictures", "h3")
-        page.text("The same drawings that the prompts describe, as many as there are samples, and what nobody "
-                  "would take for them. A metric that ranks these wrongly should not decide.")
+        page.text(
+            "The same drawings that the prompts describe, as many as there are samples, and what nobody "
+            "would take for them. A metric that ranks these wrongly should not decide."
+        )
         page.frame(rows, "What each metric says of pictures whose place is known", cards=True)
         if wrong := results.misranked(limits, metric):
             page.text(f"**{metric} decides here, and ranks {in_list(wrong)}.**", "warn")
@@ -304,7 +310,8 @@ def assemble(f: Findings) -> Page:
     "The page of a folder of runs; its figures are written to <group>/report."
     name = f.ablation.name.replace("_", " ").capitalize()
     page = Page(f.group / "report", name + (f", {p}" if (p := results.point(f.group)) else ""))
-    for part in (_opening, _verdict, _published, _samples, _dial, _means, _curves, _cost, _chance, _runs, _again):
+    for part in (_opening, _verdict, _published, _samples, _dial, _means, _curves, _cost, _chance, _runs,
+                 _again):
         part(page, f)
     return page
 

@@ -54,8 +54,10 @@ def _pretend_samples(run: Path, shift: float, rng: np.random.Generator) -> None:
               {"prompts": json.dumps([f"invented pattern {k}" for k in range(1, 9)]), "notice": ""})
 
 # %% ../../nbs/lab/13_results.ipynb #67bde901
-_PRETEND_BOUNDS = {"real": {"KID[invented]": 0.001, "joint[invented]": 0.05}, "guessing": {"retrieval@1[invented]": 0.02}}
-for _kind, _value in {"blurred": 0.3, "mosaic": 1.4, "flat ground": 2.2, "noise in its colours": 2.4, "noise": 2.6}.items():
+_PRETEND_BOUNDS = {"real": {"KID[invented]": 0.001, "joint[invented]": 0.05},
+                   "guessing": {"retrieval@1[invented]": 0.02}}
+for _kind, _value in {"blurred": 0.3, "mosaic": 1.4, "flat ground": 2.2, "noise in its colours": 2.4,
+                      "noise": 2.6}.items():
     _PRETEND_BOUNDS[_kind] = {"KID[invented]": _value / 10, "joint[invented]": _value}
 
 
@@ -78,7 +80,8 @@ def _pretend(
                   0.1 * (1 + 0.5 * abs(shift - 0.2)) * (1 + 0.02 * rng.normal()))
     prompt = (base + 0.02 * rng.normal()) / 3
     metrics = {"joint[invented]": base, "MMD[invented]": base**2 / prompt, "prompt-error": prompt,
-               "length": 0.9, "residual-noise": 0.02 * base, "KID[invented]": base * 0.01, "FD[invented]": base * 100 + 3 * rng.normal(),
+               "length": 0.9, "residual-noise": 0.02 * base, "KID[invented]": base * 0.01,
+               "FD[invented]": base * 100 + 3 * rng.normal(),
                "retrieval@1[invented]": 0.5 - 0.1 * shift + 0.05 * luck.normal() + 0.05 * rng.normal(),
                "val": _pretend_curves(run, base, pace, rng)}
     metrics |= {f"val t {a / 5:.1f}-{(a + 1) / 5:.1f}": base * (1 - a / 6) for a in range(5)}
@@ -279,7 +282,8 @@ def bounds(runs: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 # %% ../../nbs/lab/13_results.ipynb #934f17f8
 def at_chance(runs: pd.DataFrame, metric: str, guess: float | None) -> bool:
-    "Whether no variant is told from guessing: the 95% interval of every mean reaches to it, or lies on the bad side."
+    """Whether no variant is told from guessing: the 95% interval of every mean reaches to it, or lies on the
+    bad side."""
     if guess is None:
         return False
     for variant in dict.fromkeys(runs.variant):
@@ -307,9 +311,10 @@ def primary(ablation: Ablation, metrics: Iterable[str]) -> str | None:
     there was a joint error are decided by their first FD, or first main metric. None: it was not measured."""
     main = [m for m in metrics if _is_main(m)]
     older = ablation.primary == "joint" and not any(m.startswith("joint") for m in main)
-    return next((m for m in main if m.startswith("FD")), next(iter(main), None)) if older else ablation.decides(main)
+    return (next((m for m in main if m.startswith("FD")), next(iter(main), None)) if older
+            else ablation.decides(main))
 
-
+# %% ../../nbs/lab/13_results.ipynb #a2e87d70
 def parts(metric: str | None) -> list[str]:
     "What a joint error is made of; empty for another metric."
     return [metric.replace("joint", "MMD"), "prompt-error"] if metric and metric.startswith("joint[") else []
@@ -403,7 +408,8 @@ def table(
     metrics = list(dict.fromkeys(name for m in runs.metrics for name in m))
     guess = bounds(runs).get("guessing", {})
     read = {m for m in metrics if _is_main(m) and not at_chance(runs, m, guess.get(m))}
-    found = [_comparisons(runs, ablation, [m for m in metrics if (m in read) == main]) for main in (True, False)]
+    found = [
+        _comparisons(runs, ablation, [m for m in metrics if (m in read) == main]) for main in (True, False)]
     found, of = found[0] | found[1], dict(tuple(runs.groupby("variant")))
     decides = primary(ablation, metrics)
     words = {m: decisions(runs, ablation, m) for m in (decides, *parts(decides)) if m in metrics}
@@ -512,21 +518,25 @@ def dial(runs: pd.DataFrame) -> pd.DataFrame:     # variant, seed, guidance, str
 
 # %% ../../nbs/lab/13_results.ipynb #8ed7739f
 def sampled(runs: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
-    "Variant, chosen guidance and stretch, length of the velocity beside the true one, left-over noise. In words."
+    """Variant, chosen guidance and stretch, length of the velocity beside the true one, left-over noise. In
+    words."""
     rows, found = [], dial(runs)
     for variant in variant_order(runs, ablation):
         mine = found[(found.variant == variant) & found.chosen.astype(bool)] if len(found) else found
         usual = lambda name: ", ".join(f"{v:g} ({n} of {len(mine)})" for v, n in
                                        mine[name].round(3).value_counts().sort_index().items())
-        mean = lambda metric: in_words(float(np.mean(list(by_seed(runs, variant, metric).values()) or [math.nan])))
+        mean = lambda metric: in_words(
+            float(np.mean(list(by_seed(runs, variant, metric).values()) or [math.nan])))
         rows.append((variant, usual("guidance"), usual("stretch"), mean("length"), mean("residual-noise")))
     names = ["variant", "guidance", "stretch", "length of v", "left-over noise"]
     return pd.DataFrame(rows, columns=names)
 
 # %% ../../nbs/lab/13_results.ipynb #25a70ef4
 def same_sign(runs: pd.DataFrame, ablation: Ablation, metric: str,
-              variant: str) -> tuple[int, int] | None:        # settings where the variant is better, and of how many
-    "At how many settings, alike for both, a variant is better than the baseline; none where nothing was tried."
+              # settings where the variant is better, and of how many
+              variant: str) -> tuple[int, int] | None:
+    """At how many settings, alike for both, a variant is better than the baseline; none where nothing was
+    tried."""
     found = dial(runs)
     if not len(found) or metric not in found:
         return None
@@ -646,7 +656,8 @@ def control_words(results: pd.DataFrame, ablation: Ablation) -> list[str]:
     lines = []
     for variant, right in ablation.expected.items():
         if word := found.get(variant, ""):
-            kept = "the control passes" if word == right else "**the control fails**" if word != "undecided" else "not decided yet"
+            kept = ("the control passes" if word == right else "**the control fails**" if word != "undecided"
+                    else "not decided yet")
             lines.append(f"Control: {variant} must be {right}, and is {word}: {kept}.")
     smaller = [v for v, word in found.items() if word == "worse" and v in ablation.variants]
     if lines and "worse" in ablation.expected.values():
@@ -655,11 +666,14 @@ def control_words(results: pd.DataFrame, ablation: Ablation) -> list[str]:
 
 # %% ../../nbs/lab/13_results.ipynb #2f72e814
 def plan_words(runs: pd.DataFrame, results: pd.DataFrame, ablation: Ablation) -> list[str]:
-    "How many seeds a difference of the margin's size takes, by the scatter of all groups of seeds known; none: not known."
+    """How many seeds a difference of the margin's size takes, by the scatter of all groups of seeds known;
+    none: not known."""
     metric = primary(ablation, results.metric.unique())
     seen = next((c["images_seen"] for c in runs.cost if c.get("images_seen")), 0)
-    each = [log_scatter(by_seed(runs, v, metric).values()) for v in variant_order(runs, ablation)] if metric else []
-    prior = fit_prior([*each, *(published_scatter(metric, runs.preset[0], int(seen)) if metric and seen else ())])
+    each = ([log_scatter(by_seed(runs, v, metric).values()) for v in variant_order(runs, ablation)] if metric
+            else [])
+    prior = fit_prior(
+        [*each, *(published_scatter(metric, runs.preset[0], int(seen)) if metric and seen else ())])
     if prior is None:
         return []
     scatter = math.sqrt(prior.variance)
@@ -673,11 +687,16 @@ def dial_words(runs: pd.DataFrame, results: pd.DataFrame, ablation: Ablation) ->
     "Whether the sign of a difference turns with the dial: one sentence a variant."
     metric, lines = primary(ablation, results.metric.unique()), []
     for variant in variant_order(runs, ablation):
-        count = same_sign(runs, ablation, metric, variant) if variant != ablation.baseline and metric else None
+        count = (
+            same_sign(runs, ablation, metric, variant) if variant != ablation.baseline and metric else None)
         if count:
             better, many = count
-            turns = "the sign does not turn with the dial" if better in (0, many) else "**the sign turns with the dial**"
-            lines.append(f"{variant} has the better {metric} at {better} of the {many} settings, alike for both: {turns}.")
+            turns = ("the sign does not turn with the dial" if better in (0, many)
+                     else "**the sign turns with the dial**")
+            lines.append(
+                f"{variant} has the better {metric} at {better} of the {many} settings, alike for both: "
+                f"{turns}."
+            )
     return lines
 
 # %% ../../nbs/lab/13_results.ipynb #836548c2

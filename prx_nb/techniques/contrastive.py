@@ -78,7 +78,8 @@ class Contrastive(Technique, name="contrastive", settings=Settings):
 
     @classmethod
     def correction(cls, recipe: Recipe, prepared: Prepared) -> Callable:
-        "Its stretch and shift taken back, where the network was pushed: `roll` pushes the empty caption, too."
+        """Its stretch and shift taken back, where the network was pushed: `roll` pushes the empty caption,
+        too."""
         c, flow = recipe.techniques.contrastive, FlowMatching(recipe.flow)
         return taken_back(flow, c.weight, mean_image(prepared), c.negatives == "roll")
 
@@ -113,7 +114,8 @@ def mean_image(prepared: Prepared,
     "The image that is left when all are averaged."
     train = prepared.split.train
     index = train[torch.linspace(0, len(train) - 1, min(most, len(train))).round().long()]
-    return torch.stack([prepared.clean(part).mean(0) * len(part) for part in index.split(256)]).sum(0) / len(index)
+    return torch.stack([prepared.clean(part).mean(0) * len(part) for part in index.split(256)]).sum(0) / len(
+        index)
 
 # %% ../../nbs/techniques/03_contrastive.ipynb #7d772ca6
 def taken_back(flow: FlowMatching, weight: float,
