@@ -68,6 +68,7 @@ class Ablation:
     notebook: str = ""                  # the file that declares it; filled in where it is read from one
     primary: str = ""                   # the metric that decides, by its name or family, e.g. MMD; none: FD
     margin: float = 0.05                # smallest effect of interest on it, as a ratio; see lab.decision
+    efficient: bool = False             # is to save steps or time: headed by both, see lab.efficiency
     published: tuple[Published, ...] = ()
     references: tuple[str, ...] = ()                  # papers and posts, in words
     caveat: str = ""                                  # how the published setting differs from ours
