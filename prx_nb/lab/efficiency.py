@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['APART', 'LENGTHS', 'EfficiencyError', 'stepper', 'shares', 'turn', 'take_turns', 'ratios', 'ends', 'in_turns',
            'measured', 'Cost', 'by_the_clock', 'cost_ratio', 'Power', 'exponent', 'together', 'Equivalent',
-           'equivalent_steps', 'at_equal_time', 'homes', 'length_runs', 'power_of', 'Efficiency', 'headline',
-           'efficiencies']
+           'equivalent_steps', 'at_equal_time', 'homes', 'length_runs', 'power_of', 'known_cost', 'Efficiency',
+           'headline', 'efficiencies']
 
 # %% ../../nbs/lab/14_efficiency.ipynb #b95a3732
 import json
@@ -130,8 +130,9 @@ def in_turns(recipes: Mapping[str, Recipe], rounds: int = 20, steps: int = 10, w
     "Seconds of a training step of several recipes, measured in turns. Raises as `take_turns` does."
     return ratios(take_turns(_steppers(recipes, device), rounds, steps, warmup), next(iter(recipes)))
 
-# %% ../../nbs/lab/14_efficiency.ipynb #ecd9083f
-def measured(ablation: Ablation, preset: str = "cpu", rounds: int = 20, steps: int = 10,
+# %% ../../nbs/lab/14_efficiency.ipynb #7726297c
+def measured(ablation: Ablation, preset: str = "cpu",
+             rounds: int = 20, steps: int = 10,
              overrides: Mapping | None = None,          # {recipe path: value}, for all variants alike
              device: str = "cpu",
              ) -> dict:                                 # what is kept; `ratios` are to the baseline
@@ -219,13 +220,14 @@ class Power:
         low, high = self.interval()
         return f"{self.metric or 'it'} falls as steps^-{self.a:.2f}, exponent in [{low:.2f}, {high:.2f}]"
 
-# %% ../../nbs/lab/14_efficiency.ipynb #150ae391
+# %% ../../nbs/lab/14_efficiency.ipynb #2ae461bd
 def exponent(table: pd.DataFrame,     # steps (or images seen), value, seed; one row a run
              metric: str = "",        # for words only
              ) -> Power:
     "The exponent, by least squares on logarithms with a level for each seed. Raises `EfficiencyError`."
     t, what = table.astype({"steps": float, "value": float}), metric or "the metric"
-    if not (np.isfinite(t[["steps", "value"]].to_numpy()).all() and (t[["steps", "value"]] > 0).all(None)):
+    numbers = t[["steps", "value"]].to_numpy()
+    if not (np.isfinite(numbers).all() and (numbers > 0).all()):
         raise EfficiencyError(f"{what}: a power law needs finite numbers above 0, got "
                               f"{t.value.min():g} to {t.value.max():g}")
     x, y = (np.log(t[k]) - np.log(t[k]).groupby(t.seed).transform("mean") for k in ("steps", "value"))
@@ -292,23 +294,25 @@ def at_equal_time(effect: Effect,     # at equal steps; lower is better
              ((power.a * step.error) ** 2, step.df)]
     return Effect(effect.log + power.a * step.log, *together(parts), effect.seeds)
 
-# %% ../../nbs/lab/14_efficiency.ipynb #325ba34f
+# %% ../../nbs/lab/14_efficiency.ipynb #12110521
 LENGTHS = "training_length"           # the ablation whose variants train for a part of the steps
 
 
 def homes(out: str | Path) -> list[Path]:
-    "Folders of published results: that of a folder of outputs, then the checkout's."
-    return [Path(out) / "published", Path(ablations.__file__).parents[2] / "outputs" / "published"]
+    "Where results are looked for: in a folder, in what is published there, in what the checkout publishes."
+    return [Path(out), Path(out) / "published", Path(ablations.__file__).parents[2] / "outputs" / "published"]
 
-# %% ../../nbs/lab/14_efficiency.ipynb #3e4f270b
+# %% ../../nbs/lab/14_efficiency.ipynb #837de0f8
 def length_runs(out: str | Path, preset: str) -> pd.DataFrame:     # as `results.from_records` gives them
-    "The runs of several lengths: those below a folder of outputs, else the published ones; may be empty."
-    try:
-        return results.collect(Path(out) / LENGTHS / preset)
-    except results.ReportError:
-        places = [home / (LENGTHS if preset == "cpu" else f"{LENGTHS}/{preset}") for home in homes(out)]
-        found = [results.from_records(place / "records") for place in places]
-        return next((runs for runs in found if len(runs)), found[0])
+    "The runs of several lengths: those of a folder, else the published ones; may be empty."
+    for home in homes(out):
+        try:
+            return results.collect(home / LENGTHS / preset)
+        except results.ReportError:
+            below = LENGTHS if preset == "cpu" else f"{LENGTHS}/{preset}"
+            if len(runs := results.from_records(home / below / "records")):
+                return runs
+    return runs
 
 # %% ../../nbs/lab/14_efficiency.ipynb #87a30995
 def power_of(runs: pd.DataFrame,      # from `length_runs`
@@ -325,6 +329,12 @@ def power_of(runs: pd.DataFrame,      # from `length_runs`
         return exponent(table, metric)
     except EfficiencyError:
         return None
+
+# %% ../../nbs/lab/14_efficiency.ipynb #b2b9691e
+def known_cost(runs: pd.DataFrame, ablation: Ablation, variant: str, out: str | Path) -> Cost | None:
+    "The best that is known of a variant's step: in turns where it was measured so, see `homes`."
+    costs = [cost_ratio(home, ablation, variant, runs.preset.iloc[0], runs) for home in homes(out)]
+    return max(filter(None, costs), key=lambda c: c.in_turns, default=None)
 
 # %% ../../nbs/lab/14_efficiency.ipynb #a6023776
 @dataclass(frozen=True)
@@ -358,9 +368,10 @@ def headline(found: Efficiency) -> str:
     return (f"{found.variant} {worth} on {found.metric}; time of a step {found.cost}; "
             f"at equal time {found.words}.")
 
-# %% ../../nbs/lab/14_efficiency.ipynb #175d4a2c
+# %% ../../nbs/lab/14_efficiency.ipynb #b771f656
 def efficiencies(runs: pd.DataFrame,               # of the ablation, from `collect` or `from_records`
-                 ablation: Ablation, out: str | Path,      # `length_runs` and costs are looked for there
+                 ablation: Ablation,
+                 out: str | Path,                  # lengths and costs are looked for there, see `homes`
                  ) -> dict[str, Efficiency]:
     """Of every variant, on the primary metric, where lengths and times are known; empty for an ablation that
     is not about efficiency. Raises `EfficiencyError` for a cost file that cannot be read."""
@@ -373,9 +384,7 @@ def efficiencies(runs: pd.DataFrame,               # of the ablation, from `coll
     seen = max((c.get("images_seen") or 0 for c in runs.cost), default=0)
     power = power_of(length_runs(out, kind), metric, seen)
     for variant, said in (results.decisions(runs, ablation, metric) if power else {}).items():
-        costs = [cost_ratio(home, ablation, variant, kind, runs) for home in homes(out)]
-        cost = max(filter(None, costs), key=lambda c: c.in_turns, default=None)
-        if cost and said.effect and not said.effect.plain:
+        if (cost := known_cost(runs, ablation, variant, out)) and not said.effect.plain:
             worth, then = equivalent_steps(said.effect, power), at_equal_time(said.effect, power, cost.time)
             beyond = not power.reach[0] <= worth.times * power.reach[1] <= power.reach[1]
             found[variant] = Efficiency(variant, ablation.baseline, metric, worth, cost,
