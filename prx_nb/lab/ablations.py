@@ -70,6 +70,7 @@ class Ablation:
     primary: str = "joint"              # the metric that decides, by its name or family: the first measured
     margin: float = 0.05                # smallest effect of interest on it, as a ratio; see lab.decision
     expected: Mapping[str, str] = field(default_factory=dict)     # of a control: variant -> the right word
+    efficient: bool = False             # is to save steps or time: headed by both, see lab.efficiency
     published: tuple[Published, ...] = ()
     references: tuple[str, ...] = ()                  # papers and posts, in words
     caveat: str = ""                                  # how the published setting differs from ours

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'WORDS', 'Prior', 'trigamma_inverse', 'fit_prior', 'moderated', 'Effect', 'compared', 'constant', 'critical',
-           'Decision', 'decide', 'simulate', 'power', 'seeds_for']
+           'Decision', 'word_of', 'decide', 'simulate', 'power', 'seeds_for']
 
 # %% ../../nbs/lab/01_decision.ipynb #d74ebeae
 import functools
@@ -159,6 +159,7 @@ class Decision:
     margin: float                 # 0.05: 5%
     seeds: tuple[int, int]
     p: float                      # of this look alone, two-sided
+    effect: Effect | None = None  # that it was said of
 
     @property
     def decided(self) -> bool:
@@ -170,6 +171,27 @@ class Decision:
         return (f"{self.word}{within}: {percent(self.ratio)} [{percent(self.low)}, {percent(self.high)}], "
                 f"{self.seeds[0]} seeds")
 
+# %% ../../nbs/lab/01_decision.ipynb #e56fffe5
+def word_of(effect: Effect, higher_is_better: bool,
+            # smallest effect of interest, as a ratio: 0.05
+            margin: float,
+            looks: tuple[int, ...] = LOOKS, alpha: float = 0.05,
+            ) -> Decision:
+    "One word about one effect. Raises `ValueError` for a margin that is not above 0."
+    from scipy import stats
+    if not margin > 0:
+        raise ValueError(f"margin = {margin}: the smallest effect of interest is above 0, e.g. 0.05")
+    tail = (lambda q: stats.norm.isf(q)) if math.isinf(effect.df) else (lambda q: stats.t.isf(q, effect.df))
+    narrow, wide = (effect.interval(tail(alpha)),
+                    effect.interval(critical(min(effect.seeds), effect.df, looks, alpha)))
+    inside = 1 / (1 + margin) < narrow[0] and narrow[1] < 1 + margin
+    beyond = wide[1] < 1 or wide[0] > 1
+    word = ("equivalent" if inside else ("better" if (effect.log > 0) == higher_is_better else "worse")
+            if beyond else "undecided")
+    z = abs(effect.log) / effect.error if effect.error else math.inf
+    p = 2 * (stats.norm.sf(z) if math.isinf(effect.df) else stats.t.sf(z, effect.df))
+    return Decision(word, effect.ratio, *(narrow if inside else wide), margin, effect.seeds, float(p), effect)
+
 # %% ../../nbs/lab/01_decision.ipynb #28d51515
 def decide(variant: Sequence[float], baseline: Sequence[float],    # one number a seed
            higher_is_better: bool,
@@ -180,20 +202,7 @@ def decide(variant: Sequence[float], baseline: Sequence[float],    # one number 
            ) -> Decision:
     """One word about one declared comparison. Raises `ValueError` as `compared` does, and for a margin that
     is not above 0."""
-    from scipy import stats
-    if not margin > 0:
-        raise ValueError(f"margin = {margin}: the smallest effect of interest is above 0, e.g. 0.05")
-    effect = compared(variant, baseline, prior)
-    tail = (lambda q: stats.norm.isf(q)) if math.isinf(effect.df) else (lambda q: stats.t.isf(q, effect.df))
-    narrow, wide = (effect.interval(tail(alpha)),
-                    effect.interval(critical(min(effect.seeds), effect.df, looks, alpha)))
-    inside = 1 / (1 + margin) < narrow[0] and narrow[1] < 1 + margin
-    beyond = wide[1] < 1 or wide[0] > 1
-    word = ("equivalent" if inside else ("better" if (effect.log > 0) == higher_is_better else "worse")
-            if beyond else "undecided")
-    z = abs(effect.log) / effect.error if effect.error else math.inf
-    p = 2 * (stats.norm.sf(z) if math.isinf(effect.df) else stats.t.sf(z, effect.df))
-    return Decision(word, effect.ratio, *(narrow if inside else wide), margin, effect.seeds, float(p))
+    return word_of(compared(variant, baseline, prior), higher_is_better, margin, looks, alpha)
 
 # %% ../../nbs/lab/01_decision.ipynb #b504740f
 def simulate(effect: float,               # true ratio minus 1: -0.05 is 5% less

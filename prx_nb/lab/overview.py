@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.recipe import Recipe
-from . import ablations, results
+from . import ablations, efficiency, results
 from .ablations import Published
 
 # %% ../../nbs/lab/17_overview.ipynb #19b71c44
@@ -87,6 +87,15 @@ def _cost(folder: Path, variant: str, baseline: str) -> str:
              for word, name in (("time", "step_seconds"), ("FLOPs", "flops_step"))}
     return ", ".join(f"{word} x{value:.2f}" for word, value in ratio.items() if not math.isnan(value))
 
+# %% ../../nbs/lab/17_overview.ipynb #5ba7c131
+def _paid(home: Path, folder: Path, ablation: ablations.Ablation) -> dict[str, str]:
+    "What variants are worth at equal time, or what a step of them takes, where that was measured in turns."
+    if not len(runs := results.from_records(home / "records")):
+        return {}
+    costs = {v: efficiency.known_cost(runs, ablation, v, folder) for v in set(runs.variant)}
+    words = {v: f"time {c}, FLOPs x{c.flops:.2f}" for v, c in costs.items() if c and c.in_turns}
+    return words | {v: str(e) for v, e in efficiency.efficiencies(runs, ablation, folder).items()}
+
 # %% ../../nbs/lab/17_overview.ipynb #d088270e
 def overview(folder: Path,                     # outputs/published
              names: Iterable[str],             # ablations
@@ -102,6 +111,7 @@ def overview(folder: Path,                     # outputs/published
         found = results.answered(found, home / "records", ablation)
         others = (results.published_table(found, ablation) if len(found)
                   else pd.DataFrame(columns=["variant", "source", "agreement"]))
+        paid = _paid(home, folder, ablation)
         for variant in dict.fromkeys(v for v in found.variant if v != ablation.baseline):
             known = teachers(ablations.recipe(ablation, variant, preset, 0))
             effects = {
@@ -117,7 +127,7 @@ def overview(folder: Path,                     # outputs/published
                         others.loc[others.variant == variant, ["source", "agreement"]].itertuples(index=False)
                     ),
                     "seeds": int(found[found.variant == variant].seeds.max()),
-                    "cost": _cost(home, variant, ablation.baseline),
+                    "cost": paid.get(variant) or _cost(home, variant, ablation.baseline),
                 }
             )
     return pd.DataFrame(

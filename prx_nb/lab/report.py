@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.files import atomic, read_json, write_json
-from . import ablations, figures, results
+from . import ablations, efficiency, figures, results
 from .ablations import Ablation
 from .figures import read_samples
 from .page import Link, Page, as_html, markdown
@@ -68,6 +68,8 @@ def read(folder: str | Path, ablation: Ablation | None = None) -> Findings:
 def _opening(page: Page, f: Findings) -> None:
     "The question, on what it was tried, and what a reader must know before the rest."
     page.text(f.ablation.question)
+    for found in efficiency.efficiencies(f.runs, f.ablation, f.group.parents[1]).values():
+        page.text(f"**{efficiency.headline(found)}**")
     for line in results.declared(f.table, f.ablation):
         page.text(f"**{line}**")
     for line in results.control_words(f.table, f.ablation):
