@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['root', 'notebooks', 'heading', 'processed', 'moved_links', 'as_markdown', 'result_table', 'published', 'compared',
-           'mathml', 'write_page', 'index_page', 'main']
+           'controls', 'mathml', 'write_page', 'index_page', 'main']
 
 # %% ../../nbs/lab/18_docs.ipynb #8104ae4b
 import html
@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -177,6 +178,34 @@ def compared(names: list[str],               # ablations
     parts = ["\n".join(f"| {line} |" for line in lines) if len(table) else "",
              f"Not published yet: {', '.join(missing)}." if missing else ""]
     return Markdown("\n\n".join(filter(None, parts)))
+
+# %% ../../nbs/lab/18_docs.ipynb #f63c3b1e
+def _control_rows(name: str, folder: Path, preset: str) -> list[tuple]:
+    "Control, variant, the right word, the word found, effect: one row a variant of a published control."
+    ablation, below = ablations.get(name), folder / (name if preset == "cpu" else f"{name}/{preset}")
+    if not (below / "table.csv").exists():
+        return [(name.replace("_", " "), v, right, "not published yet", "")
+                for v, right in ablation.expected.items()]
+    rows = results.answered(pd.read_csv(below / "table.csv"), below / "records", ablation)
+    rows = rows[rows.metric == results.primary(ablation, rows.metric.unique())].set_index("variant")
+    return [
+        (name.replace("_", " "), v, ablation.expected.get(v, ""), rows.decision.get(v, "not run"),
+         overview.percent(*(rows[k][v] - 1 for k in ("ratio", "ratio_low", "ratio_high"))) if v in rows.index
+         else "",)
+        for v in ablation.variants
+        if v != ablation.baseline
+    ]
+
+# %% ../../nbs/lab/18_docs.ipynb #2edad99b
+def controls(names: Mapping[str, str],       # controls -> preset that they are published at
+             folder: Path | None = None,     # none: outputs/published of the checkout
+             ):                              # an IPython Markdown object
+    "Ablations of which the right answer is known: what must be found, and what is."
+    from IPython.display import Markdown
+    rows = [row for name, preset in names.items()
+            for row in _control_rows(name, folder or root() / "outputs" / "published", preset)]
+    head = ("control", "variant", "must be", "is", "effect")
+    return Markdown("\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * 5, *rows)))
 
 # %% ../../nbs/lab/18_docs.ipynb #87bbec78
 def mathml(text: str) -> str:

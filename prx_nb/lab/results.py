@@ -637,15 +637,18 @@ def declared(results: pd.DataFrame, ablation: Ablation) -> list[str]:
     tables."""
     metric = primary(ablation, results.metric.unique())
     rows = results[results.decision.fillna("") != ""] if "decision" in results else results[:0]
-    rows = rows[rows.metric == metric]
+    known, rows = rows, rows[rows.metric == metric]
     how = {"better": "is better than", "worse": "is worse than", "undecided": "cannot be told from",
            "equivalent": "equals"}
     lines = []
     for r in rows.itertuples():
         ends = ", ".join(f"{x - 1:+.1%}" for x in (r.ratio_low, r.ratio_high))
         more = {"equivalent": f" within {r.margin:.0%}", "undecided": " yet"}.get(r.decision, "")
+        of = known[(known.variant == r.variant) & known.metric.isin(parts(metric))]
+        apart = ", ".join(f"{p.metric.split('[')[0]} {p.ratio - 1:+.1%}" for p in of.itertuples())
         lines.append(f"{r.variant} {how[r.decision]} {ablation.baseline}{more} on {r.metric}: "
-                     f"{r.ratio - 1:+.1%} [{ends}], {r.seeds} {'seeds' if r.seeds > 1 else 'seed'}.")
+                     f"{r.ratio - 1:+.1%} [{ends}], {r.seeds} {'seeds' if r.seeds > 1 else 'seed'}"
+                     f"{f' ({apart})' if apart else ''}.")
     return lines
 
 # %% ../../nbs/lab/13_results.ipynb #7b47ae1a
