@@ -424,7 +424,7 @@ def _link(source: Path, to: Path) -> None:
 
 # %% ../../nbs/core/25_train.ipynb #88cb8e78
 def _stage(source: Path, stage: Path, recipe: Recipe, data: str) -> list[Path]:
-    "Link a training's checkpoints and curve; the last checkpoint is read. Raises `CheckpointError`, `OSError`."
+    "Link a training's checkpoints and curve; the last one is read. Raises `CheckpointError`, `OSError`."
     stage.mkdir()
     _link(source / "curves.parquet", stage / "curves.parquet")
     for path in sorted((source / "checkpoint").glob("step-*.safetensors")):

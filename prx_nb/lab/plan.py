@@ -172,8 +172,8 @@ def _extra(ablation: Ablation, numbers: list[int], names: list[str], wanted: int
     if wanted is None:
         return []
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < least:
-        raise AblationError(f"baseline_seeds = {wanted}: a whole number is needed, at least the {least} seeds "
-                            "of the variants")
+        raise AblationError(f"baseline_seeds = {wanted}: a whole number is needed, at least the {least} "
+                            "seeds of the variants")
     if ablation.baseline not in names:
         raise AblationError(f"baseline_seeds = {wanted}: the baseline '{ablation.baseline}' is not among the "
                             f"variants chosen, {', '.join(names)}")
