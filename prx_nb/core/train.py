@@ -423,19 +423,18 @@ def _link(source: Path, to: Path) -> None:
             shutil.copyfile(source, part)
 
 # %% ../../nbs/core/25_train.ipynb #88cb8e78
-def _stage(source: Path, stage: Path, recipe: Recipe, data: str) -> list[Path]:
-    "Link a training's checkpoints and curve; the last one is read. Raises `CheckpointError`, `OSError`."
+def _stage(source: Path, stage: Path, recipe: Recipe, data: str) -> Path:
+    "Link a training's curve and last checkpoint, which is read. Raises `CheckpointError`, `OSError`."
     stage.mkdir()
-    _link(source / "curves.parquet", stage / "curves.parquet")
-    for path in sorted((source / "checkpoint").glob("step-*.safetensors")):
-        _link(path, stage / path.name)
-    saves = sorted(stage.glob("step-*"))
-    if not saves or f"{recipe.train.steps:07d}" not in saves[-1].name:
+    last = source / "checkpoint" / f"step-{recipe.train.steps:07d}.safetensors"
+    if not last.exists():
         raise CheckpointError(f"no checkpoint of its last step, {recipe.train.steps}")
-    _, header = read_checkpoint(saves[-1])
+    _link(source / "curves.parquet", stage / "curves.parquet")
+    _link(last, stage / last.name)
+    _, header = read_checkpoint(stage / last.name)
     if header.get("data") != data or Recipe.model_validate_json(header["recipe"]).key != recipe.key:
-        raise CheckpointError(f"{saves[-1].name} is of another recipe or other data")
-    return saves
+        raise CheckpointError(f"{last.name} is of another recipe or other data")
+    return stage / last.name
 
 # %% ../../nbs/core/25_train.ipynb #e19872af
 def _origin(source: Path, theirs: dict, out: Path) -> dict:
@@ -448,18 +447,17 @@ _TRAINED = ("started", "finished", "recipe_key", "data_key", "git_commit", "vers
 
 
 def _take(source: Path, theirs: dict, out: Path, recipe: Recipe, data: str) -> None:
-    "Take a finished training over: the last checkpoint comes last, without it nothing counts."
+    "Take a finished training over: its checkpoint comes last, without it nothing counts."
     shutil.rmtree(stage := out / ".taken", ignore_errors=True)
     try:
-        saves = _stage(source, stage, recipe, data)
+        last = _stage(source, stage, recipe, data)
         os.replace(stage / "curves.parquet", out / "curves.parquet")
         recipe.save(out / "recipe.json")
         cost = {k: v for k, v in theirs["cost"].items() if k != "total_seconds"}
         update_record(out, **{k: theirs.get(k) for k in _TRAINED}, status="done", cause=None, cost=cost,
                       seed=recipe.seed, metrics=Curves(out, recipe.train.steps).last("val"),
                       trained=_origin(source, theirs, out))
-        for path in saves:
-            os.replace(path, require_writable(out / "checkpoint") / path.name)
+        os.replace(last, require_writable(out / "checkpoint") / last.name)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 

@@ -68,7 +68,8 @@ def planned(names: list[str],                    # ablations and sweep files
             pairs: list[str] | None = None,      # of --set
             out: Path | None = None,             # none: outputs, or what a sweep file says
             timeout: float | None = None, cell_timeout: float | None = None,
-            until: str | None = None, baseline_seeds: int | None = None, share: bool = True) -> list:     # of `plan.Job`
+            until: str | None = None, baseline_seeds: int | None = None,
+            share: bool = True) -> list:         # of `plan.Job`
     "All runs that a command line asks for. Raises `SweepError`, `AblationError`, `RecipeError`."
     from dataclasses import replace
 
@@ -274,8 +275,7 @@ def ablate(
     names: Names,
     preset: Size = None,
     seeds: Seeds = None,
-    until: Until = None,
-    baseline_seeds: BaselineSeeds = None,
+    until: Until = None, baseline_seeds: BaselineSeeds = None,
     variants: Variants = None,
     set_: Set = None,
     out: Folder = None,
