@@ -275,6 +275,11 @@ def _rest(took: list[float], left: int, at_once: int) -> str:
     seconds = sum(took) / len(took) * left / at_once if took else 0
     return f"  (about {seconds / 60:.0f} min left)" if seconds > 90 else ""
 
+# %% ../../nbs/lab/07_batch.ipynb #d565af52
+def _same(job: Job) -> str:
+    "What a run trains, as far as runs that share it are concerned."
+    return job.training if job.share and job.training else job.out
+
 # %% ../../nbs/lab/07_batch.ipynb #8fb024db
 class Turns:
     "Hands out waiting runs in order; one whose training is in another's hands waits for it."
@@ -299,10 +304,6 @@ class Turns:
             with self.changed:
                 self.busy.remove(_same(job))
                 self.changed.notify_all()
-
-
-def _same(job: Job) -> str:
-    return job.training if job.share and job.training else job.out
 
 # %% ../../nbs/lab/07_batch.ipynb #20887b88
 def _drive(waiting: list[Job], jobs: list[Job], places: Places, say: Callable[[str], None],

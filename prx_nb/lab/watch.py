@@ -309,7 +309,8 @@ def _line(row: Row) -> tuple[str, str, str, str, str]:
     again = f"attempt {row.attempt}" if row.attempt > 1 else ""
     shared = f"training of {row.trained_by}" if row.trained_by else ""
     cause = "" if row.cause == NO_DRIVER else row.cause            # the group's line says it
-    return row.run, row.state, step, time, "; ".join(filter(None, (row.metric, shared, row.where, again, cause)))
+    words = "; ".join(filter(None, (row.metric, shared, row.where, again, cause)))
+    return row.run, row.state, step, time, words
 
 # %% ../../nbs/lab/10_watch.ipynb #cb495d4a
 def table(rows: list[Row],
