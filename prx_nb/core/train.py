@@ -10,6 +10,8 @@ __all__ = ['BINS', 'ahead', 'validation_set', 'validate', 'Run', 'progress_bar',
 import contextlib
 import importlib
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +27,9 @@ from torch import Tensor, nn
 from . import average, cost, precision, processes
 from .batch import Batch, Prepared, add_noise, data_key, prepare, read_batch
 from .checkpoint import CheckpointError, OtherRecipe, State, find_checkpoint, new_state, restore
-from .checkpoint import same_data, save_checkpoint, whole
+from .checkpoint import read_checkpoint, same_data, save_checkpoint, whole
 from .denoiser import PRX
-from .files import read_json, require_writable
+from .files import atomic, read_json, require_writable, write_json
 from .flow import FlowMatching
 from .processes import Place
 from .recipe import Recipe, flatten
@@ -336,9 +338,19 @@ def _fail(s: Session, error: BaseException) -> None:
         update_record(s.out, status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
                       cause=f"{type(error).__name__}: {error}".removesuffix(": "))
 
+# %% ../../nbs/core/25_train.ipynb #68739e88
+def _taken(s: Session) -> bool:
+    "Whether the whole training is another run's, taken over: there is nothing to do, and to measure."
+    record = s.out / "record.json"
+    return s.first == s.recipe.train.steps and record.exists() and "trained" in read_json(record)
+
 # %% ../../nbs/core/25_train.ipynb #c3c90084
 def _run(s: Session) -> None:
     "Train from where the checkpoint left off and keep the record, whatever happens."
+    if _taken(s):
+        for technique in s.state.techniques:
+            technique.keep(s.out)
+        return
     if s.place.main:
         _begin(s)
     try:
@@ -393,6 +405,90 @@ def _all_that_differs(error: OtherRecipe, recipe: Recipe, out: Path, prepared: P
         return CheckpointError(f"{error}; besides, {other}")
     return error
 
+# %% ../../nbs/core/25_train.ipynb #9840c9bd
+def _unlike(theirs: dict, recipe: Recipe, data: str, device: torch.device) -> str:
+    "What keeps the training that a record tells of from being the one that is wanted here; empty: nothing."
+    here = {"recipe_key": recipe.key, "data_key": data, "hardware": hardware(device),
+            "torch": versions().get("torch")}
+    there = theirs | {"torch": (theirs.get("versions") or {}).get("torch")}
+    return "; ".join(f"{k} is {there.get(k)} there, {v} here" for k, v in here.items() if there.get(k) != v)
+
+# %% ../../nbs/core/25_train.ipynb #8b040a67
+def _link(source: Path, to: Path) -> None:
+    "The same file under another name; a copy where the file system has no links."
+    try:
+        os.link(source, to)
+    except OSError:
+        with atomic(to) as part:
+            shutil.copyfile(source, part)
+
+# %% ../../nbs/core/25_train.ipynb #88cb8e78
+def _stage(source: Path, stage: Path, recipe: Recipe, data: str) -> Path:
+    "Link a training's curve and last checkpoint, which is read. Raises `CheckpointError`, `OSError`."
+    stage.mkdir()
+    last = source / "checkpoint" / f"step-{recipe.train.steps:07d}.safetensors"
+    if not last.exists():
+        raise CheckpointError(f"no checkpoint of its last step, {recipe.train.steps}")
+    _link(source / "curves.parquet", stage / "curves.parquet")
+    _link(last, stage / last.name)
+    _, header = read_checkpoint(stage / last.name)
+    if header.get("data") != data or Recipe.model_validate_json(header["recipe"]).key != recipe.key:
+        raise CheckpointError(f"{last.name} is of another recipe or other data")
+    return stage / last.name
+
+# %% ../../nbs/core/25_train.ipynb #e19872af
+def _origin(source: Path, theirs: dict, out: Path) -> dict:
+    "Where a training was done, and in how many seconds: `trained` of a record."
+    before = theirs.get("trained") or {"by": "."}
+    return {"by": os.path.relpath(source / before["by"], out), "seconds": theirs["cost"]["train_seconds"]}
+
+# %% ../../nbs/core/25_train.ipynb #d5d78415
+_TRAINED = ("started", "finished", "recipe_key", "data_key", "git_commit", "versions", "hardware")
+
+
+def _take(source: Path, theirs: dict, out: Path, recipe: Recipe, data: str) -> None:
+    "Take a finished training over: its checkpoint comes last, without it nothing counts."
+    shutil.rmtree(stage := out / ".taken", ignore_errors=True)
+    try:
+        last = _stage(source, stage, recipe, data)
+        os.replace(stage / "curves.parquet", out / "curves.parquet")
+        recipe.save(out / "recipe.json")
+        cost = {k: v for k, v in theirs["cost"].items() if k != "total_seconds"}
+        update_record(out, **{k: theirs.get(k) for k in _TRAINED}, status="done", cause=None, cost=cost,
+                      seed=recipe.seed, metrics=Curves(out, recipe.train.steps).last("val"),
+                      trained=_origin(source, theirs, out))
+        os.replace(last, require_writable(out / "checkpoint") / last.name)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+# %% ../../nbs/core/25_train.ipynb #c74be959
+def _forget(out: Path) -> None:
+    "Drop what was begun to be taken over, in a folder without a checkpoint."
+    shutil.rmtree(out / ".taken", ignore_errors=True)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if "trained" in (record := read_json(out / "record.json")):
+            write_json(out / "record.json", {k: v for k, v in record.items() if k != "trained"})
+
+# %% ../../nbs/core/25_train.ipynb #74a8eb86
+def _take_over(out: Path, recipe: Recipe, data: str, device: torch.device) -> None:
+    "The finished training of an equal run, where `shared.json` names one. What cannot be taken is said."
+    if not (out / "shared.json").exists():
+        return
+    for name in read_json(out / "shared.json")["from"]:
+        with contextlib.suppress(FileNotFoundError):               # not begun, or not through
+            theirs = read_json(out / name / "record.json")
+            if theirs.get("status") != "done" or "cost" not in theirs:
+                continue
+            try:
+                if unlike := _unlike(theirs, recipe, data, device):
+                    raise CheckpointError(unlike)
+                _take(out / name, theirs, out, recipe, data)
+            except (CheckpointError, ValueError, KeyError) as error:
+                print(f"the training of {name} is not taken over: {error}")
+                continue
+            print(f"trained by {read_json(out / 'record.json')['trained']['by']}: taken over")
+            return
+
 # %% ../../nbs/core/25_train.ipynb #762d9872
 def _session(recipe: Recipe, out: Path, place: Place, prepared: Prepared | None, progress: bool,
              trackers: Sequence[str], techniques: Sequence[Technique]) -> Session:
@@ -404,6 +500,11 @@ def _session(recipe: Recipe, out: Path, place: Place, prepared: Prepared | None,
     prepared = prepared or place.after_main(lambda: prepare(recipe, progress))
     data = data_key(prepared)
     same_data(header, data, out)
+    if not header and place.main:
+        _forget(out)
+        if recipe.train.processes == 1 and not techniques:
+            _take_over(out, recipe, data, place.device)
+            tensors, header = _find(out, recipe, place) or (None, {})
     asked = place.after_main(lambda: build(recipe, prepared, place.device))   # what they keep is made once
     state = new_state(recipe, place.device, [*asked, *techniques])
     model = processes.spread(state, place, recipe)

@@ -262,9 +262,9 @@ def complete(run: Run,
         more = {"exam": read_json(run.dir / "exam.json")} | more
     seed = run.recipe.seed - ablations.shift(ablation, variant)
     name = ablation if isinstance(ablation, str) else ablation.name
+    seconds = time.time() - begin + (run.record.get("trained") or {}).get("seconds", 0)   # another run's
     return train.update_record(run.dir, ablation=name, variant=variant, preset=preset, seed=seed,
-                               metrics=measured, cost={"total_seconds": round(time.time() - begin, 2)},
-                               **more)
+                               metrics=measured, cost={"total_seconds": round(seconds, 2)}, **more)
 
 # %% ../../nbs/lab/11_judge.ipynb #522f199a
 def plot_training(run: Run):                                          # the matplotlib figure

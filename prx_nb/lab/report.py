@@ -273,7 +273,7 @@ def _runs(page: Page, f: Findings) -> None:
     again, odd = results.retried(f.runs), results.odd_runs(f.runs)
     for line in odd:
         page.text(f"**Not alike**: {line}", "li")
-    for line in again:
+    for line in again + results.trained_elsewhere(f.runs):
         page.text(line, "li")
     if not (len(f.failed) or again or odd):
         page.text(

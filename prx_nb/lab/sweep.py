@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -28,6 +28,7 @@ from ..core import recipe as recipes
 from ..core.recipe import Recipe, RecipeError
 from . import ablations
 from .ablations import AblationError
+from .decision import LOOKS
 
 # %% ../../nbs/lab/09_sweep.ipynb #24496d90
 class SweepError(ValueError):
@@ -122,7 +123,9 @@ class Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     ablation: str
     preset: str = "cpu"
-    seeds: Any = 2                        # how many, or a list of them
+    seeds: Any = 2                        # how many, or a list of them; with `until` the last look, 8
+    until: Literal["decided"] | None = None          # look at 3, 5 and 8 seeds, and stop when it is
+    baseline_seeds: int | None = Field(None, ge=1)   # none: as many as the variants
     variants: Any = None                  # a list; none: all of them
     # goes into the folder's name
     label: str = Field("", pattern=r"^([A-Za-z0-9_+-][A-Za-z0-9._+-]*)?$", max_length=60)
@@ -131,6 +134,11 @@ class Entry(BaseModel):
     pairs: dict[str, Any] = {}            # {another ablation: [its variants]}
     timeout: float | None = Field(None, gt=0)        # seconds a run may take, wall clock
     cell_timeout: float | None = Field(None, gt=0)   # seconds a cell of its notebook may take
+
+    @property
+    def last(self) -> Any:
+        "The seeds that may come: `seeds`, or those of the last look."
+        return self.seeds if "seeds" in self.model_fields_set or not self.until else LOOKS[-1]
 
     @field_validator("seeds")
     def _check_seeds(cls, value):
@@ -158,8 +166,10 @@ class Sweep(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: str = Field("", pattern=r"^([A-Za-z0-9_+-][A-Za-z0-9._+-]*)?$", max_length=60)   # none: the file's
     out: str = Field("outputs", min_length=1)
-    preset: str = "cpu"                   # this and the next three: for entries that do not say
+    preset: str = "cpu"                   # this and the next five: for entries that do not say
     seeds: Any = 2
+    until: Literal["decided"] | None = None
+    baseline_seeds: int | None = Field(None, ge=1)
     timeout: float | None = Field(None, gt=0)
     cell_timeout: float | None = Field(None, gt=0)
     runs: list[Any]                       # of `Entry`
@@ -324,13 +334,21 @@ def _bad_values(entry: Entry, same: bool = True) -> list[str]:
     return [line + where for line, where in faults.items()]
 
 # %% ../../nbs/lab/09_sweep.ipynb #eda8baf8
+def _design(entry: Entry) -> dict[tuple[str, int], int]:      # (variant, seed) -> the look it is for
+    "Variants and seeds of one point of an entry. Raises `AblationError`."
+    from prx_nb.lab.plan import design
+    ablation = ablations.find(entry.ablation)
+    names = entry.variants or list(ablation.variants)
+    return design(ablation, entry.last, names, entry.until is not None, entry.baseline_seeds)
+
+# %% ../../nbs/lab/09_sweep.ipynb #cdf1447b
 def _count(entry: Entry) -> int:
-    "The runs of an entry."
-    seeds = entry.seeds if isinstance(entry.seeds, int) else len(entry.seeds)
-    lists = [*entry.grid.values(), *entry.pairs.values(),
-             entry.variants or _variants_of(entry.ablation) or [None]]
-    count = seeds
-    for values in lists:
+    "The most runs of an entry."
+    last = entry.last
+    names = entry.variants or _variants_of(entry.ablation) or [None]
+    count = (last if isinstance(last, int) else len(last)) * len(names)
+    count += max(0, (entry.baseline_seeds or 0) - count // len(names))
+    for values in (*entry.grid.values(), *entry.pairs.values()):
         count *= len(values)
     return count
 
@@ -339,16 +357,19 @@ def _faults(entry: Entry) -> list[str]:
     "All that is wrong with an entry whose fields have the right types."
     if _count(entry) > MOST:
         return [f"makes {_count(entry):,} runs; {MOST:,} is the most a file may ask for"]
-    clashes = _clashes(entry)
-    return _unknown_names(entry) + clashes + _bad_values(entry, same=not clashes)
+    clashes, unknown = _clashes(entry), _unknown_names(entry)
+    faults = unknown + clashes + _bad_values(entry, same=not clashes)
+    try:
+        return faults if unknown or _design(entry) else faults
+    except AblationError as error:
+        return [*faults, str(error)]
 
 # %% ../../nbs/lab/09_sweep.ipynb #858e6c45
 def _folders(entry: Entry) -> set[str]:
     "The run folders of an entry, below its sweep's."
-    seeds = range(entry.seeds) if isinstance(entry.seeds, int) else entry.seeds
     name = found.name if (found := ablations.find(entry.ablation)) else entry.ablation
     groups = [f"{name}/{entry.preset}" + (f"@{p.label}" if p.label else "") for p in points(entry)]
-    names = [f"{v}-s{s}" for v in entry.variants or _variants_of(entry.ablation) for s in seeds]
+    names = [f"{v}-s{s}" for v, s in _design(entry)]
     return {f"{group}/{name}" for group in groups for name in names}
 
 # %% ../../nbs/lab/09_sweep.ipynb #625eaef9
@@ -382,8 +403,8 @@ def read(path: str | Path,     # .yaml, .yml or .toml
     sweep, found = _parsed(Sweep, tree)
     faults, entries = [(0, fault) for fault in found], {}
     runs = sweep.runs if sweep else []
-    shared = {k: getattr(sweep, k) for k in ("preset", "seeds", "timeout", "cell_timeout")
-              if sweep and k in sweep.model_fields_set}
+    names = ("preset", "seeds", "until", "baseline_seeds", "timeout", "cell_timeout")
+    shared = {k: getattr(sweep, k) for k in names if sweep and k in sweep.model_fields_set}
     for n, raw in enumerate(runs, 1):
         entry, wrong = _parsed(Entry, shared | _beside(path, raw) if isinstance(raw, dict) else raw)
         try:
@@ -419,15 +440,13 @@ def jobs(self: Sweep,
             mine = [
                 job
                 for point in points(entry)
-                for job in plan(entry.ablation, entry.preset, entry.seeds, entry.variants, point.overrides,
+                for job in plan(entry.ablation, entry.preset, entry.last, entry.variants, point.overrides,
                                 out or self.out, point.label,
                                 entry.timeout or timeout or limits.get(entry.preset),
-                                entry.cell_timeout or cell_timeout)
+                                entry.cell_timeout or cell_timeout, entry.until is not None,
+                                entry.baseline_seeds)
             ]
-        order = {
-            seed: n
-            for n, seed in enumerate(range(entry.seeds) if isinstance(entry.seeds, int) else entry.seeds)
-        }
+        order = {seed: n for n, seed in enumerate(dict.fromkeys(job.seed for job in mine))}
         # stable: within a seed the order stays
         found += sorted(mine, key=lambda job: order[job.seed])
     return found
@@ -463,6 +482,7 @@ def _past(path: Path, published: bool = False) -> Past | None:
         cost, whole = record["cost"], status.get("seconds") if status.get("state") == "done" else None
         if record["status"] != "done":
             return None
+        whole = cost["total_seconds"] if "trained" in record else whole   # another's in it
         group, seconds = "" if published else path.parent.parent.name, float(whole or cost["total_seconds"])
         return Past(record["ablation"], record["preset"], group, record["variant"], seconds,
                     float(cost["train_seconds"]), float(cost["images_seen"]), str(record.get("hardware")))
@@ -498,13 +518,15 @@ def seconds_each(
     jobs: Iterable[Any],  # of `Job`
     past: list[Past],  # from `history`
 ) -> tuple[list[float | None], Counter, list[str]]:  # seconds a job, kinds of sources, hardware
-    "What each job will take, none where nothing is known."
-    found, kinds, hardware = [], Counter(), {}
+    "What each job will take, none where nothing is known. An equal training of another is not done again."
+    from prx_nb.lab.batch import taken_over
+    jobs = list(jobs)
+    found, kinds, hardware, taken = [], Counter(), {}, taken_over(jobs)
     for job in jobs:
         choice, kind = _closest(job, past)
         train = job.recipe["train"]
-        found.append(statistics.median(p.for_images(train["steps"] * train["batch"]) for p in choice)
-                     if choice else None)
+        images = 0 if job.out in taken else train["steps"] * train["batch"]
+        found.append(statistics.median(p.for_images(images) for p in choice) if choice else None)
         kinds[kind] += 1
         hardware |= {p.hardware: None for p in choice}
     return found, kinds, list(hardware)

@@ -101,6 +101,7 @@ class Row:
     metric: str = ""                 # the headline, when it is done
     where: str = ""                  # machine and device
     slurm: str = ""                  # the number of its task, if it was given to Slurm
+    trained_by: str = ""             # the run whose training it took over, below the same folder
 
     @property
     def stage(self) -> str:
@@ -169,6 +170,13 @@ def _running(folder: Path, status: dict) -> dict[str, Any]:
     return {"state": "running", "seconds": _since(status.get("started"))} | _progress(
         folder, status.get("started"))
 
+# %% ../../nbs/lab/10_watch.ipynb #c64f5b8f
+def _trained_by(folder: Path, record: dict) -> str:
+    "The folder of the run that trained for this one; empty: itself."
+    trained = record.get("trained")
+    by = trained.get("by") if isinstance(trained, dict) else None
+    return os.path.normpath(folder / by) if isinstance(by, str) else ""
+
 # %% ../../nbs/lab/10_watch.ipynb #19621049
 def _facts(folder: Path, status: dict) -> dict[str, Any]:
     "What is to be said of a run, by its state."
@@ -180,7 +188,7 @@ def _facts(folder: Path, status: dict) -> dict[str, Any]:
     facts = {"state": state, "seconds": status.get("seconds")}
     if state == "done":
         found = runs.record(folder)
-        return facts | ({"metric": _headline(found)} if found
+        return facts | ({"metric": _headline(found), "trained_by": _trained_by(folder, found)} if found
                         else {"state": "no record", "cause": "its record.json cannot be read"})
     where, error = (f"cell {status['cell']}: " if "cell" in status else "",
                     next(iter(status.get("error", "").splitlines()), ""))
@@ -199,6 +207,7 @@ def row(folder: str | Path,       # a run's
     facts = {"attempt": len(status.get("history", [])) + 1,
              "where": " ".join(filter(None, (machine, device))),
              "slurm": status.get("slurm", "")} | _facts(folder, status)
+    facts["trained_by"] = os.path.relpath(by, top) if (by := facts.get("trained_by")) else ""
     return Row("." if group == "." else group, folder.name, folder=str(folder), **facts)
 
 # %% ../../nbs/lab/10_watch.ipynb #ea774bbb
@@ -298,8 +307,10 @@ def _line(row: Row) -> tuple[str, str, str, str, str]:
     took = in_words(row.seconds) if row.seconds is not None else ""
     time = f"{in_words(row.eta)} left" if row.eta else "measuring" if row.eta == 0 else took
     again = f"attempt {row.attempt}" if row.attempt > 1 else ""
+    shared = f"training of {row.trained_by}" if row.trained_by else ""
     cause = "" if row.cause == NO_DRIVER else row.cause            # the group's line says it
-    return row.run, row.state, step, time, "; ".join(filter(None, (row.metric, row.where, again, cause)))
+    words = "; ".join(filter(None, (row.metric, shared, row.where, again, cause)))
+    return row.run, row.state, step, time, words
 
 # %% ../../nbs/lab/10_watch.ipynb #cb495d4a
 def table(rows: list[Row],
