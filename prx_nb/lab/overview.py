@@ -62,10 +62,12 @@ def teachers(recipe: Recipe) -> tuple[str, ...]:
 def _effect(
     rows: pd.DataFrame, family: str, variant: str, baseline: str, known: tuple[str, ...] = ()
 ) -> dict[str, str]:
-    """Our difference on a family of metrics, but not in the features of a `known` encoder; its verdict, and
-    the seeds needed."""
+    """Our difference on a family of metrics, but not in the features of a `known` encoder; its verdict, with a
+    word where that left another encoder than the usual one; and the seeds needed."""
     name = rows.metric.str.removesuffix("]").str.partition("[")
-    rows = rows[(name[0] == family) & ~name[2].str.startswith(known)]
+    of_family, own = name[0] == family, name[2].str.startswith(known)
+    judge = "" if not (of_family & own).any() else ", by another encoder"
+    rows = rows[of_family & ~own]
     mine = rows[rows.variant == variant]
     base = rows[(rows.variant == baseline) & rows.metric.isin(mine.metric[:1])]
     if mine.empty or base.empty:
@@ -74,12 +76,12 @@ def _effect(
     # not-a-number where a file has none
     if isinstance(word := getattr(r, "decision", ""), str) and word:
         within = f" within {r.margin:.0%}" if word == "equivalent" else ""
-        return {family: percent(r.ratio - 1, r.ratio_low - 1, r.ratio_high - 1), "verdict": word + within,
+        return {family: percent(r.ratio - 1, r.ratio_low - 1, r.ratio_high - 1), "verdict": word + within + judge,
                 "needed": ""}
     open_ = r.verdict == "not distinguishable" and not pd.isna(r.seeds_needed)
     needed = "" if not open_ else str(int(r.seeds_needed)) if r.seeds_needed > r.seeds else f">{r.seeds}"
     return {family: percent(r.difference / scale, r.difference_low / scale, r.difference_high / scale),
-            "verdict": r.verdict, "needed": needed}
+            "verdict": r.verdict + judge, "needed": needed}
 
 # %% ../../nbs/lab/17_overview.ipynb #cc145ced
 def _cost(folder: Path, variant: str, baseline: str) -> str:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'pretend_runs', 'ReportError', 'collect', 'point', 'unfinished', 'retried', 'odd_data', 'odd_runs',
            'in_list', 'better_up', 'by_seed', 'variant_order', 'main_metrics', 'primary', 'log_scatter',
-           'published_scatter', 'decisions', 'from_records', 'answered', 'table', 'kin', 'agreement', 'published_table',
-           'agreement_words', 'published_lines', 'in_words', 'direction', 'bounds', 'flags', 'p_words', 'verdicts',
-           'means', 'readable', 'declared', 'sentences', 'curves', 'at_moment', 'verdict_words', 'equal_time', 'costs',
-           'cost_words', 'pareto', 'chance', 'command']
+           'published_scatter', 'decisions', 'from_records', 'answered', 'table', 'kin', 'agreement', 'answer',
+           'published_table', 'agreement_words', 'published_lines', 'in_words', 'direction', 'bounds', 'flags',
+           'p_words', 'verdicts', 'means', 'readable', 'declared', 'sentences', 'curves', 'at_moment', 'verdict_words',
+           'equal_time', 'costs', 'cost_words', 'pareto', 'chance', 'command']
 
 # %% ../../nbs/lab/13_results.ipynb #70ec2628
 import contextlib
@@ -393,7 +393,7 @@ def kin(published: str,            # a metric by the name its authors used
     return next((m for k in _KIN.get(published, (published,)) for m in metrics if family(m) == k), None)
 
 # %% ../../nbs/lab/13_results.ipynb #0969f093
-def agreement(verdict: str,             # ours
+def agreement(verdict: str,             # ours, or the answer to the declared question
               seeds: int,               # that both have
               published: Published,
               ) -> str:
@@ -403,10 +403,17 @@ def agreement(verdict: str,             # ours
     theirs = "no difference" if published.value == published.baseline_value else published.verdict
     if verdict in ("better", "worse"):
         return "agrees" if verdict == theirs else "disagrees"
-    if verdict != "not distinguishable":
+    if verdict not in ("not distinguishable", "equivalent", "undecided"):
         return "not measured here"
-    return ("one seed, cannot tell" if seeds < 2 else "agrees" if theirs == "no difference"
-            else "not distinguishable here")
+    if seeds < 2:
+        return "one seed, cannot tell"
+    return "agrees" if theirs == "no difference" and verdict != "undecided" else f"{verdict} here"
+
+# %% ../../nbs/lab/13_results.ipynb #759000e4
+def answer(row) -> str:     # of a table
+    "The answer to the declared question, where this row has it, else the verdict of its own comparison."
+    decided = getattr(row, "decision", "")
+    return decided if isinstance(decided, str) and decided else row.verdict
 
 # %% ../../nbs/lab/13_results.ipynb #74f6a549
 def published_table(results: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
@@ -414,12 +421,13 @@ def published_table(results: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
     (why it is no test of ours)."""
     rows, metrics = [], main_metrics(results)
     for p in ablation.published:
-        mine = results[(results.metric == kin(p.metric, metrics)) & (results.variant == p.variant)]
-        word = (agreement(mine.verdict.iloc[0], 1 if math.isnan(mine.difference_low.iloc[0]) else 2, p)
-                if len(mine) else agreement("no pair", 0, p))
+        rows_of = results[(results.metric == kin(p.metric, metrics)) & (results.variant == p.variant)]
+        mine = next(rows_of.itertuples(), None)
+        word = agreement(answer(mine), 1 if math.isnan(mine.difference_low) else 2, p) if mine else (
+            agreement("no pair", 0, p))
         direction = "no difference" if p.value == p.baseline_value else p.verdict
         rows.append((p.variant, f"{p.metric} {p.baseline_value:.2f} -> {p.value:.2f}", direction, p.source,
-                     mine.metric.iloc[0] if len(mine) else None, word, p.differs))
+                     mine.metric if mine else None, word, p.differs))
     return pd.DataFrame(rows, columns=["variant", "published", "direction", "source", "metric", "agreement",
                                        "differs"])
 
