@@ -137,3 +137,12 @@ def test_a_record_says_the_plans_seed_and_the_recipe_the_true_one(sat):
     for name, variant, seed in (("null_check", "b", 2), ("null_check", "a", 1002), ("caption_length", "dense", 1002), ("unknown", "b", 1002)):
         assert judge.complete(shifted, name, variant, "smoke", {}, 0.0)["seed"] == seed
     assert recipes.load(run.dir / "recipe.json").seed == 2
+
+
+def test_published_numbers_that_are_no_test_of_ours_are_declared():
+    "Latents against pixels, a thousand tokens against sixty-four, another baseline, another learning rate."
+    apart = {(name, p.source.split(", ")[2]) for name, a in ablations.known().items() for p in a.published if p.differs}
+    assert apart == {("jit", "256 px"), ("tread", "1024 px"), ("sprint", "1024 px"), ("repa_e", "256 px"), ("bf16_weights", "256 px")}
+    for a in ablations.known().values():
+        for p in a.published:
+            assert len(p.differs.split()) < 25 and str(p).endswith(f"(not comparable: {p.differs})") == bool(p.differs)

@@ -35,7 +35,10 @@ def test_token_is_the_public_codes_formula():
     maps = random(3, 5, 4, 6) * 2 + 3
     tokens = maps.double().flatten(2).transpose(1, 2).numpy()
     weight = tokens.mean(2, keepdims=True)                                       # of each token, over its channels
-    want = (tokens - weight * tokens.mean(1, keepdims=True)) / (tokens.std(1, ddof=1, keepdims=True) + 1e-6)
+    left = tokens - weight * tokens.mean(1, keepdims=True)
+    want = left / (left.std(1, ddof=1, keepdims=True) + 1e-6)                    # of what is left, as theirs
+    before = left / (tokens.std(1, ddof=1, keepdims=True) + 1e-6)
+    assert np.abs(want - before).max() > 0.1, "the order is seen by this test"
     np.testing.assert_allclose(token(maps).flatten(2).transpose(1, 2).numpy(), want, rtol=1e-4, atol=1e-5)
     assert normaliser("token")(maps).equal(token(maps)) and normaliser("none")(maps) is maps
 

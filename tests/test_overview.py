@@ -1,5 +1,7 @@
 "The one table over all published ablations says what their files say."
+import json
 import math
+import shutil
 
 import pandas as pd
 import pytest
@@ -71,10 +73,58 @@ def test_no_variant_is_shown_by_an_encoder_it_learnt_from(tmp_path):
     (tmp_path / "perceptual").mkdir()
     (tmp_path / "perceptual" / "table.csv").write_text("\n".join([",".join(results.COLUMNS), *rows]))
     said = overview.overview(tmp_path, ["perceptual"]).set_index("variant")
-    assert said["joint, ours"].to_dict() == {"effnet against plain": "-20% [-20%, -20%] (better)", "vit against plain": "-10% [-10%, -10%] (better)"}
-    assert said["MMD, ours"].to_dict() == {"effnet against plain": "-25% [-25%, -25%] (better)", "vit against plain": ""}
+    assert said["joint, ours"].to_dict() == {"effnet against plain": "-20% [-20%, -20%] (better, by another encoder)", "vit against plain": "-10% [-10%, -10%] (better, by another encoder)"}
+    assert said["MMD, ours"].to_dict() == {"effnet against plain": "-25% [-25%, -25%] (better)", "vit against plain": ""}, "nothing was left out of effnet's MMD"
 
 
 @pytest.mark.parametrize("change,says", [(0.5, "+50%"), (-0.004, "-0.4%"), (math.nan, "")])
 def test_percent(change, says):
     assert overview.percent(change) == says
+
+
+@pytest.fixture
+def kept(published, tmp_path):
+    "A copy of the published folder, with records that know their commit."
+    home = tmp_path / "kept" / "prediction_target"
+    shutil.copytree(published / "prediction_target", home)
+    (home / "records").mkdir()
+    for path in results.pretend_runs(tmp_path).glob("*/record.json"):
+        (home / "records" / f"{path.parent.name}.json").write_text(json.dumps(json.loads(path.read_text()) | {"git_commit": "0123abc"}))
+    return home.parent
+
+
+def test_what_was_found_says_what_the_files_say(kept):
+    said = overview.found("prediction_target", kept).data
+    rows = pd.read_csv(kept / "prediction_target" / "table.csv")
+    for line in results.declared(rows, ablations.get("prediction_target")):
+        assert f"- {line}" in said, "the declared answer of each variant"
+    one = overview.overview(kept, ["prediction_target"]).set_index("variant").loc["eps against v"]
+    assert one.cost in said and "3 seeds" in said and "commit 0123abc." in said and "6,400 images seen" in said
+    assert "](../../outputs/published/prediction_target/report.md)" in said
+
+
+def test_what_was_found_follows_its_numbers(kept):
+    "Another number in the files is another sentence: nothing is written by hand."
+    before = overview.found("prediction_target", kept).data
+    path = kept / "prediction_target" / "table.csv"
+    rows = pd.read_csv(path)
+    mine = (rows.variant == "eps") & (rows.metric == "FD[invented]")
+    rows.loc[mine, ["decision", "ratio", "ratio_low", "ratio_high"]] = "better", 0.5, 0.4, 0.6
+    rows.to_csv(path, index=False)
+    after = overview.found("prediction_target", kept).data
+    assert "eps is worse than v" in before and "eps is better than v on FD[invented]: -50.0% [-60.0%, -40.0%]" in after
+    assert "-50% [-60%, -40%] (better)" in after
+
+
+def test_what_was_found_of_nothing(tmp_path):
+    assert "Not published yet" in overview.found("immiscible", tmp_path).data and "--publish" in overview.found("immiscible", tmp_path).data
+
+
+def test_a_number_that_is_no_test_of_ours_says_why_and_not_agrees(tmp_path):
+    line = "tread,{v},cpu,,3,{m},{mean},,,{d},{d},{d},0.01,0.01,{word},,9,one"
+    rows = [line.format(v=v, m=m, mean=100, d=d, word=word) for v, d, word in (("dense", "", "baseline"), ("tread", 10, "worse")) for m in ("FD[a]", "MMD[a]")]
+    (tmp_path / "tread").mkdir()
+    (tmp_path / "tread" / "table.csv").write_text("\n".join([",".join(results.COLUMNS[:-5]), *rows]))
+    said = overview.overview(tmp_path, ["tread"]).agreement[0]
+    assert said == "256 px: agrees; 1024 px: not comparable (1024 tokens, ours 64 at preset cpu)"
+    assert said in overview.found("tread", tmp_path).data

@@ -234,6 +234,13 @@ def test_a_wrong_setting_is_one_clear_error(changes, said):
     assert said in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
+def test_the_projector_is_as_wide_as_the_teacher_unless_told(prepared):
+    "As in the public code; a denoiser's width of 32 is no bottleneck for 112 channels."
+    shapes = lambda recipe: [tuple(m.weight.shape) for m in REPA.of(recipe, prepared).projector.layers if isinstance(m, nn.Linear)]
+    assert shapes(SMOKE) == [(112, 32), (112, 112), (112, 112)]
+    assert shapes(SMOKE.replace("techniques.repa.hidden", 32)) == [(32, 32), (32, 32), (112, 32)]
+
+
 def test_any_block_of_a_hub_teacher_may_be_named():
     for tap in ("block1", "block24"):
         assert SMOKE.replace({"techniques.repa.teacher": "facebook/dinov3-vitl16-pretrain-lvd1689m", "techniques.repa.tap": tap})

@@ -3,6 +3,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -89,6 +90,19 @@ def test_disagreement_comes_with_the_reason(home):
     words = (home / "report" / "report.md").read_text()
     assert re.search(r"\*\*Disagrees\*\*: x was better in FID there, and is not in FD\[invented\] here\. Why that may be: The published runs", words)
     assert words.count(TOY.caveat[:40]) == 1
+
+
+def test_a_number_that_is_no_test_of_ours_does_not_disagree(home):
+    "As above, but the published setting is declared to be another: no warning, and the reason."
+    for seed in range(3):
+        path = home / f"x-s{seed}" / "record.json"
+        found = json.loads(path.read_text())
+        change(path, metrics=found["metrics"] | {"FD[invented]": 500.0 + seed})
+    apart = replace(TOY, published=tuple(replace(p, differs="latents, ours pixels") for p in TOY.published))
+    report.write_report(home, apart)
+    words = (home / "report" / "report.md").read_text()
+    assert "Disagrees" not in words and words.count("(not comparable: latents, ours pixels)") == len(TOY.published)
+    assert "| not comparable (latents, ours pixels) |" in words
 
 
 def test_differing_hardware_is_said(home):

@@ -95,9 +95,12 @@ def test_baseline_only_and_baseline_missing(tmp_path):
     ("worse", 3, (18.2, 20.0, False), "agrees"), ("better", 3, (18.2, 20.0, False), "disagrees"),
     ("better", 3, (0.2, 0.3, True), "agrees"), ("better", 3, (0.3, 0.2, True), "disagrees"),
     ("not distinguishable", 3, (18.2, 16.8, False), "not distinguishable here"), ("not distinguishable", 1, (18.2, 16.8, False), "one seed, cannot tell"),
-    ("better", 3, (1.0, 1.0, False), "disagrees"), ("not distinguishable", 3, (1.0, 1.0, True), "agrees"), ("no pair", 2, (1.0, 2.0, True), "not measured here")])
+    ("better", 3, (1.0, 1.0, False), "disagrees"), ("not distinguishable", 3, (1.0, 1.0, True), "agrees"), ("no pair", 2, (1.0, 2.0, True), "not measured here"),
+    ("equivalent", 3, (18.2, 16.8, False), "equivalent here"), ("undecided", 3, (18.2, 16.8, False), "undecided here"), ("undecided", 1, (18.2, 16.8, False), "one seed, cannot tell"),
+    ("equivalent", 3, (1.0, 1.0, False), "agrees"), ("undecided", 3, (1.0, 1.0, False), "undecided here")])
 def test_agreement_in_all_cases(ours, seeds, published, expected):
     assert results.agreement(ours, seeds, Published("x", "FID", *published, "somewhere")) == expected
+    assert results.agreement(ours, seeds, Published("x", "FID", *published, "somewhere", "other latents")) == "not comparable"
 
 
 def test_published_numbers_find_metrics_of_their_kind():

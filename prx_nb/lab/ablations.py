@@ -32,6 +32,7 @@ class Published:
     value: float
     higher_is_better: bool
     source: str                       # where to read it, in words
+    differs: str = ""                 # why it is no test of ours, in a few words; empty: it is one
 
     @property
     def verdict(self) -> str:
@@ -40,7 +41,8 @@ class Published:
 
     def __str__(self):
         values = f"{self.baseline_value:.2f} -> {self.value:.2f}"
-        return f"{self.metric} {values} ({self.verdict}), {self.source}"
+        apart = f" (not comparable: {self.differs})" if self.differs else ""
+        return f"{self.metric} {values} ({self.verdict}), {self.source}{apart}"
 
 # %% ../../nbs/lab/02_ablations.ipynb #31be4ad8
 class AblationError(ValueError):

@@ -6,10 +6,10 @@
 __all__ = ['COLUMNS', 'ORDER', 'pretend_runs', 'ReportError', 'collect', 'point', 'unfinished', 'retried', 'trained_elsewhere',
            'odd_data', 'odd_runs', 'in_list', 'better_up', 'by_seed', 'variant_order', 'main_metrics', 'bounds',
            'at_chance', 'primary', 'parts', 'log_scatter', 'published_scatter', 'decisions', 'from_records', 'answered',
-           'table', 'kin', 'agreement', 'published_table', 'published_lines', 'in_words', 'direction', 'misranked',
-           'known_pictures', 'dial', 'sampled', 'same_sign', 'flags', 'p_words', 'verdicts', 'means', 'readable',
-           'declared', 'control_words', 'plan_words', 'dial_words', 'sentences', 'curves', 'at_moment', 'verdict_words',
-           'equal_time', 'costs', 'cost_words', 'pareto', 'chance', 'command']
+           'table', 'kin', 'agreement', 'answer', 'published_table', 'agreement_words', 'published_lines', 'in_words',
+           'direction', 'misranked', 'known_pictures', 'dial', 'sampled', 'same_sign', 'flags', 'p_words', 'verdicts',
+           'means', 'readable', 'declared', 'control_words', 'plan_words', 'dial_words', 'sentences', 'curves',
+           'at_moment', 'verdict_words', 'equal_time', 'costs', 'cost_words', 'pareto', 'chance', 'command']
 
 # %% ../../nbs/lab/13_results.ipynb #70ec2628
 import contextlib
@@ -449,31 +449,48 @@ def kin(published: str,            # a metric by the name its authors used
     return next((m for k in _KIN.get(published, (published,)) for m in metrics if family(m) == k), None)
 
 # %% ../../nbs/lab/13_results.ipynb #0969f093
-def agreement(verdict: str,             # ours
+def agreement(verdict: str,             # ours, or the answer to the declared question
               seeds: int,               # that both have
               published: Published,
               ) -> str:
-    "Whether our verdict has the published direction."
+    "Whether our verdict has the published direction; not for a number that is no test of ours."
+    if published.differs:
+        return "not comparable"
     theirs = "no difference" if published.value == published.baseline_value else published.verdict
     if verdict in ("better", "worse"):
         return "agrees" if verdict == theirs else "disagrees"
-    if verdict != "not distinguishable":
+    if verdict not in ("not distinguishable", "equivalent", "undecided"):
         return "not measured here"
-    return ("one seed, cannot tell" if seeds < 2 else "agrees" if theirs == "no difference"
-            else "not distinguishable here")
+    if seeds < 2:
+        return "one seed, cannot tell"
+    return "agrees" if theirs == "no difference" and verdict != "undecided" else f"{verdict} here"
+
+# %% ../../nbs/lab/13_results.ipynb #759000e4
+def answer(row) -> str:     # of a table
+    "The answer to the declared question, where this row has it, else the verdict of its own comparison."
+    decided = getattr(row, "decision", "")
+    return decided if isinstance(decided, str) and decided else row.verdict
 
 # %% ../../nbs/lab/13_results.ipynb #74f6a549
 def published_table(results: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
-    "One row a published number: variant, published, direction, source, metric (ours), agreement."
+    """One row a published number: variant, published, direction, source, metric (ours), agreement, differs
+    (why it is no test of ours)."""
     rows, metrics = [], main_metrics(results)
     for p in ablation.published:
-        mine = results[(results.metric == kin(p.metric, metrics)) & (results.variant == p.variant)]
-        word = (agreement(mine.verdict.iloc[0], 1 if math.isnan(mine.difference_low.iloc[0]) else 2, p)
-                if len(mine) else "not measured here")
+        rows_of = results[(results.metric == kin(p.metric, metrics)) & (results.variant == p.variant)]
+        mine = next(rows_of.itertuples(), None)
+        word = agreement(answer(mine), 1 if math.isnan(mine.difference_low) else 2, p) if mine else (
+            agreement("no pair", 0, p))
         direction = "no difference" if p.value == p.baseline_value else p.verdict
         rows.append((p.variant, f"{p.metric} {p.baseline_value:.2f} -> {p.value:.2f}", direction, p.source,
-                     mine.metric.iloc[0] if len(mine) else None, word))
-    return pd.DataFrame(rows, columns=["variant", "published", "direction", "source", "metric", "agreement"])
+                     mine.metric if mine else None, word, p.differs))
+    return pd.DataFrame(rows, columns=["variant", "published", "direction", "source", "metric", "agreement",
+                                       "differs"])
+
+# %% ../../nbs/lab/13_results.ipynb #3f52229c
+def agreement_words(row) -> str:     # of `published_table`
+    "The agreement, with the reason where a published number is no test of ours."
+    return f"{row.agreement} ({row.differs})" if row.differs else row.agreement
 
 # %% ../../nbs/lab/13_results.ipynb #c1257a2c
 def published_lines(ablation: Ablation) -> list[str]:
@@ -597,7 +614,7 @@ def verdicts(
             (r.variant, "; ".join(filter(None, (direction(r.metric), (flagged or {}).get(r.metric)))),
              in_words(r.difference, r.difference_low, r.difference_high, "+"), p_words(r.p_corrected),
              _word(r), "; ".join(f"{p.published}, {p.direction}" for p in beside.itertuples()),
-             "; ".join(dict.fromkeys(beside.agreement)))
+             "; ".join(dict.fromkeys(agreement_words(p) for p in beside.itertuples())))
         )
     return pd.DataFrame(
         rows,

@@ -26,8 +26,10 @@ def scalar(maps: Tensor,            # (B, C, h, w) of the teacher
 
 # %% ../../nbs/techniques/02_irepa.ipynb #63b1d4bb
 def token(maps: Tensor, gamma: float = 1.0) -> Tensor:          # (B, C, h, w) -> the same shape
-    "The public PRX code's: each token's mean over channels weighs what is taken off. `gamma` is not used."
-    return (maps - maps.mean(1, keepdim=True) * maps.mean((2, 3), keepdim=True)) / spread(maps)
+    """The public PRX code's: each token's mean over channels weighs what is taken off, and what is left is
+    divided by its own spread. `gamma` is not used."""
+    left = maps - maps.mean(1, keepdim=True) * maps.mean((2, 3), keepdim=True)
+    return left / spread(left)
 
 # %% ../../nbs/techniques/02_irepa.ipynb #8aac18b0
 def normaliser(name: str, gamma: float = 1.0) -> Callable[[Tensor], Tensor]:

@@ -106,7 +106,7 @@ class Settings(Acts):
     layer: int | None = Field(None, ge=0)         # block that is aligned; none: the last of the first half
     one_in: int = Field(1, ge=1)                  # one image in so many is aligned: cheaper
     projector: Literal["mlp", "conv"] = "mlp"     # of the tokens into the teacher's space
-    hidden: int | None = Field(None, ge=8)        # width of the mlp projector; none: the tokens'
+    hidden: int | None = Field(None, ge=8)        # width of the mlp projector; none: the teacher's
     spatial_norm: Literal["none", "scalar", "token"] = "none"   # iREPA's, and the public code's
     gamma: float = Field(1.0, ge=0)               # share of the mean over places that scalar subtracts
 
@@ -167,7 +167,7 @@ def middle(depth: int) -> int:
 def _projector(settings: Settings, width: int, channels: int, grid: tuple[int, int]) -> nn.Module:
     "From tokens of this width to a teacher's channels, as `projector` says."
     if settings.projector == "mlp":
-        return MLP(width, settings.hidden or width, channels)
+        return MLP(width, settings.hidden or channels, channels)
     from prx_nb.techniques.irepa import Conv
     return Conv(width, channels, grid)
 
