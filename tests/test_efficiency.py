@@ -16,7 +16,7 @@ def lengths(folder, a=0.5, level=120.0, images=6400, seeds=4):
     for seed in range(seeds):
         for share, wobble in ((0.5, 1), (0.75, -1), (0.9, -1), (1.0, 1)):
             fd = level * share ** -a * (1 + seed / 50) * (1 + 0.001 * wobble)
-            made = {"variant": f"of{share}", "seed": seed, "preset": "smoke", "metrics": {"FD[invented]": fd},
+            made = {"variant": f"of{share}", "seed": seed, "preset": "smoke", "metrics": {"joint[invented]": fd},
                     "cost": {"images_seen": round(images * share)}}
             path = folder / "published" / "training_length" / "smoke" / "records" / f"of{share}-s{seed}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def test_numbers_are_those_of_the_formulas(group, tmp_path):
     in_turns(tmp_path, muon=1.5)
     runs, muon = results.collect(group), ablations.get("muon")
     found = efficiency.efficiencies(runs, muon, tmp_path)["muon"]
-    ratio = results.decisions(runs, muon, "FD[invented]")["muon"].ratio
+    ratio = results.decisions(runs, muon, "joint[invented]")["muon"].ratio
     assert found.steps.times == pytest.approx(ratio ** (-1 / 0.5), rel=1e-3) and found.steps.low < found.steps.times < found.steps.high
     assert found.then.ratio == pytest.approx(ratio * 1.5 ** 0.5, rel=1e-3)
     assert found.then.word == "worse" and found.steps.times < 1 and not found.beyond
@@ -83,9 +83,9 @@ def test_runs_that_are_not_published_come_first(group, tmp_path):
         run = tmp_path / "training_length" / "smoke" / f"v{i}-s{seed}"
         run.mkdir(parents=True)
         made = {"status": "done", "ablation": "training_length", "variant": f"v{i}", "seed": seed, "preset": "smoke",
-                "metrics": {"FD[invented]": 100 * share ** -0.2 * (1 + seed / 99 + i % 2 / 999)}, "cost": {"images_seen": round(6400 * share)}}
+                "metrics": {"joint[invented]": 100 * share ** -0.2 * (1 + seed / 99 + i % 2 / 999)}, "cost": {"images_seen": round(6400 * share)}}
         (run / "record.json").write_text(json.dumps(made))
-    power = efficiency.power_of(efficiency.length_runs(tmp_path, "smoke"), "FD[invented]", 6400)
+    power = efficiency.power_of(efficiency.length_runs(tmp_path, "smoke"), "joint[invented]", 6400)
     assert power.a == pytest.approx(0.2, abs=0.01)
 
 

@@ -108,11 +108,11 @@ def test_what_was_found_follows_its_numbers(kept):
     before = overview.found("prediction_target", kept).data
     path = kept / "prediction_target" / "table.csv"
     rows = pd.read_csv(path)
-    mine = (rows.variant == "eps") & (rows.metric == "FD[invented]")
+    mine = (rows.variant == "eps") & (rows.metric == "joint[invented]")
     rows.loc[mine, ["decision", "ratio", "ratio_low", "ratio_high"]] = "better", 0.5, 0.4, 0.6
     rows.to_csv(path, index=False)
     after = overview.found("prediction_target", kept).data
-    assert "eps is worse than v" in before and "eps is better than v on FD[invented]: -50.0% [-60.0%, -40.0%]" in after
+    assert "eps is worse than v" in before and "eps is better than v on joint[invented]: -50.0% [-60.0%, -40.0%]" in after
     assert "-50% [-60%, -40%] (better)" in after
 
 
@@ -121,7 +121,7 @@ def test_what_was_found_of_nothing(tmp_path):
 
 
 def test_a_number_that_is_no_test_of_ours_says_why_and_not_agrees(tmp_path):
-    line = "tread,{v},cpu,,3,{m},{mean},,,{d},{d},{d},0.01,0.01,{word},,9,one"
+    line = "tread,{v},cpu,,3,{m},{mean},,,{d},{d},{d},0.01,0.01,{word},9,one"
     rows = [line.format(v=v, m=m, mean=100, d=d, word=word) for v, d, word in (("dense", "", "baseline"), ("tread", 10, "worse")) for m in ("FD[a]", "MMD[a]")]
     (tmp_path / "tread").mkdir()
     (tmp_path / "tread" / "table.csv").write_text("\n".join([",".join(results.COLUMNS[:-5]), *rows]))

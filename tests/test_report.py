@@ -88,7 +88,7 @@ def test_disagreement_comes_with_the_reason(home):
         change(path, metrics=found["metrics"] | {"FD[invented]": 500.0 + seed})
     report.write_report(home)
     words = (home / "report" / "report.md").read_text()
-    assert re.search(r"\*\*Disagrees\*\*: x was better in FID there, and is not in FD\[invented\] here\. Why that may be: The published runs", words)
+    assert re.search(r"\*\*Disagrees\*\*: x was better in FID there, and is not in FD\[invented\] here\.", words) and "Why that may be: The published runs" in words
     assert words.count(TOY.caveat[:40]) == 1
 
 

@@ -240,21 +240,21 @@ def test_estimates_follow_the_closest_records(tmp_path):
     published = guess()
     assert published and "published" in sweep.estimate(jobs(), tmp_path)[1]
     home = tmp_path / "prediction_target"
-    put_record(home / "cpu@a" / "x-s0", 30, 20, 48000, variant="x")
+    put_record(home / "cpu@a" / "x-s0", 30, 20, 32000, variant="x")
     assert guess() == 30
-    put_record(home / "cpu@a" / "v-s0", 50, 20, 48000, {"state": "done", "seconds": 60})
+    put_record(home / "cpu@a" / "v-s0", 50, 20, 32000, {"state": "done", "seconds": 60})
     assert guess() == 60, "the whole run's seconds, kernel and all"
-    put_record(home / "cpu" / "v-s0", 100, 80, 48000)
-    put_record(home / "cpu" / "v-s1", 140, 80, 48000)
-    put_record(home / "cpu" / "v-s2", 999, 80, 48000, status={"state": "done"})
-    put_record(home / "cpu" / "v-s3", 1, 1, 48000)
+    put_record(home / "cpu" / "v-s0", 100, 80, 32000)
+    put_record(home / "cpu" / "v-s1", 140, 80, 32000)
+    put_record(home / "cpu" / "v-s2", 999, 80, 32000, status={"state": "done"})
+    put_record(home / "cpu" / "v-s3", 1, 1, 32000)
     assert guess() == 120, "the median of 1, 100, 140 and 999"
     assert guess(overrides={"train.steps": 3000}) > guess(), "twice the images"
     for broken in ("{", "[]", '{"status": "done"}', ""):
         (home / "cpu" / "v-s3" / "record.json").write_text(broken)
         assert guess() == 140
     one = [p for p in sweep.history(tmp_path) if p.seconds == 100][0]
-    assert one.for_images(96000) == 180 and one.for_images(0) == 20
+    assert one.for_images(64000) == 180 and one.for_images(0) == 20
     seconds, words = sweep.estimate(jobs() * 4, tmp_path, at_once=2)
     assert seconds == 280 and words.startswith("about 4.7 min with 2 at a time (9.3 min of work), judged by earlier runs on abacus")
     mixed = jobs() + plan.plan("prediction_target", "paper", 1, ["v"], out=tmp_path)

@@ -124,15 +124,16 @@ def _published(page: Page, f: Findings) -> None:
     for p in beside[beside.agreement == "disagrees"].itertuples():
         page.text(
             f"**Disagrees**: {p.variant} was {p.direction} in {p.published.split(' ')[0]} there, and is not "
-            f"in {p.metric} here. Why that may be: {f.ablation.caveat}",
+            f"in {p.metric} here.",
             "warn",
         )
     lone = sorted(
         set(beside[beside.metric.isna() & beside.variant.isin(f.variants)].published.str.split(" ").str[0]))
     if lone:
         page.text(f"No metric here is of the kind of {in_list(lone)}.", "small")
-    if f.ablation.caveat and "disagrees" not in set(beside.agreement):
-        page.text(f.ablation.caveat)
+    if f.ablation.caveat:
+        why = "Why that may be: " if "disagrees" in set(beside.agreement) else ""
+        page.text(why + f.ablation.caveat)
 
 # %% ../../nbs/lab/16_report.ipynb #64ad6dec
 def _samples(page: Page, f: Findings, more: int = 3) -> None:
