@@ -342,7 +342,7 @@ class Evaluate(Node):
     captions: Literal["short", "long", "dense"] = "dense"   # of held-out images, whatever was trained on
     features: named_in("prx_nb.core.encoders:ENCODERS", "effnet-lite0", "vit-s14") = "effnet-lite0"
     beside: tuple[str, ...] = later(("vit-s14",)) # further encoders ...
-    beside_samples: int = later(128, ge=2)        # ... and how many of the judged samples they see
+    beside_samples: int = later(64, ge=2)         # ... and how many of the judged samples they see
     pictures: int = Field(16, ge=1)               # in the sample grid
 
     @model_validator(mode="after")

@@ -160,8 +160,8 @@ def compared(names: list[str],               # ablations
     "All that is published of some ablations, one line a variant; those without a result are named below."
     from IPython.display import Markdown
     found = overview.overview(folder or root() / "outputs" / "published", names, preset)
-    place = lambda name: name if preset == "cpu" else f"{name}/{preset}"
-    link = lambda name: f"[{name.replace('_', ' ')}]({home}/outputs/published/{place(name)}/report.md)"
+    plain = lambda name: name.replace("_", " ").replace("@", ", ")
+    link = lambda name: f"[{plain(name)}]({home}/outputs/published/{overview.place(name, preset)}/report.md)"
     missing = [f"`{name}`" for name in names if name not in set(found.ablation)]
     table = found.assign(ablation=found.ablation.map(link)).rename(columns={"ablation": "question"})
     parts = [in_cells(table) if len(table) else "", f"Not published yet: {', '.join(missing)}." if missing else ""]

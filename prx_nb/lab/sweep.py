@@ -283,9 +283,7 @@ def _unknown_names(entry: Entry) -> list[str]:
 def _own(entry: Entry) -> set[str]:
     "The settings an entry's ablation sets itself."
     ablation = ablations.find(entry.ablation)
-    return (
-        {"seed"}.union(*(ablations.changes(ablation, v) for v in ablation.variants)) if ablation else {"seed"}
-    )
+    return {"seed"} | (ablations.sets_itself(ablation) if ablation else set())
 
 # %% ../../nbs/lab/09_sweep.ipynb #844b4357
 def _clashes(entry: Entry) -> list[str]:
@@ -324,7 +322,8 @@ def _bad_values(entry: Entry, same: bool = True) -> list[str]:
     for point, variant in itertools.product(points(entry), variants):
         changes = {p: v for p, v in point.overrides.items() if p in allowed}
         try:
-            made = base.replace(changes | (ablations.changes(ablation, variant) if variant else {}))
+            own = ablations.changes(ablation, variant) if variant else {}
+            made = base.replace(changes | ablations.in_numbers(own, base, changes))
             first = seen.setdefault((variant, made.model_dump_json()), point.label)
             if same and first != point.label:
                 faults.setdefault(f"points {first} and {point.label} are the same runs", "")
