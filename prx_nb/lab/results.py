@@ -702,7 +702,7 @@ def plan_words(runs: pd.DataFrame, results: pd.DataFrame, ablation: Ablation) ->
     each = ([log_scatter(by_seed(runs, v, metric).values()) for v in variant_order(runs, ablation)] if metric
             else [])
     prior = fit_prior(
-        [*each, *(published_scatter(metric, runs.preset[0], int(seen)) if metric and seen else ())])
+        [*each, *(_borrowed(runs, metric, int(seen)) if metric and seen else ())])
     if prior is None:
         return []
     scatter = math.sqrt(prior.variance)
