@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'ORDER', 'pretend_runs', 'ReportError', 'collect', 'point', 'unfinished', 'retried', 'trained_elsewhere',
            'odd_data', 'odd_runs', 'in_list', 'better_up', 'by_seed', 'variant_order', 'main_metrics', 'bounds',
-           'at_chance', 'primary', 'parts', 'log_scatter', 'published_scatter', 'decisions', 'from_records', 'answered',
-           'table', 'kin', 'agreement', 'answer', 'published_table', 'agreement_words', 'published_lines', 'in_words',
-           'direction', 'misranked', 'known_pictures', 'dial', 'sampled', 'same_sign', 'flags', 'p_words', 'verdicts',
-           'means', 'readable', 'declared', 'control_words', 'plan_words', 'dial_words', 'sentences', 'curves',
-           'at_moment', 'verdict_words', 'equal_time', 'costs', 'cost_words', 'pareto', 'chance', 'command']
+           'at_chance', 'primary', 'parts', 'log_scatter', 'published_scatter', 'scatter_beside', 'decisions',
+           'from_records', 'answered', 'table', 'kin', 'agreement', 'answer', 'published_table', 'agreement_words',
+           'published_lines', 'in_words', 'direction', 'misranked', 'known_pictures', 'dial', 'sampled', 'same_sign',
+           'flags', 'p_words', 'verdicts', 'means', 'readable', 'declared', 'control_words', 'plan_words', 'dial_words',
+           'sentences', 'curves', 'at_moment', 'verdict_words', 'equal_time', 'costs', 'cost_words', 'pareto', 'chance',
+           'command']
 
 # %% ../../nbs/lab/13_results.ipynb #70ec2628
 import contextlib
@@ -336,6 +337,22 @@ def log_scatter(values: Iterable[float]) -> tuple[float, int]:
     return (float(np.log(values).var(ddof=1)), len(values) - 1) if usable else (0.0, 0)
 
 # %% ../../nbs/lab/13_results.ipynb #c416498a
+def _scatter_of(records: Iterable[tuple[str, Path]],      # (what is compared with each other, a record)
+                metric: str, preset: str, seen: int) -> tuple[tuple[float, int], ...]:
+    """As `log_scatter` gives it, one a group of seeds, of records of this preset and length within a factor
+    of two."""
+    groups: dict[str, dict[int, float]] = {}
+    for group, path in records:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            r = read_json(path)
+            if (r["preset"] == preset and 0.5 <= r["cost"]["images_seen"] / seen <= 2
+                and metric in r["metrics"]):
+                groups.setdefault(f"{group} {r['variant']}", {})[r["seed"]] = float(r["metrics"][metric])
+    # one baseline may stand in several ablations: the same numbers count once
+    found = {tuple(sorted(g.values())): log_scatter(g.values()) for g in groups.values()}
+    return tuple(s for s in found.values() if s[1])
+
+# %% ../../nbs/lab/13_results.ipynb #e9e9507a
 @functools.cache
 def published_scatter(
     metric: str,
@@ -344,18 +361,26 @@ def published_scatter(
     folder: Path | None = None,  # none: outputs/published of the checkout
 ) -> tuple[tuple[float, int], ...]:  # as `log_scatter` gives it, one a group of seeds
     "Scatter of a metric in published records of this preset whose length is the same within a factor of two."
-    groups: dict[str, dict[int, float]] = {}
-    for path in sorted(
-        (folder or Path(ablations.__file__).parents[2] / "outputs" / "published").rglob("records/*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            r = read_json(path)
-            if (r["preset"] == preset and 0.5 <= r["cost"]["images_seen"] / seen <= 2
-                and metric in r["metrics"]):
-                group = groups.setdefault(f"{path.parents[1]} {r['variant']}", {})
-                group[r["seed"]] = float(r["metrics"][metric])
-    # one baseline may stand in several ablations: the same numbers count once
-    found = {tuple(sorted(g.values())): log_scatter(g.values()) for g in groups.values()}
-    return tuple(s for s in found.values() if s[1])
+    folder = folder or Path(ablations.__file__).parents[2] / "outputs" / "published"
+    paths = sorted(folder.rglob("records/*.json"))
+    return _scatter_of([(str(path.parents[1]), path) for path in paths], metric, preset, seen)
+
+# %% ../../nbs/lab/13_results.ipynb #e125c9dd
+def scatter_beside(metric: str, preset: str, seen: int,
+                   group: Path,          # a folder of runs, <out>/<ablation>/<preset>[@<point>]
+                   ) -> tuple[tuple[float, int], ...]:
+    "The same of runs of other questions in the same <out>."
+    paths = sorted(group.parents[1].glob(f"*/{preset}*/*/record.json"))
+    others = [(str(path.parents[1]), path) for path in paths if path.parents[1] != group]
+    return _scatter_of(others, metric, preset, seen)
+
+# %% ../../nbs/lab/13_results.ipynb #cbee8884
+def _borrowed(runs: pd.DataFrame, metric: str, seen: int) -> tuple[tuple[float, int], ...]:
+    "Scatter from other questions: published ones, and those beside these runs; equal ones count once."
+    preset = runs.preset.iloc[0]
+    beside = (
+        scatter_beside(metric, preset, seen, Path(runs.folder.iloc[0]).parent) if "folder" in runs else ())
+    return tuple(dict.fromkeys((*published_scatter(metric, preset, seen), *beside)))
 
 # %% ../../nbs/lab/13_results.ipynb #906aa3c5
 def decisions(runs: pd.DataFrame, ablation: Ablation, metric: str | None) -> dict[str, Decision]:
@@ -364,7 +389,7 @@ def decisions(runs: pd.DataFrame, ablation: Ablation, metric: str | None) -> dic
     base, found = list(by_seed(runs, ablation.baseline, metric).values()) if metric else [], {}
     each = {v: list(by_seed(runs, v, metric).values()) for v in variant_order(runs, ablation)} if base else {}
     seen = next((c["images_seen"] for c in runs.cost if c.get("images_seen")), 0)
-    theirs = published_scatter(metric, runs.preset[0], int(seen)) if base and seen else ()
+    theirs = _borrowed(runs, metric, int(seen)) if base and seen else ()
     for variant, values in each.items():
         others = [log_scatter(v) for name, v in each.items() if name not in (variant, ablation.baseline)]
         with contextlib.suppress(ValueError):
