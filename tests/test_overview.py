@@ -1,7 +1,9 @@
 "The one table over all published ablations says what their files say."
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -128,3 +130,38 @@ def test_a_number_that_is_no_test_of_ours_says_why_and_not_agrees(tmp_path):
     said = overview.overview(tmp_path, ["tread"]).agreement[0]
     assert said == "256 px: agrees; 1024 px: not comparable (1024 tokens, ours 64 at preset cpu)"
     assert said in overview.found("tread", tmp_path).data
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def found_cells():
+    "(notebook, ablation, stored Markdown) of every cell that says what was found."
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        for cell in json.loads(path.read_text())["cells"] if ".ipynb_checkpoints" not in path.parts else ():
+            asked = re.search(r'^found\("(\w+)"\)$', "".join(cell["source"]), re.M)
+            if asked:
+                shown = [o["data"]["text/markdown"] for o in cell["outputs"] if "text/markdown" in o.get("data", {})]
+                yield path.stem, asked[1], "".join(shown[0]) if shown else ""
+
+
+@pytest.mark.parametrize("notebook,name,stored", found_cells(), ids=lambda value: value if len(value) < 20 else "")
+def test_what_a_notebook_says_was_found_is_what_the_files_say_now(notebook, name, stored):
+    assert stored == overview.found(name).data, f"{notebook} says what its runs said once; execute it again"
+
+
+def test_every_technique_says_what_was_found():
+    told = {notebook for notebook, _, _ in found_cells()}
+    techniques = {path.stem for path in (ROOT / "nbs/techniques").glob("[0-9]*.ipynb")}
+    assert techniques <= told and {"18_optimizers", "19_precision", "20_average"} <= told
+
+
+def test_no_number_of_a_run_stands_in_the_prose_about_it():
+    "Below `What we found` numbers come from cells."
+    for path in sorted((ROOT / "nbs/techniques").glob("[0-9]*.ipynb")):
+        cells, on = json.loads(path.read_text())["cells"], False
+        for cell in cells:
+            text = "".join(cell["source"])
+            on = on or text.startswith("## What we found")
+            if on and cell["cell_type"] == "markdown":
+                assert not re.search(r"\d+(\.\d+)? ?%|\d\.\d{2}", text), f"{path.name}: {text[:80]}"

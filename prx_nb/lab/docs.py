@@ -164,7 +164,8 @@ def compared(names: list[str],               # ablations
     link = lambda name: f"[{plain(name)}]({home}/outputs/published/{overview.place(name, preset)}/report.md)"
     missing = [f"`{name}`" for name in names if name not in set(found.ablation)]
     table = found.assign(ablation=found.ablation.map(link)).rename(columns={"ablation": "question"})
-    parts = [in_cells(table) if len(table) else "", f"Not published yet: {', '.join(missing)}." if missing else ""]
+    parts = [in_cells(table) if len(table) else "",
+             f"Not published yet: {', '.join(missing)}." if missing else ""]
     return Markdown("\n\n".join(filter(None, parts)))
 
 # %% ../../nbs/lab/18_docs.ipynb #f63c3b1e

@@ -77,10 +77,10 @@ def _effect(
     # not-a-number where a file has none
     if isinstance(word := getattr(r, "decision", ""), str) and word:
         within = f" within {r.margin:.0%}" if word == "equivalent" else ""
-        return {family: percent(r.ratio - 1, r.ratio_low - 1, r.ratio_high - 1), "verdict": word + within + judge}
+        return {family: percent(r.ratio - 1, r.ratio_low - 1, r.ratio_high - 1),
+                "verdict": word + within + judge}
     return {family: percent(r.difference / scale, r.difference_low / scale, r.difference_high / scale),
             "verdict": r.verdict + judge}
-
 
 # %% ../../nbs/lab/17_overview.ipynb #cc145ced
 def _cost(folder: Path, variant: str, baseline: str) -> str:
@@ -174,9 +174,9 @@ def setting(rows: pd.DataFrame, records: Path) -> str:     # of table.csv, and t
     kept = [read_json(path) for path in sorted(Path(records).glob("*.json"))]
     seen = sorted({r["cost"].get("images_seen") for r in kept} - {None})
     commits = sorted({r.get("git_commit") for r in kept} - {None})
+    images = " to ".join(f"{n:,}" for n in dict.fromkeys(seen[:1] + seen[-1:]))
     parts = [f"Preset {rows.preset.iloc[0]}", f"{int(rows.seeds.max())} seeds",
-             f"{' to '.join(f'{n:,}' for n in dict.fromkeys((seen[0], seen[-1])))} images seen" if seen else "",
-             str(rows.hardware.iloc[0]),
+             f"{images} images seen" if seen else "", str(rows.hardware.iloc[0]),
              f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}" if commits else "commit unknown"]
     return "; ".join(filter(None, parts)) + "."
 
@@ -188,8 +188,8 @@ def flattered(rows: pd.DataFrame, ablation: Ablation) -> list[str]:
     for r in decided.itertuples():
         known = teachers(ablations.recipe(ablation, r.variant, r.preset, 0))
         if r.metric.partition("[")[2].startswith(known):
-            lines.append(f"{r.variant} learnt from the network that {r.metric} looks with, which flatters it: "
-                         "believe the other encoder's numbers.")
+            lines.append(f"{r.variant} learnt from the network that {r.metric} looks with, which flatters "
+                         "it: believe the other encoder's numbers.")
     return lines
 
 # %% ../../nbs/lab/17_overview.ipynb #bcd79d52
