@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['atomic', 'write_json', 'read_json', 'require_writable', 'NotOurs', 'is_file', 'open_unlinked', 'lies_in', 'discard',
-           'cache_dir', 'sha256', 'Shards', 'keep_rows', 'FetchError', 'Member', 'npm', 'verify', 'fetch_all', 'fetch']
+           'python', 'cache_dir', 'vouch', 'vouched', 'sha256', 'Shards', 'keep_rows', 'FetchError', 'Member', 'npm',
+           'verify', 'fetch_all', 'fetch']
 
 # %% ../../nbs/core/02_files.ipynb #68464e50
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -40,6 +42,10 @@ def atomic(
         with open(part, "rb") as f:
             os.fsync(f.fileno())
         os.replace(part, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):     # else nobody knows which file
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -52,10 +58,16 @@ def write_json(path: str | Path, value: Any) -> None:
 
 # %% ../../nbs/core/02_files.ipynb #1fe651b0
 def read_json(path: str | Path) -> Any:
-    "Read JSON; a broken file raises a `ValueError` that names it."
+    "Read JSON; what is no file, or no JSON, raises a `ValueError` that names it."
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path} is not a file")
     try:
-        return json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(Path(path).read_text("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: byte {error.start} is not UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not valid JSON: it is nested too deep") from None
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 # %% ../../nbs/core/02_files.ipynb #01612a33
@@ -117,6 +129,11 @@ def discard(path: str | Path,
     else:
         Path(path).unlink(missing_ok=True)
 
+# %% ../../nbs/core/02_files.ipynb #7ad5cc10
+def python(*arguments: str) -> list[str]:
+    "The command of this Python, which finds no modules in the folder it is started in."
+    return [sys.executable, "-P", *arguments]
+
 # %% ../../nbs/core/02_files.ipynb #d2d33931
 def cache_dir(*parts: str,        # names of folders below it
               ) -> Path:          # made if it was not there
@@ -132,6 +149,26 @@ def cache_dir(*parts: str,        # names of folders below it
             "written"
         ) from None
     return folder
+
+# %% ../../nbs/core/02_files.ipynb #ee46506e
+def _note(path: str | Path) -> Path:
+    "Where it is noted that the reader has named a file of code."
+    return cache_dir("named") / hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:32]
+
+# %% ../../nbs/core/02_files.ipynb #2c7bf0e8
+def vouch(path: str | Path) -> None:
+    "Note that the reader has named a file whose code is run."
+    with contextlib.suppress(OSError):                 # a cache that cannot be written: he is asked to again
+        if not (note := _note(path)).exists():
+            note.write_bytes(os.fsencode(os.path.realpath(path)))
+
+# %% ../../nbs/core/02_files.ipynb #5f447834
+def vouched(path: str | Path) -> bool:
+    "Whether the reader has ever named a file whose code is run."
+    try:
+        return _note(path).read_bytes() == os.fsencode(os.path.realpath(path))
+    except OSError:
+        return False
 
 # %% ../../nbs/core/02_files.ipynb #74bb9a86
 def sha256(path: str | Path) -> str:

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import resource
+import secrets
 import subprocess
 import sys
 import time
@@ -117,8 +118,9 @@ class Progress:
         "After `step` steps and so many seconds of training; the last step is always said."
         if step < self.steps and time.monotonic() - self.told < self.every:
             return
-        self.told, part = time.monotonic(), self.path.with_name(f".progress.{os.getpid()}.part")
+        self.told, part = time.monotonic(), self.path.with_name(f".progress.{os.getpid()}.{secrets.token_hex(4)}.part")
         line = {"step": step, "steps": self.steps, "seconds": round(seconds, 2), "at": now()}
         with contextlib.suppress(OSError):
-            part.write_text(json.dumps(line))
+            with open(part, "x") as file:
+                file.write(json.dumps(line))
             os.replace(part, self.path)

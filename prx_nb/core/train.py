@@ -30,7 +30,7 @@ from .denoiser import PRX
 from .files import read_json, require_writable
 from .flow import FlowMatching
 from .processes import Place
-from .recipe import Recipe, flatten
+from .recipe import Recipe, flatten, from_a_run
 from .record import Curves, Progress, git_commit, hardware, now, peak_memory, update_record
 from .record import versions
 from .seeds import stream
@@ -115,7 +115,8 @@ class Run:
     def load(folder: str | Path, device: str | torch.device = "cpu") -> "Run":
         "Open a run's folder. Raises `CheckpointError` without weights in it, `RecipeError` without recipe."
         folder = Path(folder)
-        recipe = Recipe.load(folder / "recipe.json")
+        with from_a_run():
+            recipe = Recipe.load(folder / "recipe.json")
         found = find_checkpoint(folder / "checkpoint", recipe)
         if found is None:
             raise CheckpointError(f"{folder} has no checkpoint/step-*.safetensors")

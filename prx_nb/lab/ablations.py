@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Published', 'AblationError', 'Ablation', 'shift', 'changes', 'recipe', 'from_notebook', 'folder', 'names', 'known',
-           'find', 'get', 'of_run']
+           'find', 'get', 'as_data', 'from_data', 'of_run']
 
 # %% ../../nbs/lab/02_ablations.ipynb #8928d282
 import contextlib
@@ -13,13 +13,14 @@ import json
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from ..core import recipe as recipes
+from ..core.files import read_json, vouched
 from ..core.recipe import Recipe
 
 # %% ../../nbs/lab/02_ablations.ipynb #14ceb084
@@ -134,8 +135,9 @@ def recipe(ablation: Ablation,
 def _tagged(path: Path) -> list[str]:
     "The sources of the cells tagged `ablation`. Raises `AblationError`."
     try:
-        cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
-        return ["".join(c["source"]) for c in cells if "ablation" in c.get("metadata", {}).get("tags", [])]
+        cells = [c for c in read_json(path)["cells"] if c["cell_type"] == "code"]
+        tags = [c.get("metadata", {}).get("tags") or [] for c in cells]
+        return ["".join(c["source"]) for c, tagged in zip(cells, tags) if "ablation" in tagged]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         cause = f"{type(error).__name__}: {error}"
         raise AblationError(f"{path} is not a notebook that can be read: {cause}") from None
@@ -234,13 +236,50 @@ def get(name: str) -> Ablation:
     return found
 
 # %% ../../nbs/lab/02_ablations.ipynb #86c4ecbe
-def of_run(folder: str | Path) -> Ablation:
-    "The ablation of a run: of the notebook that its job.json names, else by name. Raises `AblationError`."
+def as_data(ablation: Ablation) -> dict[str, Any]:
+    "A declaration as JSON has it, to be kept beside a run."
+    found = {f.name: getattr(ablation, f.name) for f in fields(ablation)}
+    found |= {"variants": {name: dict(changes) for name, changes in ablation.variants.items()},
+              "published": [asdict(p) for p in ablation.published], "references": list(ablation.references)}
+    return {k: dict(v) if isinstance(v, Mapping) else v for k, v in found.items()}
+
+# %% ../../nbs/lab/02_ablations.ipynb #9ad91d9e
+def from_data(data: Any,              # what `as_data` made, or anything
+              where: str | Path,      # the file it comes from
+              ) -> Ablation:
+    "A declaration from its data; nothing is run. Raises `AblationError`, which names the file."
+    try:
+        texts = {k: data[k] for k in ("name", "question", "baseline", "notebook", "primary", "caveat")}
+        if not all(isinstance(v, str) for v in texts.values()):
+            raise TypeError("a name, a question or a baseline is no text")
+        rest = {"variants": data["variants"], "base": data["base"], "margin": float(data["margin"]),
+                "seed_shift": {k: int(v) for k, v in data["seed_shift"].items()}}
+        said = {"references": tuple(map(str, data["references"])),
+                "published": tuple(Published(**p) for p in data["published"])}
+        found = Ablation(**texts, **rest, **said)
+        [str(p) for p in found.published]                  # numbers where numbers should be
+        return found
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AblationError(f"{where} declares no ablation: {type(error).__name__}: {error}") from None
+
+# %% ../../nbs/lab/02_ablations.ipynb #6c511d18
+def of_run(folder: str | Path,
+           run: bool = False,          # whether its notebook will be run, which must have been named before
+           ) -> Ablation:
+    """The ablation of a run: the workbook's by name; a reader's own by the notebook that its job.json names if
+    he has named that before, else as its job.json declares it. Raises `AblationError`."""
     kept = {}
     for file in ("job.json", "record.json"):
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            content = json.loads((Path(folder) / file).read_text())
-            kept = kept or {k: v for k, v in content.items() if k in ("ablation", "notebook")}
+            content = read_json(Path(folder) / file)
+            kept = kept or {k: content.get(k) for k in ("ablation", "notebook", "declared")}
     path = str(kept.get("notebook") or "")
     name = str(kept.get("ablation") or Path(folder).absolute().parents[1].name)
-    return from_notebook(path) if Path(path).is_file() and name not in names() else get(name)
+    if name in names() or not path:
+        return get(Path(name).name)
+    if Path(path).is_file() and vouched(path):
+        return from_notebook(path)
+    if run or not kept.get("declared"):
+        raise AblationError(f"{folder} names the notebook {path}, which has not been used here; nothing is run "
+                            f"because a run's files name it. If it is to be: prx-nb ablate {path} --dry-run")
+    return from_data(kept["declared"], Path(folder) / "job.json")

@@ -432,7 +432,8 @@ def clean(
     """Remove what is not needed any more. Never touches a run at work.
 
     Always: what another version of the source left behind, and files that a
-    killed process did not finish.
+    killed process did not finish. Each is named before it goes; what this
+    program did not make, and what a link leads to, stays.
 
     \b
       prx-nb clean --dry-run
@@ -440,10 +441,9 @@ def clean(
       prx-nb clean prediction_target --failed --dry-run
     """
     from prx_nb.lab import watch
-    gone, kept = watch.clean(
-        *watch.places(names or [], out), failed=failed, checkpoints=checkpoints, dry_run=dry_run)
-    for item in gone if dry_run else ():
-        typer.echo(f"{watch.size(item.bytes):>10}  {item.kind:20} {item.path}")
+    say = lambda item: typer.echo(f"{watch.size(item.bytes):>10}  {item.kind:20} {item.path}")
+    gone, kept = watch.clean(*watch.places(names or [], out), failed=failed, checkpoints=checkpoints,
+                             dry_run=dry_run, say=say)
     for line in kept:
         typer.echo(f"left alone: {line}")
     typer.echo(watch.freed(gone, dry_run))

@@ -20,6 +20,7 @@ import pandas as pd
 
 from ..core.files import atomic
 from . import ablations, overview, results
+from . import warm
 from .run import scratch_folder
 
 # %% ../../nbs/lab/18_docs.ipynb #42e5ec3b
@@ -232,7 +233,7 @@ def _run_again(path: Path) -> None:
     from traitlets.config import Config
     nb, scratch = nbformat.read(path, 4), scratch_folder()
     try:
-        NotebookClient(nb, timeout=300, kernel_name="python3",
+        NotebookClient(nb, timeout=300, kernel_name="python3", kernel_manager_class=warm.manager(),
                        resources={"metadata": {"path": str(path.parent)}},
                        config=Config({"KernelManager": {"transport": "ipc", "ip": f"{scratch}/k"}})).execute()
     finally:

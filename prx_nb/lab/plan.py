@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.data import looked_at_once
+from ..core.files import vouch
 from . import ablations, identity
 from .ablations import Ablation, AblationError, from_notebook
 
@@ -32,6 +33,7 @@ class Job:
     parts: dict = field(default_factory=dict, repr=False)     # of the key, by name
     timeout: float | None = None         # seconds the run may take, wall clock
     cell_timeout: float | None = None    # seconds one cell may take
+    declared: dict = field(default_factory=dict, repr=False)  # the ablation, of a notebook that is not ours
 
     @property
     def name(self) -> str:
@@ -121,12 +123,14 @@ def plan(ablation: str | Ablation,                     # a name, the path of a n
     recipes = {(v, s): ablations.recipe(ablation, v, preset, s, overrides) for s in numbers for v in names}
     notebook, jobs = find_notebook(ablation), []
     check_parameters(notebook, ["variant", "seed", "preset", "overrides", "out"])
+    vouch(notebook)
+    declared = {} if ablation.name in ablations.names() else ablations.as_data(ablation)
     group = Path(out).absolute() / ablation.name / (f"{preset}@{label}" if label else preset)
     with looked_at_once():
         for (variant, seed), recipe in recipes.items():
             job = Job(ablation.name, variant, preset, seed, dict(overrides or {}), str(notebook),
                       str(group / f"{variant}-s{seed}"), recipe.model_dump(mode="json"), timeout=timeout,
-                      cell_timeout=cell_timeout)
+                      cell_timeout=cell_timeout, declared=declared)
             made_of = identity.parts(notebook, job.parameters, recipe)
             jobs.append(replace(job, key=identity.key(made_of), parts=made_of))
     return jobs

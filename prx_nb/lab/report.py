@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.files import atomic
+from ..core.files import atomic, is_file, open_unlinked, python
 from . import ablations, figures, results
 from .ablations import Ablation
 from .figures import read_samples
@@ -314,11 +314,13 @@ def make_report(folder: str | Path,                         # of runs, e.g. outp
     template()
     made = group.absolute() / "report"
     made.mkdir(exist_ok=True)
-    with open(made / "log.txt", "w") as log:
-        code = subprocess.run([sys.executable, "-m", "prx_nb.lab.report", str(made)],
+    if made.is_symlink():
+        raise ReportError(f"{made} is a link, and no report is written to where it leads: remove it")
+    with open_unlinked(made / "log.txt", "w") as log:
+        code = subprocess.run(python("-m", "prx_nb.lab.report", str(made)),
                               stdout=log, stderr=log, stdin=subprocess.DEVNULL).returncode
     if code:
-        words = [line for line in (made / "log.txt").read_text().splitlines() if line.strip()]
+        words = [line for line in (made / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
         raise ReportError(
             f"the report notebook failed: {words[-1] if words else f'exit code {code}'}; see "
             f"{made / 'log.txt'}"
@@ -455,6 +457,13 @@ def _add_notices(notice: Path, runs: pd.DataFrame) -> None:
     with atomic(notice) as part:
         part.write_text(before)
 
+# %% ../../nbs/lab/16_report.ipynb #c719b2fd
+def _copy(path: Path, to: Path) -> None:
+    "Copy a file; a link is passed over, so that nothing from elsewhere is published, nor written over."
+    if is_file(path):
+        with atomic(to) as part:
+            shutil.copyfile(path, part)
+
 # %% ../../nbs/lab/16_report.ipynb #72b30f9a
 def publish(
     folder: str | Path,  # of runs with a report
@@ -473,8 +482,8 @@ def publish(
     to = place / runs.ablation.iloc[0] / ("" if group.name == "cpu" else group.name)
     (to / "records").mkdir(parents=True, exist_ok=True)
     for path in [*made.glob("*.png"), *made.glob("*.csv"), made / "report.md"]:
-        shutil.copy(path, to / path.name)
+        _copy(path, to / path.name)
     for run in map(Path, runs.folder):
-        shutil.copy(run / "record.json", to / "records" / f"{run.name}.json")
+        _copy(run / "record.json", to / "records" / f"{run.name}.json")
     _add_notices(place / "NOTICE", runs)
     return to
