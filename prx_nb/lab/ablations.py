@@ -275,8 +275,10 @@ def of_run(folder: str | Path,
             kept = kept or {k: content.get(k) for k in ("ablation", "notebook", "declared")}
     path = str(kept.get("notebook") or "")
     name = str(kept.get("ablation") or Path(folder).absolute().parents[1].name)
-    if name in names() or not path:
-        return get(Path(name).name)
+    if name in names():
+        return get(name)
+    if not path:
+        raise _unknown("ablation", name, names())
     if Path(path).is_file() and vouched(path):
         return from_notebook(path)
     if run or not kept.get("declared"):

@@ -154,7 +154,9 @@ def _markdown_part(kind: str, *what) -> list[str]:
         alt = lambda words: re.sub(r"[\[\]]", "", _escaped(words, line=True))
         return ["", " ".join(f"![{alt(words)}]({quote(name)}.png)" for name, words in what[0]), ""]
     if kind == "code":
-        return ["", "```", what[0].replace("```", "` ` `"), "```", ""]
+        # a line that begins with [ is taken for a link's target by some readers, even here
+        tamed = re.sub(r"(?m)^ {0,3}\[", "    [", what[0].replace("```", "` ` `"))
+        return ["", "```", tamed, "```", ""]
     around = {"open": ("<details><summary>", "</summary>"), "close": ("</details>", ""),
               "warn": ("**Note.** ", ""), "h2": ("## ", ""), "h3": ("### ", "")}
     before, after = around.get(kind, ("", ""))

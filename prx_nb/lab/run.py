@@ -60,6 +60,8 @@ _KINDS = {"state": str, "key": str, "host": str, "pid": int, "born": (int, float
 
 def _sane(name: str, value: Any) -> bool:
     "Whether a field of a status may be believed: a file may come from anywhere."
+    if name == "history":
+        return isinstance(value, list) and all(isinstance(v, dict) for v in value)
     right = isinstance(value, _KINDS.get(name, object)) and not isinstance(value, bool)
     return right and not (isinstance(value, float) and not math.isfinite(value))
 
@@ -211,7 +213,7 @@ def scratch_folder(folder: str | Path = "",   # of the run that it serves
 def _serves(scratch: Path, folder: str | Path) -> bool:
     "Whether a folder is the scratch folder of a run, made by this user's own process."
     try:
-        mine = os.lstat(scratch).st_uid == os.geteuid() and is_file(scratch / _RUN)
+        mine = os.lstat(scratch).st_uid == os.geteuid() and not scratch.is_symlink() and is_file(scratch / _RUN)
         return mine and (scratch / _RUN).read_bytes() == os.fsencode(os.path.realpath(folder))
     except OSError:
         return False
