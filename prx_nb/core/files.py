@@ -139,13 +139,15 @@ def cache_dir(*parts: str,        # names of folders below it
               ) -> Path:          # made if it was not there
     "Where fetched and computed things live: `PRX_NB_CACHE`, else `prx_nb` in the user's cache folder."
     home = (os.environ.get("PRX_NB_CACHE")
-            or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "prx_nb")
+            or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "prx_nb")
     folder = Path(home).joinpath(*parts)
     try:
+        folder = folder.expanduser() if not os.environ.get("PRX_NB_CACHE") else folder
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:             # RuntimeError: this user has no home
+        why = getattr(error, "strerror", None) or error
         raise OSError(
-            f"cannot make the cache folder {folder} ({error.strerror}); set PRX_NB_CACHE to one that can be "
+            f"cannot make the cache folder {folder} ({why}); set PRX_NB_CACHE to one that can be "
             "written"
         ) from None
     return folder
