@@ -540,7 +540,9 @@ def _line(fault: dict, prefix: str) -> str:
     if fault["type"] == "value_error" and where.rstrip(".") not in fields():
         return f"recipe: {inner}"                     # a rule across fields, in our own words already
     allowed = fault["msg"].replace("Input should be", "should be").removeprefix("Value error, ")
-    return f"recipe field '{where.rstrip('.')}' = {value!r}: {allowed}"
+    said = repr(value)
+    said = said if len(said) <= 300 else f"{said[:200]} ... {said[-50:]}"
+    return f"recipe field '{where.rstrip('.')}' = {said}: {allowed}"
 
 # %% ../../nbs/core/01_recipe.ipynb #43fb2ab2
 def explain(error: ValidationError,  # what pydantic says

@@ -116,6 +116,12 @@ def changes(ablation: Ablation,
         raise _unknown("variant", variant, list(ablation.variants))
     return dict(ablation.base) | dict(ablation.variants[variant])
 
+# %% ../../nbs/lab/02_ablations.ipynb #c7be82ee
+@lru_cache(16)
+def _preset(name: str) -> Recipe:
+    "A preset's recipe, made once."
+    return recipes.preset(name)
+
 # %% ../../nbs/lab/02_ablations.ipynb #bf0ed70c
 def recipe(ablation: Ablation,
            variant: str,                                # one of `ablation.variants`
@@ -129,7 +135,7 @@ def recipe(ablation: Ablation,
     if clash := sorted(own & set(overrides)):
         raise AblationError(f"'{clash[0]}' is what the ablation '{ablation.name}' sets itself; "
                             "it cannot be overridden")
-    return recipes.preset(preset).replace(overrides | ours | {"seed": trained_seed(ablation, variant, seed)})
+    return _preset(preset).replace(overrides | ours | {"seed": trained_seed(ablation, variant, seed)})
 
 # %% ../../nbs/lab/02_ablations.ipynb #f656055b
 def _tagged(path: Path) -> list[str]:

@@ -8,8 +8,10 @@ __all__ = ['Job', 'find_notebook', 'check_parameters', 'pretend_ablation', 'plan
 # %% ../../nbs/lab/04_plan.ipynb #0f94a5d0
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +63,10 @@ def find_notebook(ablation: Ablation) -> Path:
     return path.resolve()
 
 # %% ../../nbs/lab/04_plan.ipynb #2f9c326f
-def _cells(notebook: Path) -> list[dict]:
-    "A notebook's code cells: source and tags. Raises `AblationError` for one that has another shape."
+@lru_cache(64)
+def _cells(notebook: Path, changed: int = 0, size: int = 0) -> list[dict]:
+    """A notebook's code cells: source and tags; read once as long as it does not change. Raises
+    `AblationError` for one that has another shape."""
     from prx_nb.core.files import read_json
     text = lambda s: "".join(s) if isinstance(s, list) else s + ""
     try:
@@ -90,7 +94,8 @@ def _assigned(source: str) -> list[str]:
 # %% ../../nbs/lab/04_plan.ipynb #7386d09a
 def check_parameters(notebook: Path, wanted: Iterable[str]) -> None:
     "Exactly one cell tagged `parameters`, which knows every wanted name; else `AblationError`."
-    tagged = [cell for cell in _cells(notebook) if "parameters" in cell["tags"]]
+    found = os.stat(notebook)
+    tagged = [cell for cell in _cells(Path(notebook), found.st_mtime_ns, found.st_size) if "parameters" in cell["tags"]]
     if len(tagged) != 1:
         raise AblationError(f"{notebook} has {len(tagged)} cells tagged 'parameters'; exactly one is needed")
     known = _assigned(tagged[0]["source"])

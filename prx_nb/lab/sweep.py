@@ -445,11 +445,12 @@ def jobs(self: Sweep,
     from prx_nb.lab.plan import plan
     found = []
     for entry in self.runs:
+        ablation = ablations.get(entry.ablation)
         with looked_at_once():
             mine = [
                 job
                 for point in points(entry)
-                for job in plan(entry.ablation, entry.preset, entry.seeds, entry.variants, point.overrides,
+                for job in plan(ablation, entry.preset, entry.seeds, entry.variants, point.overrides,
                                 out or self.out, point.label,
                                 entry.timeout or (limits.get(entry.preset) if timeout is None else timeout),
                                 entry.cell_timeout or cell_timeout)

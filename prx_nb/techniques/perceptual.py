@@ -74,6 +74,11 @@ class Settings(Acts):
             yield (f"{path}.weight = {self.weight} with latents.autoencoder = '{named}': "
                    "it compares images, and latents are none; "
                    "set latents.autoencoder = 'pixels', or set the weight to 0")
+        share = recipe.train.batch // recipe.train.processes
+        if recipe.train.processes > 1 and share % self.one_in:
+            yield (f"{path}.one_in = {self.one_in} does not divide the {share} images that each of "
+                   f"train.processes = {recipe.train.processes} has of a batch: others would be compared than "
+                   "in one process")
 
 # %% ../../nbs/techniques/07_perceptual.ipynb #25f92429
 class Perceptual(Technique, name="perceptual", settings=Settings):
