@@ -36,14 +36,14 @@ def test_an_interrupted_kernel_is_no_cell_error_and_goes_on_at_the_next_call(tmp
     assert batch.run([job], prepare=None, say=quiet)[0]["state"] == "done"
 
 
-@pytest.mark.parametrize("loop", ["print('x' * 1000)", "os.write(1, b'y' * 100_000)", "display({'text/plain': 'z' * 100_000}, raw=True)"])
+@pytest.mark.parametrize("loop", ["print('x' * 1000)", "os.write(1, b'y' * 100_000)", "display(HTML('z' * 100_000))"])
 def test_a_cell_that_says_too_much_is_cut_with_a_word(tmp_path, loop):
-    body = f"import os\nfrom IPython.display import display\nfor _ in range(40_000 if 'print' in {loop!r} else 400): {loop}\n" + RECORD
+    body = f"import os, time\nfrom IPython.display import HTML, display\nfor _ in range(40_000 if 'print' in {loop!r} else 400): {loop}\ntime.sleep(1)\n" + RECORD
     [job] = plan.plan(toy(tmp_path, "ok", body=body), out=tmp_path, timeout=200)
     assert batch.run([job], prepare=None, say=quiet)[0]["state"] == "done", "it may go on, unheard"
     log, notebook = (Path(job.out) / name for name in ("log.txt", "notebook.ipynb"))
-    assert log.stat().st_size < 10_000_000 and notebook.stat().st_size < 20_000_000
-    assert "[cut: this cell has" in notebook.read_text() and "end" in log.read_text()[-200:], "the next cell is heard again"
+    assert log.stat().st_size < 20_000_000 and notebook.stat().st_size < 20_000_000
+    assert "[cut: " in (log if "os.write" in loop else notebook).read_text() and "end" in log.read_text()[-200:], "the next cell is heard again"
 
 
 def test_a_clock_that_jumps_ends_no_run(tmp_path, monkeypatch):

@@ -265,7 +265,7 @@ def _serve() -> None:
     for line in sys.stdin:
         shard = json.loads(line)
         _make_shard(**shard)
-        print(shard["path"], flush=True)
+        print(f"\n{shard['path']}", flush=True)       # a line of its own, whatever was printed before it
 
 # %% ../../nbs/core/05_images.ipynb #c31d03bb
 def _helper() -> subprocess.Popen:

@@ -256,10 +256,11 @@ def _supervised(job: Job, threads: int, device: str | None, stop: threading.Even
 
 # %% ../../nbs/lab/07_batch.ipynb #20887b88
 def _drive(waiting: list[Job], jobs: list[Job], places: Places, say: Callable[[str], None],
-           fork_server: warm.ForkServer | None = None) -> None:
+           fork_server: warm.ForkServer | None = None) -> dict[str, dict]:    # {folder: final status}
     """Keep the workers busy until all runs are through. On an interrupt every run is stopped and the
     interrupt goes on."""
     stop, numbers, took = threading.Event(), iter(range(len(jobs) - len(waiting) + 1, len(jobs) + 1)), []
+    ended = {}
 
     def work(job: Job) -> None:
         with places.take(job) as device:
@@ -268,7 +269,7 @@ def _drive(waiting: list[Job], jobs: list[Job], places: Places, say: Callable[[s
             label, begin = f"[{next(numbers)}/{len(jobs)}] {_label(job, jobs)}", time.monotonic()
             say(f"{label} started {datetime.now():%H:%M:%S}" + (f" on GPU {device}" if device else ""))
             tell = lambda line: say(f"{label} {line.removeprefix(job.name).strip()}")
-            status = _supervised(job, places.threads, device, stop, tell, fork_server)
+            status = ended[job.out] = _supervised(job, places.threads, device, stop, tell, fork_server)
             took.append(time.monotonic() - begin)
             say(
                 f"{label} {runs.end_in_words(job, status)}"
@@ -284,6 +285,7 @@ def _drive(waiting: list[Job], jobs: list[Job], places: Places, say: Callable[[s
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+    return ended
 
 # %% ../../nbs/lab/07_batch.ipynb #f51e7ba3
 def _sort_out(jobs: list[Job], again: bool, say: Callable[[str], None]) -> list[Job]:
@@ -332,12 +334,12 @@ def run(jobs: list[Job],                        # from `plan`, of one group or s
                     if prepare:
                         prepare([parse(job.recipe) for job in fresh], say=say)
                     queue(fresh)
-                _drive(todo, jobs, places, say, fork_server)
+                ended = _drive(todo, jobs, places, say, fork_server)
         except KeyboardInterrupt:
             say(f"Interrupted; the runs were stopped, {sum(map(runs.finished, jobs))} of {len(jobs)} are "
                 "done. The same command again does the rest.")
             raise
-    return _sum_up(jobs, time.monotonic() - begin, say)
+    return _sum_up(jobs, ended, time.monotonic() - begin, say)
 
 # %% ../../nbs/lab/07_batch.ipynb #8995b72b
 def _names(jobs: list[Job]) -> str:
@@ -349,8 +351,10 @@ def _where(jobs: list[Job]) -> str:
     return os.path.commonpath([job.group for job in jobs])
 
 # %% ../../nbs/lab/07_batch.ipynb #90a18e27
-def _sum_up(jobs: list[Job], seconds: float, say: Callable[[str], None]) -> list[dict]:
-    status = [runs.read_status(job.out) for job in jobs]
+def _sum_up(jobs: list[Job], ended: dict[str, dict], seconds: float, say: Callable[[str], None]) -> list[dict]:
+    "The statuses in order; of a run that could not write its own (a full disk) what was seen of it."
+    there = [runs.read_status(job.out) for job in jobs]
+    status = [ended.get(job.out, s) if s.get("state", "queued") in runs.OPEN else s for job, s in zip(jobs, there)]
     failed = [f"{_label(job, jobs)} {s.get('state', 'not run')}" for job, s in zip(jobs, status)
               if s.get("state") != "done"]
     some = ", ".join(failed[:10]) + (" ..." if failed[10:] else "")

@@ -275,6 +275,18 @@ NO_SPACE = 74            # exit code of a run's process that could not write its
 def _is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
+# %% ../../nbs/lab/06_run.ipynb #bc3b8415
+MOST_LOGGED = 16_000_000      # bytes of log.txt; what child processes print goes there without the notebook
+
+
+def _cut_log(path: Path, most: int = MOST_LOGGED) -> None:
+    "Cut a log that has grown too long to half of what it may have, with a word; its writers go on at its end."
+    with contextlib.suppress(OSError):
+        if is_file(path) and path.stat().st_size > most:
+            os.truncate(path, most // 2)
+            with open_unlinked(path) as log:
+                log.write(f"\n[cut: the log had more than {most / 1e6:.0f} MB]\n")
+
 # %% ../../nbs/lab/06_run.ipynb #71523ae0
 def _watch(job: Job, reporter: _Reporter, scratch: str, told: threading.Event) -> None:
     "Beat until told to stop or until the time is up: then kill the kernel and leave."
@@ -282,6 +294,7 @@ def _watch(job: Job, reporter: _Reporter, scratch: str, told: threading.Event) -
         seconds = time.monotonic() - reporter.begin
         if job.timeout and seconds > job.timeout:
             break
+        _cut_log(Path(job.out) / "log.txt")
         if int(seconds * 2) % (2 * BEAT) == 0:
             reporter.beat()
     state, error = (("interrupted", "stopped by a signal") if told.is_set()
@@ -330,7 +343,8 @@ class _Bound:
             return None
         self.said[kind] = None
         words = f"\n[cut: this cell has {kind}ed more than {MOST_SAID / 1e6:.0f} MB]\n".replace("showed", "shown")
-        return {**message, "msg_type": "stream", "content": {"name": "stderr", "text": words}}
+        header = {**message.get("header", {}), "msg_type": "stream"}
+        return {**message, "header": header, "msg_type": "stream", "content": {"name": "stderr", "text": words}}
 
 # %% ../../nbs/lab/06_run.ipynb #3767376d
 @cache
