@@ -1,7 +1,6 @@
 "Damaged, copied and senseless files of runs: each is mended or named, and takes nothing from the other runs."
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 

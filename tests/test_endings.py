@@ -1,7 +1,6 @@
 "Ends and noises of real processes: what stops a kernel from outside is an interruption, what prints too much or too early harms nobody, and one bad record stops no other run."
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -10,7 +9,6 @@ import psutil
 import pytest
 from toys import toy, wait_for
 
-from prx_nb.core.files import read_json, write_json
 from prx_nb.lab import batch, plan, run
 
 RECORD = "import json, pathlib\n(pathlib.Path(out) / 'record.json').write_text(json.dumps({'status': 'done', 'metrics': {'KID[toy]': 0.5}}))\n"

@@ -1,10 +1,7 @@
 "Plans and tables of any size: they cost their size, not its square, and what nobody means is refused at once, with the number."
 import json
 import os
-import subprocess
-import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest

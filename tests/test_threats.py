@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from toys import toy, wait_for
+from toys import toy
 
 from prx_nb.core import checkpoint, files, recipe
 from prx_nb.core.files import write_json

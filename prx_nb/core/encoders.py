@@ -177,13 +177,16 @@ def _vit() -> nn.Module:
     "The pretrained vision transformer."
     from safetensors.torch import save_file
     from transformers import Dinov2Model
+
     folder = cache_dir("converted", f"vit-s14-{_VIT.sha256[:16]}")
     if not (folder / "config.json").exists():
         state = _onnx_vit(fetch(_VIT))
         with atomic(folder / "model.safetensors") as part:
             save_file({k: v.contiguous() for k, v in state.items()}, part, {"format": "pt"})
         write_json(folder / "config.json", json.loads(_vit_config().to_json_string()))
-    model, report = Dinov2Model.from_pretrained(folder, output_loading_info=True, use_safetensors=True, dtype=torch.float32)
+    model, report = Dinov2Model.from_pretrained(
+        folder, output_loading_info=True, use_safetensors=True, dtype=torch.float32
+    )
     if report["missing_keys"] or report["unexpected_keys"]:
         raise EncoderError(f"vit-s14: weights do not fit transformers' Dinov2Model: {report}")
     return model

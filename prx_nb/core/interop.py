@@ -272,7 +272,8 @@ def _write_text(folder: Path, encoder: text.TextEncoder, tokens: int) -> dict[st
 
 # %% ../../nbs/core/29_interop.ipynb #30050eea
 def _kind_in(index: dict, part: str, base: type, folder: Path) -> type:
-    "A part's class, by the name in model_index.json. Raises `InteropError` where it is none of transformers'."
+    """A part's class, by the name in model_index.json. Raises `InteropError` where it is none of
+    transformers'."""
     import transformers
     named = index.get(part) if isinstance(index, dict) else None
     name = named[1] if isinstance(named, list) and len(named) == 2 else named

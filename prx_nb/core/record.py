@@ -81,7 +81,8 @@ def _put_aside(path: Path, fault: str) -> str:
 
 # %% ../../nbs/core/17_record.ipynb #55cc16c7
 def update_record(folder: str | Path, **parts) -> dict:
-    """Merge `parts` into a run's `record.json` (dictionaries key by key) and return the whole. One that cannot
+    """Merge `parts` into a run's `record.json` (dictionaries key by key) and return the whole. One that
+    cannot
     be read is put aside, and said."""
     path, record = Path(folder) / "record.json", {}
     try:
@@ -108,14 +109,18 @@ def read_record(folder: str | Path) -> dict:
 
 # %% ../../nbs/core/17_record.ipynb #c81b5c47
 def _rows_until(path: Path, until: int) -> list[tuple[int, str, float]]:
-    "Rows up to a step. Raises `ValueError`, which names the file, where it is not there or does not reach it."
+    """Rows up to a step. Raises `ValueError`, which names the file, where it is not there or does not reach
+    it."""
     import pandas as pd
+
     try:
         table = pd.read_parquet(path)[["step", "name", "value"]]
-        rows = [(int(s), str(n), float(v)) for s, n, v in table.itertuples(index=False, name=None) if s <= until]
+        rows = [
+            (int(s), str(n), float(v)) for s, n, v in table.itertuples(index=False, name=None) if s <= until
+        ]
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except Exception as error:                           # pyarrow's and pandas' errors are of many kinds
+    except Exception as error:  # pyarrow's and pandas' errors are of many kinds
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"{path} cannot be read: {why}") from None
     if max((row[0] for row in rows), default=0) < until:

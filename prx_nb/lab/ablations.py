@@ -275,10 +275,12 @@ def from_data(data: Any,              # what `as_data` made, or anything
         raise AblationError(f"{where} declares no ablation: {type(error).__name__}: {error}") from None
 
 # %% ../../nbs/lab/02_ablations.ipynb #6c511d18
-def of_run(folder: str | Path,
-           run: bool = False,          # whether its notebook will be run, which must have been named before
-           ) -> Ablation:
-    """The ablation of a run: the workbook's by name; a reader's own by the notebook that its job.json names if
+def of_run(
+    folder: str | Path,
+    run: bool = False,  # whether its notebook will be run, which must have been named before
+) -> Ablation:
+    """The ablation of a run: the workbook's by name; a reader's own by the notebook that its job.json names
+    if
     he has named that before, else as its job.json declares it. Raises `AblationError`."""
     kept = {}
     for file in ("job.json", "record.json"):
@@ -294,6 +296,8 @@ def of_run(folder: str | Path,
     if Path(path).is_file() and vouched(path):
         return from_notebook(path)
     if run or not kept.get("declared"):
-        raise AblationError(f"{folder} names the notebook {path}, which has not been used here; nothing is run "
-                            f"because a run's files name it. If it is to be: prx-nb ablate {path} --dry-run")
+        raise AblationError(
+            f"{folder} names the notebook {path}, which has not been used here; nothing is run "
+            f"because a run's files name it. If it is to be: prx-nb ablate {path} --dry-run"
+        )
     return from_data(kept["declared"], Path(folder) / "job.json")

@@ -80,7 +80,8 @@ def _of_a_run(folder: Path) -> bool:
 
 # %% ../../nbs/lab/07_batch.ipynb #9d47988f
 def _place_aside(folder: Path) -> Path:
-    "Where a run is set aside: a name in `.replaced` that is not taken. Raises `NotOurs` where that is a link."
+    """Where a run is set aside: a name in `.replaced` that is not taken. Raises `NotOurs` where that is a
+    link."""
     place = folder.parent / ".replaced"
     place.mkdir(exist_ok=True)
     if place.is_symlink():
@@ -351,13 +352,23 @@ def _where(jobs: list[Job]) -> str:
     return os.path.commonpath([job.group for job in jobs])
 
 # %% ../../nbs/lab/07_batch.ipynb #90a18e27
-def _sum_up(jobs: list[Job], ended: dict[str, dict], seconds: float, say: Callable[[str], None]) -> list[dict]:
+def _sum_up(
+    jobs: list[Job], ended: dict[str, dict], seconds: float, say: Callable[[str], None]
+) -> list[dict]:
     "The statuses in order; of a run that could not write its own (a full disk) what was seen of it."
     there = [runs.read_status(job.out) for job in jobs]
-    status = [ended.get(job.out, s) if s.get("state", "queued") in runs.OPEN else s for job, s in zip(jobs, there)]
-    failed = [f"{_label(job, jobs)} {s.get('state', 'not run')}" for job, s in zip(jobs, status)
-              if s.get("state") != "done"]
+    status = [
+        ended.get(job.out, s) if s.get("state", "queued") in runs.OPEN else s for job, s in zip(jobs, there)
+    ]
+    failed = [
+        f"{_label(job, jobs)} {s.get('state', 'not run')}"
+        for job, s in zip(jobs, status)
+        if s.get("state") != "done"
+    ]
     some = ", ".join(failed[:10]) + (" ..." if failed[10:] else "")
-    say(f"{len(jobs)} runs: {len(jobs) - len(failed)} done"
-        + (f", {len(failed)} failed ({some})" if failed else "") + f"; {seconds:.0f} s in all")
+    say(
+        f"{len(jobs)} runs: {len(jobs) - len(failed)} done"
+        + (f", {len(failed)} failed ({some})" if failed else "")
+        + f"; {seconds:.0f} s in all"
+    )
     return status

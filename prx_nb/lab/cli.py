@@ -83,10 +83,12 @@ def planned(names: list[str],                    # ablations and sweep files
         else:
             size = "cpu" if preset is None else preset
             limit = _LIMITS.get(size) if timeout is None else timeout
-            jobs += plan.plan(name, size, _seeds("2" if seeds is None else seeds), _words(variants), settings(pairs),
-                              out or "outputs", timeout=limit, cell_timeout=cell_timeout)
+            number = _seeds("2" if seeds is None else seeds)
+            jobs += plan.plan(name, size, number, _words(variants), settings(pairs), out or "outputs",
+                              timeout=limit, cell_timeout=cell_timeout)
         if len(jobs) > plan.MOST:
-            raise sweep.SweepError(f"{len(jobs):,} runs and more: {plan.MOST:,} is the most at once; ask for fewer")
+            raise sweep.SweepError(
+                f"{len(jobs):,} runs and more: {plan.MOST:,} is the most at once; ask for fewer")
     return _once(jobs)
 
 # %% ../../nbs/lab/20_cli.ipynb #7e6517d4
@@ -122,14 +124,19 @@ def plan_in_words(jobs: list, at_once: int) -> str:
     "What would be run, and how long it may take."
     from prx_nb.lab import batch, sweep
     from prx_nb.lab.run import finished
+
     done, groups, lines = {job.out for job in jobs if finished(job)}, {}, []
     lost = {job.out for job in jobs if job.out not in done and batch.failed_for_good(job)}
     for job in jobs:
         groups.setdefault(job.group, []).append(job)
     for group, mine in groups.items():
-        variants, seeds = (list(dict.fromkeys(v)) for v in ([j.variant for j in mine], [j.seed for j in mine]))
-        lines += [f"{group.parent.name}/{group.name}: {len(mine)} runs, {sum(j.out in done for j in mine)} done",
-                  f"    {', '.join(variants)} with seed{'s' * (len(seeds) > 1)} {_numbers(seeds)}"]
+        variants, seeds = (
+            list(dict.fromkeys(v)) for v in ([j.variant for j in mine], [j.seed for j in mine])
+        )
+        lines += [
+            f"{group.parent.name}/{group.name}: {len(mine)} runs, {sum(j.out in done for j in mine)} done",
+            f"    {', '.join(variants)} with seed{'s' * (len(seeds) > 1)} {_numbers(seeds)}",
+        ]
     out, fresh = jobs[0].group.parents[1], [j for j in jobs if j.out not in done and j.out not in lost]
     lines += [
         "",
@@ -414,7 +421,8 @@ def retry(
     if not rows:
         typer.echo("nothing to repeat: no run " + (f"is {' or '.join(only)}" if only else "has failed"))
         return
-    found = [replace(job, timeout=job.timeout if timeout is None else timeout) for job in watch.replan(row.folder for row in rows)]
+    found = [replace(job, timeout=job.timeout if timeout is None else timeout)
+             for job in watch.replan(row.folder for row in rows)]
     wanted = {"partition": partition, "time_minutes": time, "gpus": gpus, "cpus": cpus, "memory_gb": memory}
     if dry_run:
         lines = [f"{r.group}/{r.run}: {r.state}" + (f", {r.cause}" if r.cause else "") for r in rows]

@@ -167,7 +167,9 @@ def _markdown_part(kind: str, *what) -> list[str]:
 # %% ../../nbs/lab/15_page.ipynb #6b9a3120
 def markdown(page: Page) -> str:
     "A page as Markdown; figures are named by their files."
-    lines = [f"# {_escaped(page.title, line=True)}"] + [line for part in page.parts for line in _markdown_part(*part)]
+    lines = [f"# {_escaped(page.title, line=True)}"] + [
+        line for part in page.parts for line in _markdown_part(*part)
+    ]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 
 # %% ../../nbs/lab/15_page.ipynb #938b4657

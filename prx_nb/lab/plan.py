@@ -95,7 +95,11 @@ def _assigned(source: str) -> list[str]:
 def check_parameters(notebook: Path, wanted: Iterable[str]) -> None:
     "Exactly one cell tagged `parameters`, which knows every wanted name; else `AblationError`."
     found = os.stat(notebook)
-    tagged = [cell for cell in _cells(Path(notebook), found.st_mtime_ns, found.st_size) if "parameters" in cell["tags"]]
+    tagged = [
+        cell
+        for cell in _cells(Path(notebook), found.st_mtime_ns, found.st_size)
+        if "parameters" in cell["tags"]
+    ]
     if len(tagged) != 1:
         raise AblationError(f"{notebook} has {len(tagged)} cells tagged 'parameters'; exactly one is needed")
     known = _assigned(tagged[0]["source"])
@@ -188,7 +192,8 @@ def _check_limits(**limits: float | None) -> None:
 # %% ../../nbs/lab/04_plan.ipynb #7f5b0581
 def _recipes(ablation: Ablation, variants: list[str], preset: str, seeds: list[int],
              overrides: Mapping[str, Any] | None) -> dict[tuple[str, int], Recipe]:
-    """{(variant, seed): recipe}, seed by seed. A variant is checked whole once; its other seeds change nothing
+    """{(variant, seed): recipe}, seed by seed. A variant is checked whole once; its other seeds change
+    nothing
     but the seed."""
     first = {v: ablations.recipe(ablation, v, preset, seeds[0], overrides) for v in variants}
     seeded = lambda v, s: first[v].model_copy(update={"seed": ablations.trained_seed(ablation, v, s)})

@@ -121,12 +121,12 @@ def _steps(folder: Path) -> float:
     except (OSError, ValueError, KeyError, TypeError):
         return math.nan
 
-# %% ../../nbs/lab/13_results.ipynb #337019fb
+# %% ../../nbs/lab/13_results.ipynb #25f025fd
 def _number(value: Any) -> bool:
     "Whether a value is a finite number."
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
-
+# %% ../../nbs/lab/13_results.ipynb #337019fb
 def _fault(found: Mapping) -> str:
     "What makes a record one that no table can hold; empty where nothing does."
     kinds = {"ablation": str, "variant": str, "preset": str, "seed": int}
@@ -165,13 +165,26 @@ def _row(run: Path, found: Mapping) -> dict[str, Any]:
     "A run's row of the table, of what makes sense."
     kept = lambda name: v if isinstance(v := found.get(name), dict) else {}
     cost = {k: v for k, v in kept("cost").items() if _number(v) or v is None or k == "energy_source"}
-    clean = {"metrics": {k: v for k, v in kept("metrics").items() if _number(v)}, "versions": kept("versions")}
+    clean = {
+        "metrics": {k: v for k, v in kept("metrics").items() if _number(v)},
+        "versions": kept("versions"),
+    }
     words = {k: str(found.get(k) or "unknown") for k in ("hardware", "git_commit")}
     overrides = _job(run).get("overrides")
     seconds = [v for k in ("total_seconds", "train_seconds") if _number(v := cost.get(k)) and v]
-    return {k: found.get(k) for k in _FROM_RECORD} | clean | words | {
-        "seconds": next(iter(seconds), None), "folder": str(run), "cost": cost, "steps": _steps(run),
-        "overrides": overrides if isinstance(overrides, dict) else {}, "history": read_status(run).get("history") or []}
+    return (
+        {k: found.get(k) for k in _FROM_RECORD}
+        | clean
+        | words
+        | {
+            "seconds": next(iter(seconds), None),
+            "folder": str(run),
+            "cost": cost,
+            "steps": _steps(run),
+            "overrides": overrides if isinstance(overrides, dict) else {},
+            "history": read_status(run).get("history") or [],
+        }
+    )
 
 # %% ../../nbs/lab/13_results.ipynb #a88cafb0
 def collect(folder: str | Path,       # a folder of runs, <out>/<ablation>/<preset>[@<point>]
@@ -200,7 +213,8 @@ def _cause(status: dict) -> str:
 
 # %% ../../nbs/lab/13_results.ipynb #770fedb7
 def unfinished(folder: str | Path) -> pd.DataFrame:    # run, state, attempts, cause, log
-    "Runs that ended otherwise, have not ended, or are left out of the tables: a copy, a record that makes no sense."
+    """Runs that ended otherwise, have not ended, or are left out of the tables: a copy, a record that makes
+    no sense."""
     rows = []
     for path in sorted(Path(folder).glob("*/status.json")):
         run, status = path.parent, read_status(path.parent)

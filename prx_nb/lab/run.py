@@ -52,7 +52,7 @@ STATES = {
 MAY_PASS = frozenset({"out of memory", "dead kernel", "killed", "host gone", "disk full", "not started"})
 OPEN = frozenset({"queued", "running"})                                                          # not ended
 
-# %% ../../nbs/lab/06_run.ipynb #a9d52506
+# %% ../../nbs/lab/06_run.ipynb #6e6bf1d8
 _KINDS = {"state": str, "key": str, "host": str, "pid": int, "born": (int, float), "ticks": int, "boot": str,
           "started": str, "finished": str, "seconds": (int, float), "error": str, "cell": int, "source": str,
           "attempt": int, "history": list, "device": str, "slurm": str, "memory_kills": int, "threads": str}
@@ -65,7 +65,7 @@ def _sane(name: str, value: Any) -> bool:
     right = isinstance(value, _KINDS.get(name, object)) and not isinstance(value, bool)
     return right and not (isinstance(value, float) and not math.isfinite(value))
 
-
+# %% ../../nbs/lab/06_run.ipynb #a9d52506
 def read_status(folder: str | Path) -> dict:
     "A run's status, of fields that make sense; `{}` when it has none that can be read."
     try:
@@ -213,7 +213,9 @@ def scratch_folder(folder: str | Path = "",   # of the run that it serves
 def _serves(scratch: Path, folder: str | Path) -> bool:
     "Whether a folder is the scratch folder of a run, made by this user's own process."
     try:
-        mine = os.lstat(scratch).st_uid == os.geteuid() and not scratch.is_symlink() and is_file(scratch / _RUN)
+        mine = (
+            os.lstat(scratch).st_uid == os.geteuid() and not scratch.is_symlink() and is_file(scratch / _RUN)
+        )
         return mine and (scratch / _RUN).read_bytes() == os.fsencode(os.path.realpath(folder))
     except OSError:
         return False
@@ -280,7 +282,8 @@ MOST_LOGGED = 16_000_000      # bytes of log.txt; what child processes print goe
 
 
 def _cut_log(path: Path, most: int = MOST_LOGGED) -> None:
-    "Cut a log that has grown too long to half of what it may have, with a word; its writers go on at its end."
+    """Cut a log that has grown too long to half of what it may have, with a word; its writers go on at its
+    end."""
     with contextlib.suppress(OSError):
         if is_file(path) and path.stat().st_size > most:
             os.truncate(path, most // 2)
@@ -325,7 +328,8 @@ class _Bound:
         self.cell, self.said = None, {}
 
     def keeps(self, message: Mapping, cell: int) -> bool:
-        "Count a message. What is cleared makes room for what is shown, not for what is printed: that is logged."
+        """Count a message. What is cleared makes room for what is shown, not for what is printed: that is
+        logged."""
         kind = {"stream": "print", "display_data": "show", "execute_result": "show"}.get(message["msg_type"])
         if cell != self.cell:
             self.cell, self.said = cell, {"print": 0, "show": 0}
@@ -342,9 +346,16 @@ class _Bound:
         if self.said[kind] is None:
             return None
         self.said[kind] = None
-        words = f"\n[cut: this cell has {kind}ed more than {MOST_SAID / 1e6:.0f} MB]\n".replace("showed", "shown")
+        words = f"\n[cut: this cell has {kind}ed more than {MOST_SAID / 1e6:.0f} MB]\n".replace(
+            "showed", "shown"
+        )
         header = {**message.get("header", {}), "msg_type": "stream"}
-        return {**message, "header": header, "msg_type": "stream", "content": {"name": "stderr", "text": words}}
+        return {
+            **message,
+            "header": header,
+            "msg_type": "stream",
+            "content": {"name": "stderr", "text": words},
+        }
 
 # %% ../../nbs/lab/06_run.ipynb #3767376d
 @cache
@@ -572,7 +583,9 @@ def end_in_words(job: Job, status: Mapping) -> str:
     state, seconds = status.get("state", "not run"), status.get("seconds", 0)
     if state == "done":
         return f"done in {seconds:.0f} s, {headline(record(job.out))}"
-    where = f" in cell {status['cell']} ({one_line(status.get('source', ''), 60)})" if "cell" in status else ""
+    where = (
+        f" in cell {status['cell']} ({one_line(status.get('source', ''), 60)})" if "cell" in status else ""
+    )
     cause = one_line(status.get("error", ""))
     return f"{one_line(state).upper()} after {seconds:.0f} s{where}: {cause}; see {job.out}/log.txt"
 
@@ -586,7 +599,11 @@ def headline(record: Mapping) -> str:
         return "no metrics"
     value = metrics[name]
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f"{one_line(name)} {value:.4g}" if number else f"{one_line(name)} is {one_line(repr(value), 30)}, no number"
+    return (
+        f"{one_line(name)} {value:.4g}"
+        if number
+        else f"{one_line(name)} is {one_line(repr(value), 30)}, no number"
+    )
 
 # %% ../../nbs/lab/06_run.ipynb #62d3510e
 def _not_started(job: Job, error: OSError) -> dict:

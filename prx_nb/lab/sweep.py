@@ -64,7 +64,8 @@ _LARGEST = 1_000_000       # bytes of a sweep file, and values in it
 
 
 def _unfolded(tree: Any, known: dict[int, int] | None = None) -> int:
-    "How many values a tree holds when every anchor is written out. Raises `ValueError` for one within itself."
+    """How many values a tree holds when every anchor is written out. Raises `ValueError` for one within
+    itself."""
     known = {} if known is None else known
     if not isinstance(tree, dict | list):
         return 1
@@ -511,14 +512,14 @@ def history(out: str | Path = "outputs",
     shown = sorted({path for place in places for path in place.glob("**/records/*.json")})
     return [p for p in (*(_past(path) for path in here), *(_past(path, True) for path in shown)) if p]
 
-# %% ../../nbs/lab/09_sweep.ipynb #2747eac3
+# %% ../../nbs/lab/09_sweep.ipynb #1d0f4ee1
 def _marks(p: Past) -> list[tuple]:
     "What a record may be looked for by, the nearest first; a published one has no group."
     own = bool(p.group)
     near = [(p.preset, p.ablation, p.variant, p.group)] if own else []
     return [*near, (p.preset, p.ablation, p.variant, own), (p.preset, p.ablation, own), (p.preset,)]
 
-
+# %% ../../nbs/lab/09_sweep.ipynb #2747eac3
 def _indexed(past: list[Past]) -> dict[tuple, list[Past]]:
     "Records by each of their marks, so that none is looked at twice."
     found: dict[tuple, list[Past]] = {}

@@ -153,14 +153,17 @@ def _running(folder: Path, status: dict) -> dict[str, Any]:
     "What is to be said of a run that says it is running."
     if not runs.alive(status, folder):
         now = _status(folder)
-        if now != status and now.get("state") != "running":          # it ended just now
+        if now != status and now.get("state") != "running":  # it ended just now
             return _facts(folder, now)
         away = status.get("host") != os.uname().nodename
-        cause = f"{runs.one_line(status.get('host'))} has not been heard of" if away else "its process is gone"
+        cause = (
+            f"{runs.one_line(status.get('host'))} has not been heard of" if away else "its process is gone"
+        )
         gone = {"state": "host gone" if away else "killed", "cause": f"said to be running, but {cause}"}
         return gone | _progress(folder, status.get("started")) | {"eta": None}
     return {"state": "running", "seconds": _since(status.get("started"))} | _progress(
-        folder, status.get("started"))
+        folder, status.get("started")
+    )
 
 # %% ../../nbs/lab/10_watch.ipynb #19621049
 def _facts(folder: Path, status: dict) -> dict[str, Any]:
@@ -173,9 +176,15 @@ def _facts(folder: Path, status: dict) -> dict[str, Any]:
     facts = {"state": state, "seconds": status.get("seconds")}
     if state == "done":
         found = runs.record(folder)
-        return facts | ({"metric": runs.headline(found)} if found
-                        else {"state": "no record", "cause": "its record.json cannot be read"})
-    where, error = f"cell {status['cell']}: " if "cell" in status else "", runs.one_line(status.get("error", ""))
+        return facts | (
+            {"metric": runs.headline(found)}
+            if found
+            else {"state": "no record", "cause": "its record.json cannot be read"}
+        )
+    where, error = (
+        f"cell {status['cell']}: " if "cell" in status else "",
+        runs.one_line(status.get("error", "")),
+    )
     return facts | {"cause": where + error} | _progress(folder, status.get("started")) | {"eta": None}
 
 # %% ../../nbs/lab/10_watch.ipynb #31c23ad3
@@ -479,10 +488,13 @@ def _of_group(group: Path) -> list[Leftover]:
     "What can go of a folder of runs, beside the runs."
     # somebody may be writing a report this minute
     late = time.time() - 3600
-    old = [p for p in _set_aside(group) if not runs.alive(_status(p), p)]     # it may run on another machine
-    bits = [p for place in (group, group / "report") for p in _files(place, _PART) if p.lstat().st_mtime < late]
+    old = [p for p in _set_aside(group) if not runs.alive(_status(p), p)]  # it may run on another machine
+    bits = [
+        p for place in (group, group / "report") for p in _files(place, _PART) if p.lstat().st_mtime < late
+    ]
     return [Leftover(p, _size(p), "replaced runs") for p in old] + [
-        Leftover(p, _size(p), "unfinished files") for p in bits]
+        Leftover(p, _size(p), "unfinished files") for p in bits
+    ]
 
 # %% ../../nbs/lab/10_watch.ipynb #24c22efc
 def _remove(item: Leftover, within: Path) -> None:
@@ -554,7 +566,8 @@ def _clean_group(group: Path, mine: list[Path], failed: bool, checkpoints: bool,
 
 # %% ../../nbs/lab/10_watch.ipynb #8c859126
 def _emptied(folder: str | Path) -> list[Path]:
-    "Folders that have a run set aside but none of their own any more; links and hidden folders are passed by."
+    """Folders that have a run set aside but none of their own any more; links and hidden folders are passed
+    by."""
     found = [Path(folder)] if _set_aside(Path(folder)) else []
     with contextlib.suppress(OSError):
         inside = sorted(p for p in Path(folder).iterdir() if p.is_dir() and not p.is_symlink())
