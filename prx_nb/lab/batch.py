@@ -9,6 +9,7 @@ __all__ = ['failed_for_good', 'at_work', 'outdated', 'set_aside', 'equal_trainin
 # %% ../../nbs/lab/07_batch.ipynb #23f332b4
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ..core.files import read_json, require_writable, write_json
+from ..core.files import NotOurs, is_file, open_unlinked, read_json, require_writable, write_json
 from ..core.recipe import Recipe, parse
 from . import identity
 from . import run as runs
@@ -75,17 +76,34 @@ def _parts(folder: str) -> dict:
     return {}
 
 # %% ../../nbs/lab/07_batch.ipynb #6dcc16ff
+def _of_a_run(folder: Path) -> bool:
+    "Whether a folder is a run's: it holds a file that only runs leave. An empty one will do."
+    marks = ("job.json", "status.json", "record.json", "recipe.json")
+    return any(is_file(folder / name) for name in marks) or not any(folder.iterdir())
+
+# %% ../../nbs/lab/07_batch.ipynb #9d47988f
+def _place_aside(folder: Path) -> Path:
+    """Where a run is set aside: a name in `.replaced` that is not taken. Raises `NotOurs` where that is a
+    link."""
+    place = folder.parent / ".replaced"
+    place.mkdir(exist_ok=True)
+    if place.is_symlink():
+        raise NotOurs(f"{place} is a link, and no run is moved to where it leads: remove it")
+    free = (place / (folder.name + (f".{n}" if n else "")) for n in itertools.count())
+    return next(path for path in free if not os.path.lexists(path))
+
+# %% ../../nbs/lab/07_batch.ipynb #88986deb
 def set_aside(job: Job) -> Path | None:
-    "Make room for a run: what another version of it left is stopped and moved to `.replaced`."
+    """Make room for a run: what another version of it left is stopped and moved to `.replaced`; `clean`
+    removes it. Raises `AblationError` for a folder that is no run's."""
     folder, old = Path(job.out), runs.read_status(job.out)
     if not folder.exists() or old.get("key") == job.key:
         return None
+    if not _of_a_run(folder):
+        raise AblationError(f"{folder} is there and is no run's: move it away, or choose another --out")
     if process := runs.process_of(old):
         runs.stop_process(runs._Child(None, process), folder)
-    place = folder.parent / ".replaced" / folder.name
-    shutil.rmtree(place, ignore_errors=True)
-    place.parent.mkdir(exist_ok=True)
-    return Path(shutil.move(folder, place))
+    return Path(shutil.move(folder, _place_aside(folder)))
 
 # %% ../../nbs/lab/07_batch.ipynb #161aad0d
 def _trained(out: Path) -> dict[str, list[str]]:
@@ -238,7 +256,7 @@ def only_driver(groups: Iterable[Path]) -> Iterator[None]:
     "Hold the folders' locks, so that two drivers do not share one. Raises `AblationError`, `OSError`."
     with contextlib.ExitStack() as stack:
         for group in sorted(set(groups)):
-            lock = stack.enter_context(open(require_writable(group) / ".lock", "a"))
+            lock = stack.enter_context(open_unlinked(require_writable(group) / ".lock"))
             # `prx-nb status` holds it for an instant
             if not any(_locked(lock) or time.sleep(0.1) for _ in range(5)):
                 raise AblationError(f"another prx-nb is at work in {group}")
@@ -275,6 +293,15 @@ def _rest(took: list[float], left: int, at_once: int) -> str:
     seconds = sum(took) / len(took) * left / at_once if took else 0
     return f"  (about {seconds / 60:.0f} min left)" if seconds > 90 else ""
 
+# %% ../../nbs/lab/07_batch.ipynb #b322be2b
+def _supervised(job: Job, threads: int, device: str | None, stop: threading.Event,
+                tell: Callable[[str], None], fork_server: warm.ForkServer | None) -> dict:
+    "Bring a run to its end; what goes wrong in looking after it is its own failure, and the others go on."
+    try:
+        return runs.supervise(job, threads, device, stop, tell, fork_server=fork_server)
+    except Exception as error:
+        return {"state": "not started", "seconds": 0, "error": f"{type(error).__name__}: {error}"}
+
 # %% ../../nbs/lab/07_batch.ipynb #d565af52
 def _same(job: Job) -> str:
     "What a run trains, as far as runs that share it are concerned."
@@ -307,11 +334,11 @@ class Turns:
 
 # %% ../../nbs/lab/07_batch.ipynb #20887b88
 def _drive(waiting: list[Job], jobs: list[Job], places: Places, say: Callable[[str], None],
-           fork_server: warm.ForkServer | None = None) -> None:
+           fork_server: warm.ForkServer | None = None) -> dict[str, dict]:    # {folder: final status}
     """Keep the workers busy until all runs are through. On an interrupt every run is stopped and the
     interrupt goes on."""
     stop, numbers, took = threading.Event(), iter(range(len(jobs) - len(waiting) + 1, len(jobs) + 1)), []
-    turns = Turns(waiting)
+    turns, ended = Turns(waiting), {}
 
     def work() -> None:
         with turns.next() as job, places.take(job) as device:
@@ -320,7 +347,7 @@ def _drive(waiting: list[Job], jobs: list[Job], places: Places, say: Callable[[s
             label, begin = f"[{next(numbers)}/{len(jobs)}] {_label(job, jobs)}", time.monotonic()
             say(f"{label} started {datetime.now():%H:%M:%S}" + (f" on GPU {device}" if device else ""))
             tell = lambda line: say(f"{label} {line.removeprefix(job.name).strip()}")
-            status = runs.supervise(job, places.threads, device, stop, tell, fork_server=fork_server)
+            status = ended[job.out] = _supervised(job, places.threads, device, stop, tell, fork_server)
             took.append(time.monotonic() - begin)
             say(
                 f"{label} {runs.end_in_words(job, status)}"
@@ -336,6 +363,7 @@ def _drive(waiting: list[Job], jobs: list[Job], places: Places, say: Callable[[s
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+    return ended
 
 # %% ../../nbs/lab/07_batch.ipynb #f51e7ba3
 def _sort_out(jobs: list[Job], again: bool, say: Callable[[str], None]) -> list[Job]:
@@ -384,12 +412,12 @@ def run(jobs: list[Job],                        # from `plan`, of one group or s
                     if prepare:
                         prepare([parse(job.recipe) for job in fresh], say=say)
                     queue(fresh)
-                _drive(todo, jobs, places, say, fork_server)
+                ended = _drive(todo, jobs, places, say, fork_server)
         except KeyboardInterrupt:
             say(f"Interrupted; the runs were stopped, {sum(map(runs.finished, jobs))} of {len(jobs)} are "
                 "done. The same command again does the rest.")
             raise
-    return _sum_up(jobs, time.monotonic() - begin, say)
+    return _sum_up(jobs, ended, time.monotonic() - begin, say)
 
 # %% ../../nbs/lab/07_batch.ipynb #8995b72b
 def _names(jobs: list[Job]) -> str:
@@ -401,13 +429,25 @@ def _where(jobs: list[Job]) -> str:
     return os.path.commonpath([job.group for job in jobs])
 
 # %% ../../nbs/lab/07_batch.ipynb #90a18e27
-def _sum_up(jobs: list[Job], seconds: float, say: Callable[[str], None]) -> list[dict]:
-    status = [runs.read_status(job.out) for job in jobs]
-    failed = [f"{_label(job, jobs)} {s.get('state', 'not run')}" for job, s in zip(jobs, status)
-              if s.get("state") != "done"]
+def _sum_up(
+    jobs: list[Job], ended: dict[str, dict], seconds: float, say: Callable[[str], None]
+) -> list[dict]:
+    "The statuses in order; of a run that could not write its own (a full disk) what was seen of it."
+    there = [runs.read_status(job.out) for job in jobs]
+    status = [
+        ended.get(job.out, s) if s.get("state", "queued") in runs.OPEN else s for job, s in zip(jobs, there)
+    ]
+    failed = [
+        f"{_label(job, jobs)} {s.get('state', 'not run')}"
+        for job, s in zip(jobs, status)
+        if s.get("state") != "done"
+    ]
     some = ", ".join(failed[:10]) + (" ..." if failed[10:] else "")
-    say(f"{len(jobs)} runs: {len(jobs) - len(failed)} done"
-        + (f", {len(failed)} failed ({some})" if failed else "") + f"; {seconds:.0f} s in all")
+    say(
+        f"{len(jobs)} runs: {len(jobs) - len(failed)} done"
+        + (f", {len(failed)} failed ({some})" if failed else "")
+        + f"; {seconds:.0f} s in all"
+    )
     return status
 
 # %% ../../nbs/lab/07_batch.ipynb #15b616a2

@@ -79,7 +79,7 @@ def planned(names: list[str],                    # ablations and sweep files
              "--baseline-seeds": baseline_seeds}
     if until not in (None, "decided"):
         raise sweep.SweepError(f"--until {until}: expected decided")
-    if files and (also := [option for option, value in given.items() if value]):
+    if files and (also := [option for option, value in given.items() if value is not None]):
         raise sweep.SweepError(
             f"{also[0]}: a sweep file says that itself; change {files[0]}, or name ablations only")
     sweeps = {name: sweep.read(name) for name in dict.fromkeys(files)}
@@ -88,11 +88,15 @@ def planned(names: list[str],                    # ablations and sweep files
         if name in sweeps:
             jobs += sweeps[name].jobs(out, timeout, cell_timeout, _LIMITS)
         else:
-            number = _seeds(seeds or ("8" if until else "2"))
-            jobs += plan.plan(name, preset or "cpu", number, _words(variants), settings(pairs),
-                              out or "outputs", timeout=timeout or _LIMITS.get(preset or "cpu"),
-                              cell_timeout=cell_timeout, until=until is not None,
+            size = "cpu" if preset is None else preset
+            limit = _LIMITS.get(size) if timeout is None else timeout
+            number = _seeds(("8" if until else "2") if seeds is None else seeds)
+            jobs += plan.plan(name, size, number, _words(variants), settings(pairs), out or "outputs",
+                              timeout=limit, cell_timeout=cell_timeout, until=until is not None,
                               baseline_seeds=baseline_seeds)
+        if len(jobs) > plan.MOST:
+            raise sweep.SweepError(
+                f"{len(jobs):,} runs and more: {plan.MOST:,} is the most at once; ask for fewer")
     return _once(jobs if share else [replace(job, share=False) for job in jobs])
 
 # %% ../../nbs/lab/20_cli.ipynb #7e6517d4
@@ -117,26 +121,35 @@ def _from_here(path: Path) -> Path:
     "A path as one would type it: below the working folder without it."
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
+# %% ../../nbs/lab/20_cli.ipynb #525f586b
+def _numbers(seeds: list[int], few: int = 20) -> str:
+    "Seeds as one would list them."
+    first = ", ".join(map(str, seeds[:few if len(seeds) <= few else 3]))
+    return first if len(seeds) <= few else f"{first} ... {seeds[-1]} ({len(seeds)} of them)"
+
 # %% ../../nbs/lab/20_cli.ipynb #686b3106
 def plan_in_words(jobs: list, at_once: int) -> str:
     "What would be run, and how long it may take."
     from prx_nb.lab import batch, sweep
     from prx_nb.lab.run import finished
-    todo, lines = [job for job in jobs if not finished(job)], []
-    lost = [job for job in todo if batch.failed_for_good(job)]
-    for group in dict.fromkeys(job.group for job in jobs):
-        mine = [job for job in jobs if job.group == group]
+
+    done, groups, lines = {job.out for job in jobs if finished(job)}, {}, []
+    lost = {job.out for job in jobs if job.out not in done and batch.failed_for_good(job)}
+    for job in jobs:
+        groups.setdefault(job.group, []).append(job)
+    for group, mine in groups.items():
         variants, seeds = (
-            list(dict.fromkeys(values)) for values in ([j.variant for j in mine], [str(j.seed) for j in mine])
+            list(dict.fromkeys(v)) for v in ([j.variant for j in mine], [j.seed for j in mine])
         )
-        counted = f"{len(mine)} runs, {sum(job not in todo for job in mine)} done"
-        lines += [f"{group.parent.name}/{group.name}: {counted}",
-                  f"    {', '.join(variants)} with seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"]
-    out, fresh = jobs[0].group.parents[1], [job for job in todo if job not in lost]
+        lines += [
+            f"{group.parent.name}/{group.name}: {len(mine)} runs, {sum(j.out in done for j in mine)} done",
+            f"    {', '.join(variants)} with seed{'s' * (len(seeds) > 1)} {_numbers(seeds)}",
+        ]
+    out, fresh = jobs[0].group.parents[1], [j for j in jobs if j.out not in done and j.out not in lost]
     taken = len(batch.taken_over(fresh))
     lines += [
         "",
-        f"{len(jobs)} runs in {_from_here(out)}: {len(jobs) - len(todo)} done already, {len(fresh)} to be run"
+        f"{len(jobs)} runs in {_from_here(out)}: {len(done)} done already, {len(fresh)} to be run"
         + (f" ({taken} of them with the training of another)" if taken else "")
         + (f", {len(lost)} failed before and are left alone (prx-nb retry)" if lost else ""),
     ]
@@ -472,7 +485,8 @@ def retry(
     if not rows:
         typer.echo("nothing to repeat: no run " + (f"is {' or '.join(only)}" if only else "has failed"))
         return
-    found = [replace(job, timeout=timeout or job.timeout) for job in watch.replan(row.folder for row in rows)]
+    found = [replace(job, timeout=job.timeout if timeout is None else timeout)
+             for job in watch.replan(row.folder for row in rows)]
     wanted = {"partition": partition, "time_minutes": time, "gpus": gpus, "cpus": cpus, "memory_gb": memory}
     if dry_run:
         lines = [f"{r.group}/{r.run}: {r.state}" + (f", {r.cause}" if r.cause else "") for r in rows]
@@ -497,7 +511,8 @@ def clean(
     """Remove what is not needed any more. Never touches a run at work.
 
     Always: what another version of the source left behind, and files that a
-    killed process did not finish.
+    killed process did not finish. Each is named before it goes; what this
+    program did not make, and what a link leads to, stays.
 
     \b
       prx-nb clean --dry-run
@@ -505,10 +520,9 @@ def clean(
       prx-nb clean prediction_target --failed --dry-run
     """
     from prx_nb.lab import watch
-    gone, kept = watch.clean(
-        *watch.places(names or [], out), failed=failed, checkpoints=checkpoints, dry_run=dry_run)
-    for item in gone if dry_run else ():
-        typer.echo(f"{watch.size(item.bytes):>10}  {item.kind:20} {item.path}")
+    say = lambda item: typer.echo(f"{watch.size(item.bytes):>10}  {item.kind:20} {item.path}")
+    gone, kept = watch.clean(*watch.places(names or [], out), failed=failed, checkpoints=checkpoints,
+                             dry_run=dry_run, say=say)
     for line in kept:
         typer.echo(f"left alone: {line}")
     typer.echo(watch.freed(gone, dry_run))

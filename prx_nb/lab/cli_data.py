@@ -26,6 +26,8 @@ def settings(pairs: list[str] | None,     # e.g. ["train.steps=50", "flow.predic
             found[path.strip()] = json.loads(value)
         except ValueError:
             found[path.strip()] = value
+        except RecursionError:
+            raise RecipeError(f"--set {path.strip()}: its value is nested too deep") from None
     return found
 
 # %% ../../nbs/lab/19_cli_data.ipynb #39ff1918

@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.files import atomic
-from . import ablations, overview, results
+from . import ablations, overview, results, warm
 from .overview import in_cells, root
 from .run import scratch_folder
 
@@ -249,7 +249,7 @@ def _run_again(path: Path) -> None:
     from traitlets.config import Config
     nb, scratch = nbformat.read(path, 4), scratch_folder()
     try:
-        NotebookClient(nb, timeout=300, kernel_name="python3",
+        NotebookClient(nb, timeout=300, kernel_name="python3", kernel_manager_class=warm.manager(),
                        resources={"metadata": {"path": str(path.parent)}},
                        config=Config({"KernelManager": {"transport": "ipc", "ip": f"{scratch}/k"}})).execute()
     finally:

@@ -165,16 +165,21 @@ def _reached(names: tuple[str, ...], root: Path | None, second: int) -> dict[str
 # %% ../../nbs/lab/03_identity.ipynb #a40d39fd
 def parts(notebook: Path, parameters: Mapping[str, Any], recipe: Recipe,
           root: Path | None = None,       # of the package; none: the installed one
+          # parts of a run that differs in its seed alone, found a moment ago: they are not looked for again
+          like: Mapping[str, str] | None = None,
           ) -> dict[str, str]:            # what -> a hash, a version or a key
     "Everything that can change the numbers of a run, by name. Its folder cannot."
+    chosen = json.dumps({k: v for k, v in parameters.items() if k != "out"}, sort_keys=True)
+    own = {"the parameters": _short(chosen), "the recipe": recipe.key}
+    if like:
+        return dict(like) | own
     stat = notebook.stat()
     cells, imports = _notebook(notebook, stat.st_mtime_ns, stat.st_size)
     used = {name: _used(name) for name in recipe.uses}
     imports = [*imports, *(f"prx_nb.techniques.{name}" for name in recipe.techniques.on),
                *(m for name, (_, more) in used.items() for m in (name, *more))]
     modules = _reached(tuple(dict.fromkeys(imports)), root, int(time.monotonic()))
-    chosen = json.dumps({k: v for k, v in parameters.items() if k != "out"}, sort_keys=True)
-    found = {"the notebook's code": cells, "the parameters": _short(chosen), "the recipe": recipe.key}
+    found = {"the notebook's code": cells} | own
     found |= {f"library {name}": version for name, version in libraries().items()}
     found |= {f"module {name}": mark for name, mark in modules.items()} | _files(recipe.data)
     return found | {f"{name}, which the recipe uses": mark for name, (mark, _) in used.items()}

@@ -113,15 +113,35 @@ def _cells(row) -> list[str]:
     return ["" if v is None or v is pd.NA else v if isinstance(v, str) else str(v) for v in row]
 
 # %% ../../nbs/lab/15_page.ipynb #4ab2754a
-def _escaped(words: str) -> str:
-    "What Markdown would take for HTML is not; `code` is left alone."
-    return "".join(p if i % 2 else p.replace("&", "&amp;").replace("<", "&lt;")
-                   for i, p in enumerate(re.split(r"(`[^`\n]*`)", words)))
+_OURS = re.compile(r"((?<!`)`[^`\n]+`(?!`)|\*\*[^*\n]+\*\*)")                      # `code` and **strong**
+_SIGNS = re.compile(r"[\\`*~$]|\](?=[(\[:])|(?<!\w)_|_(?!\w)")                     # of Markdown, in a line
+_START = re.compile(r"^[ \t]*(?:([#>+=-])|(\d+)([.)]))", re.MULTILINE)             # of a block, in a new line
+
+
+def _plain(words: str) -> str:
+    "Words that Markdown shows as they are: no HTML, no link, no picture, no formula."
+    return _SIGNS.sub(r"\\\g<0>", words).replace("&", "&amp;").replace("<", "&lt;")
+
+# %% ../../nbs/lab/15_page.ipynb #84039144
+def _escaped(words: str, line: bool = False,     # as one line
+             ) -> str:
+    "Words for Markdown: our `code` and **strong** stay, all else is text, whoever wrote it."
+    words = " ".join(words.split()) if line else words
+    parts = _OURS.split(words)
+    strong = lambda p: f"**{_plain(p[2:-2])}**" if p.startswith("**") else p
+    return "".join(strong(p) if i % 2 else _plain(p) for i, p in enumerate(parts))
+
+# %% ../../nbs/lab/15_page.ipynb #c9965c7f
+def _block(words: str) -> str:
+    "Words for a block of their own: no line of them begins a heading, a list or a quotation."
+    tamed = lambda m: f"\\{m[1]}" if m[1] else f"{m[2]}\\{m[3]}"
+    return re.sub(r"^[ \t]+", "", _START.sub(tamed, _escaped(words)), flags=re.MULTILINE)
 
 # %% ../../nbs/lab/15_page.ipynb #7c557dee
 def _table_lines(rows: pd.DataFrame) -> list[str]:
     cell = lambda c: _escaped(c).replace("|", "\\|").replace("\n", "<br>")
-    linked = lambda c: f"[{cell(c)}]({c.target})" if isinstance(c, Link) else cell(c)
+    name = lambda c: re.sub(r"[\[\]]", r"\\\g<0>", cell(c).replace("\\]", "]"))
+    linked = lambda c: f"[{name(c)}]({c.target})" if isinstance(c, Link) else cell(c)
     grid = [list(map(str, rows.columns)), ["---"] * rows.shape[1],
             *map(_cells, rows.itertuples(index=False, name=None))]
     return ["| " + " | ".join(map(linked, row)) + " |" for row in grid]
@@ -131,19 +151,25 @@ def _markdown_part(kind: str, *what) -> list[str]:
     if kind == "table":
         return ["", *_table_lines(what[0]), ""]
     if kind == "figures":
-        return ["", " ".join(f"![{_escaped(alt)}]({quote(name)}.png)" for name, alt in what[0]), ""]
+        alt = lambda words: re.sub(r"[\[\]]", "", _escaped(words, line=True))
+        return ["", " ".join(f"![{alt(words)}]({quote(name)}.png)" for name, words in what[0]), ""]
     if kind == "code":
-        return ["", "```", what[0].replace("```", "` ` `"), "```", ""]
+        # a line that begins with [ is taken for a link's target by some readers, even here
+        tamed = re.sub(r"(?m)^ {0,3}\[", "    [", what[0].replace("```", "` ` `"))
+        return ["", "```", tamed, "```", ""]
     around = {"open": ("<details><summary>", "</summary>"), "close": ("</details>", ""),
-              "warn": ("**Note.** ", "")}
-    before, after = (around | {"h2": ("## ", ""), "h3": ("### ", "")}).get(kind, ("", ""))
-    words = before + (_escaped(what[0]) if what else "") + after
+              "warn": ("**Note.** ", ""), "h2": ("## ", ""), "h3": ("### ", "")}
+    before, after = around.get(kind, ("", ""))
+    one = kind in ("open", "li", "h2", "h3")
+    words = before + ((_escaped(what[0], line=True) if one else _block(what[0])) if what else "") + after
     return [f"- {words}"] if kind == "li" else ["", words, ""]
 
 # %% ../../nbs/lab/15_page.ipynb #6b9a3120
 def markdown(page: Page) -> str:
     "A page as Markdown; figures are named by their files."
-    lines = [f"# {_escaped(page.title)}"] + [line for part in page.parts for line in _markdown_part(*part)]
+    lines = [f"# {_escaped(page.title, line=True)}"] + [
+        line for part in page.parts for line in _markdown_part(*part)
+    ]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 
 # %% ../../nbs/lab/15_page.ipynb #938b4657
@@ -277,6 +303,10 @@ def _html_part(folder: Path, kind: str, *what) -> str:
                "warn": f'<p class="warn">{words}</p>'}
     return special.get(kind) or f"<{kind}>{words}</{kind}>"
 
+# %% ../../nbs/lab/15_page.ipynb #4ac907b7
+# a browser loads nothing from elsewhere and runs nothing, whatever a page holds
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
 # %% ../../nbs/lab/15_page.ipynb #35145c09
 def as_html(page: Page) -> str:
     "A page as one HTML file that needs nothing else."
@@ -287,6 +317,7 @@ def as_html(page: Page) -> str:
     before, cut, after = body.partition("<h2 ")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{title}</title><style>{_STYLE}{_NARROW}{_PRINT}</style></head>"
         f"<body><main><h1>{title}</h1>\n{before}"

@@ -7,12 +7,17 @@ __all__ = ['Job', 'find_notebook', 'check_parameters', 'pretend_ablation', 'plan
 
 # %% ../../nbs/lab/04_plan.ipynb #0f94a5d0
 import json
+import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ..core.data import looked_at_once
+from ..core.files import vouch
+from ..core.recipe import Recipe
 from . import ablations, identity
 from .ablations import Ablation, AblationError, from_notebook
 from .decision import LOOKS
@@ -36,6 +41,7 @@ class Job:
     training: str = ""                   # hash of everything that decides the trained network
     share: bool = True                   # an equal training of another run may be taken over
     look: int = 0                        # the look it is for, in seeds a variant; 0: it is always run
+    declared: dict = field(default_factory=dict, repr=False)  # the ablation, of a notebook that is not ours
 
     @property
     def name(self) -> str:
@@ -61,17 +67,46 @@ def find_notebook(ablation: Ablation) -> Path:
     return path.resolve()
 
 # %% ../../nbs/lab/04_plan.ipynb #2f9c326f
+@lru_cache(64)
+def _cells(notebook: Path, changed: int = 0, size: int = 0) -> list[dict]:
+    """A notebook's code cells: source and tags; read once as long as it does not change. Raises
+    `AblationError` for one that has another shape."""
+    from prx_nb.core.files import read_json
+    text = lambda s: "".join(s) if isinstance(s, list) else s + ""
+    try:
+        whole = read_json(notebook)
+        if whole.get("nbformat", 4) != 4:
+            raise ValueError(f"nbformat {whole['nbformat']}; 4 is needed, as today's Jupyter saves it")
+        code = [c for c in whole["cells"] if c["cell_type"] == "code"]
+        return [{"source": text(c["source"]), "tags": list(c["metadata"].get("tags", []))} for c in code]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = error if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+        raise AblationError(f"{notebook} is not a notebook that can be run: {why}") from None
+
+# %% ../../nbs/lab/04_plan.ipynb #73779b0e
+def _assigned(source: str) -> list[str]:
+    "The names that a parameters cell sets."
+    import ast
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return []
+    plain = [t for node in body if isinstance(node, ast.Assign) for t in node.targets]
+    marked = [node.target for node in body if isinstance(node, ast.AnnAssign)]
+    return [t.id for t in plain + marked if isinstance(t, ast.Name)]
+
+# %% ../../nbs/lab/04_plan.ipynb #7386d09a
 def check_parameters(notebook: Path, wanted: Iterable[str]) -> None:
     "Exactly one cell tagged `parameters`, which knows every wanted name; else `AblationError`."
-    import papermill
-    try:
-        cells = json.loads(Path(notebook).read_text())["cells"]
-    except (OSError, ValueError, KeyError) as error:
-        raise AblationError(f"{notebook} is not a notebook: {error!r}") from None
-    tagged = sum("parameters" in cell["metadata"].get("tags", []) for cell in cells)
-    if tagged != 1:
-        raise AblationError(f"{notebook} has {tagged} cells tagged 'parameters'; exactly one is needed")
-    known = papermill.inspect_notebook(str(notebook))
+    found = os.stat(notebook)
+    tagged = [
+        cell
+        for cell in _cells(Path(notebook), found.st_mtime_ns, found.st_size)
+        if "parameters" in cell["tags"]
+    ]
+    if len(tagged) != 1:
+        raise AblationError(f"{notebook} has {len(tagged)} cells tagged 'parameters'; exactly one is needed")
+    known = _assigned(tagged[0]["source"])
     if unknown := sorted(set(wanted) - set(known)):
         raise AblationError(
             f"{notebook}: its parameters cell does not know '{unknown[0]}'; it knows "
@@ -118,33 +153,59 @@ def plan(ablation: str | Ablation,                     # a name, the path of a n
          until: bool = False,                          # look at 3, 5, 8 seeds: `seeds` is the last look
          baseline_seeds: int | None = None,            # none: as many as the variants
          ) -> list[Job]:
-    "The runs of an ablation, seed by seed. Raises `AblationError` or `RecipeError`."
+    "The runs of an ablation, seed by seed, at most `MOST`. Raises `AblationError` or `RecipeError`."
     ablation = ablations.get(ablation) if isinstance(ablation, str) else ablation
     looks = design(ablation, seeds, _variants(ablation, variants), until, baseline_seeds)
-    for limit, value in (("timeout", timeout), ("cell_timeout", cell_timeout)):
-        if value is not None and not value > 0:
-            raise AblationError(f"{limit} = {value}: a number of seconds above 0 is needed")
-    recipes = {(v, s): ablations.recipe(ablation, v, preset, s, overrides) for v, s in looks}
-    notebook, jobs = find_notebook(ablation), []
+    _check_limits(timeout=timeout, cell_timeout=cell_timeout)
+    notebook, jobs, known = find_notebook(ablation), [], {}
     check_parameters(notebook, ["variant", "seed", "preset", "overrides", "out"])
+    vouch(notebook)
+    declared = {} if ablation.name in ablations.names() else ablations.as_data(ablation)
     group = Path(out).absolute() / ablation.name / (f"{preset}@{label}" if label else preset)
     with looked_at_once():
-        for (variant, seed), recipe in recipes.items():
+        for (variant, seed), recipe in _recipes(ablation, preset, looks, overrides).items():
             job = Job(ablation.name, variant, preset, seed, dict(overrides or {}), str(notebook),
                       str(group / f"{variant}-s{seed}"), recipe.model_dump(mode="json"), timeout=timeout,
-                      cell_timeout=cell_timeout, training=identity.training(recipe),
+                      cell_timeout=cell_timeout, declared=declared, training=identity.training(recipe),
                       look=looks[variant, seed])
-            made_of = identity.parts(notebook, job.parameters, recipe)
+            made_of = identity.parts(notebook, job.parameters, recipe, like=known.get(variant))
+            known[variant] = made_of
             jobs.append(replace(job, key=identity.key(made_of), parts=made_of))
     return jobs
 
 # %% ../../nbs/lab/04_plan.ipynb #1638adfe
-def _seeds(seeds: int | Iterable[int]) -> list[int]:
-    numbers = list(range(seeds)) if isinstance(seeds, int) else list(dict.fromkeys(seeds))
+MOST = 10_000          # runs that a plan may hold; more is a slip, or a sweep to be split
+
+
+def _seeds(seeds: int | Iterable[int], variants: int = 1) -> list[int]:
+    "The seeds of so many variants, in order. Raises `AblationError`, before a list of them is made."
+    whole = isinstance(seeds, int) and not isinstance(seeds, bool)
+    numbers = range(min(seeds, MOST + 1)) if whole else list(dict.fromkeys(seeds))
     if not numbers or any(not isinstance(s, int) or s < 0 for s in numbers):
         raise AblationError(
             f"seeds = {seeds}: a number of at least one, or a list of whole numbers from 0 up, is needed")
-    return numbers
+    if (runs := (seeds if whole else len(numbers)) * variants) > MOST:
+        raise AblationError(f"{runs:,} runs ({variants} variants): a plan may have {MOST:,}; ask for fewer")
+    return list(numbers)
+
+# %% ../../nbs/lab/04_plan.ipynb #eaf2861b
+def _check_limits(**limits: float | None) -> None:
+    "Raises `AblationError` for a time limit that is none."
+    for name, value in limits.items():
+        if value is not None and not 0 < value < math.inf:
+            raise AblationError(f"{name} = {value}: a number of seconds above 0 is needed")
+
+# %% ../../nbs/lab/04_plan.ipynb #7f5b0581
+def _recipes(ablation: Ablation, preset: str, wanted: Iterable[tuple[str, int]],      # (variant, seed)
+             overrides: Mapping[str, Any] | None) -> dict[tuple[str, int], Recipe]:
+    "Their recipes. A variant is checked whole once; its other seeds change nothing but the seed."
+    first, found = {}, {}
+    for variant, seed in wanted:
+        if variant not in first:
+            first[variant] = ablations.recipe(ablation, variant, preset, seed, overrides)
+        trained = ablations.trained_seed(ablation, variant, seed)
+        found[variant, seed] = first[variant].model_copy(update={"seed": trained})
+    return found
 
 # %% ../../nbs/lab/04_plan.ipynb #08f3ccc8
 def _variants(ablation: Ablation, variants: Iterable[str] | None) -> list[str]:
@@ -189,7 +250,7 @@ def design(ablation: Ablation,
            ) -> dict[tuple[str, int], int]:        # (variant, seed) -> the look it is for, seed by seed
     "Which seeds of which variants. Raises `AblationError`."
     looks = _looks(ablation, seeds, names) if until else []
-    numbers, early = _seeds(seeds), baseline_seeds or 0
+    numbers, early = _seeds(seeds, len(names)), baseline_seeds or 0
     more = _extra(ablation, numbers, names, baseline_seeds, looks[0] if until else None)
     at = lambda v, s: (0 if not until else looks[0] if v == ablation.baseline and s < early
                        else next(n for n in looks if s < n))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.files import atomic, read_json, write_json
+from ..core.files import atomic, is_file, open_unlinked, python, read_json, write_json
 from . import ablations, efficiency, figures, results
 from .ablations import Ablation
 from .figures import read_samples
@@ -355,11 +355,13 @@ def make_report(folder: str | Path,                         # of runs, e.g. outp
     template()
     made = group.absolute() / "report"
     made.mkdir(exist_ok=True)
-    with open(made / "log.txt", "w") as log:
-        code = subprocess.run([sys.executable, "-m", "prx_nb.lab.report", str(made)],
+    if made.is_symlink():
+        raise ReportError(f"{made} is a link, and no report is written to where it leads: remove it")
+    with open_unlinked(made / "log.txt", "w") as log:
+        code = subprocess.run(python("-m", "prx_nb.lab.report", str(made)),
                               stdout=log, stderr=log, stdin=subprocess.DEVNULL).returncode
     if code:
-        words = [line for line in (made / "log.txt").read_text().splitlines() if line.strip()]
+        words = [line for line in (made / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
         raise ReportError(
             f"the report notebook failed: {words[-1] if words else f'exit code {code}'}; see "
             f"{made / 'log.txt'}"
@@ -496,6 +498,13 @@ def _add_notices(notice: Path, runs: pd.DataFrame) -> None:
     with atomic(notice) as part:
         part.write_text(before)
 
+# %% ../../nbs/lab/16_report.ipynb #c719b2fd
+def _copy(path: Path, to: Path) -> None:
+    "Copy a file; a link is passed over, so that nothing from elsewhere is published, nor written over."
+    if is_file(path):
+        with atomic(to) as part:
+            shutil.copyfile(path, part)
+
 # %% ../../nbs/lab/16_report.ipynb #c4938bf4
 def _whole_record(run: Path) -> dict:
     "A run's record with its recipe in it, where there is one."
@@ -520,7 +529,7 @@ def publish(
     to = place / runs.ablation.iloc[0] / ("" if group.name == "cpu" else group.name)
     (to / "records").mkdir(parents=True, exist_ok=True)
     for path in [*made.glob("*.png"), *made.glob("*.csv"), made / "report.md"]:
-        shutil.copy(path, to / path.name)
+        _copy(path, to / path.name)
     for run in map(Path, runs.folder):
         write_json(to / "records" / f"{run.name}.json", _whole_record(run))
     _add_notices(place / "NOTICE", runs)

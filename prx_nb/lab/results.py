@@ -21,6 +21,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -127,40 +128,94 @@ class ReportError(ValueError):
 # %% ../../nbs/lab/13_results.ipynb #362e7c96
 def _job(folder: Path) -> dict:
     try:
-        return read_json(folder / "job.json")
+        found = read_json(folder / "job.json")
+        return found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}
 
 # %% ../../nbs/lab/13_results.ipynb #791f0927
 def _steps(folder: Path) -> float:
     try:
-        return read_json(folder / "recipe.json")["train"]["steps"]
-    except (OSError, ValueError, KeyError):
+        return float(read_json(folder / "recipe.json")["train"]["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
         return math.nan
 
-# %% ../../nbs/lab/13_results.ipynb #a88cafb0
+# %% ../../nbs/lab/13_results.ipynb #25f025fd
+def _number(value: Any) -> bool:
+    "Whether a value is a finite number."
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+# %% ../../nbs/lab/13_results.ipynb #337019fb
+def _fault(found: Mapping) -> str:
+    "What makes a record one that no table can hold; empty where nothing does."
+    kinds = {"ablation": str, "variant": str, "preset": str, "seed": int}
+    for name, kind in kinds.items():
+        if not isinstance(value := found.get(name), kind) or isinstance(value, bool):
+            return f"{name} = {value!r}: should be {'a whole number' if kind is int else 'a name'}"
+    if not isinstance(metrics := found.get("metrics", {}), dict):
+        return f"metrics = {metrics!r}: should be numbers by name"
+    wrong = [f"metrics.{k} = {v!r}: should be a number" for k, v in metrics.items() if not _number(v)]
+    return "; ".join(wrong)[:300] if len(wrong) == len(metrics) else ""
+
+# %% ../../nbs/lab/13_results.ipynb #93cac8e0
+def _records(folder: str | Path) -> tuple[dict[Path, dict], dict[Path, str]]:
+    "The finished records below a folder, and those that are left out: of which run, and why."
+    found, out, taken = {}, {}, {}
+    for path in sorted(Path(folder).glob("*/record.json")):
+        run, made = path.parent, record(path.parent)
+        if run.name.startswith(".") or "ablation" not in made:
+            continue                                               # set aside, or not at its end yet
+        if fault := _fault(made):
+            out[run] = f"its record.json: {fault}"
+        else:
+            found[run] = made
+    named = lambda run: run.name == f"{found[run]['variant']}-s{found[run]['seed']}"
+    for run in sorted(found, key=lambda run: not named(run)):      # the run itself before its copies
+        first = taken.setdefault(tuple(found[run][k] for k in ("ablation", "preset", "variant", "seed")), run)
+        if first != run:
+            out[run] = f"a copy of {first.name}, by its record.json"
+    return {run: made for run, made in found.items() if run not in out}, out
+
+# %% ../../nbs/lab/13_results.ipynb #5c65382d
 _FROM_RECORD = ("ablation", "variant", "preset", "seed", "recipe_key", "metrics", "versions", "data_key")
 
 
+def _row(run: Path, found: Mapping) -> dict[str, Any]:
+    "A run's row of the table, of what makes sense."
+    kept = lambda name: v if isinstance(v := found.get(name), dict) else {}
+    cost = {k: v for k, v in kept("cost").items() if _number(v) or v is None or k == "energy_source"}
+    clean = {
+        "metrics": {k: v for k, v in kept("metrics").items() if _number(v)},
+        "versions": kept("versions"),
+    }
+    words = {k: str(found.get(k) or "unknown") for k in ("hardware", "git_commit")}
+    overrides = _job(run).get("overrides")
+    seconds = [v for k in ("total_seconds", "train_seconds") if _number(v := cost.get(k)) and v]
+    return (
+        {k: found.get(k) for k in _FROM_RECORD}
+        | clean
+        | words
+        | {
+            "seconds": next(iter(seconds), None),
+            "folder": str(run),
+            "cost": cost,
+            "steps": _steps(run),
+            "overrides": overrides if isinstance(overrides, dict) else {},
+            "history": read_status(run).get("history") or [],
+        }
+    )
+
+# %% ../../nbs/lab/13_results.ipynb #a88cafb0
 def collect(folder: str | Path,       # a folder of runs, <out>/<ablation>/<preset>[@<point>]
             ) -> pd.DataFrame:        # one row a run, sorted by seed and variant
-    "The finished records below a folder. Raises `ReportError` when there are none."
-    rows = []
-    for path in sorted(Path(folder).glob("*/record.json")):
-        run, found = path.parent, record(path.parent)
-        if run.name.startswith(".") or "ablation" not in found:
-            continue                                               # set aside, or not at its end yet
-        cost, status = found.get("cost", {}), read_status(run)
-        rows.append(
-            {k: found.get(k) for k in _FROM_RECORD}
-            | {"seconds": cost.get("total_seconds") or cost.get("train_seconds"), "folder": str(run),
-               "cost": cost, "steps": _steps(run), "hardware": found.get("hardware") or "unknown",
-               "git_commit": found.get("git_commit") or "unknown",
-               "overrides": _job(run).get("overrides") or {}, "history": status.get("history") or []}
-        )
-    if not rows:
-        raise ReportError(f"no finished run in {folder}; make some with: prx-nb ablate NAME --preset PRESET")
-    runs = pd.DataFrame(rows)
+    """The finished records below a folder, without copies of runs and records that make no sense: see
+    `unfinished`. Raises `ReportError` when there are none."""
+    found, left = _records(folder)
+    if not found:
+        why = f" ({next(iter(left)).name}: {next(iter(left.values()))})" if left else ""
+        raise ReportError(
+            f"no finished run in {folder}{why}; make some with: prx-nb ablate NAME --preset PRESET")
+    runs = pd.DataFrame([_row(run, made) for run, made in found.items()])
     if len(kinds := runs[["ablation", "preset"]].drop_duplicates()) > 1:
         raise ReportError(f"{folder} mixes runs of {', '.join(f'{a} at {p}' for a, p in kinds.values)}")
     return runs.sort_values(["seed", "variant"], ignore_index=True)
@@ -177,7 +232,8 @@ def _cause(status: dict) -> str:
 
 # %% ../../nbs/lab/13_results.ipynb #770fedb7
 def unfinished(folder: str | Path) -> pd.DataFrame:    # run, state, attempts, cause, log
-    "Runs that ended otherwise, or have not ended."
+    """Runs that ended otherwise, have not ended, or are left out of the tables: a copy, a record that makes
+    no sense."""
     rows = []
     for path in sorted(Path(folder).glob("*/status.json")):
         run, status = path.parent, read_status(path.parent)
@@ -185,6 +241,8 @@ def unfinished(folder: str | Path) -> pd.DataFrame:    # run, state, attempts, c
             log = f"{run.name}/log.txt" if (run / "log.txt").exists() else ""
             rows.append(
                 (run.name, status.get("state", "unreadable"), status.get("attempt", 1), _cause(status), log))
+    rows += [(run.name, "left out", read_status(run).get("attempt", 1), why, "")
+             for run, why in _records(folder)[1].items()]
     return pd.DataFrame(rows, columns=["run", "state", "attempts", "cause", "log"])
 
 # %% ../../nbs/lab/13_results.ipynb #1bca4c7f
@@ -796,7 +854,9 @@ def curves(runs: pd.DataFrame) -> pd.DataFrame:    # step, name, value, seconds,
         try:
             c = pd.read_parquet(Path(r.folder) / "curves.parquet").drop_duplicates(
                 ["name", "step"], keep="last")
-        except (OSError, ValueError, KeyError):
+            numbers = {"step": float, "value": float, "name": str}
+            c = c[list(numbers)].astype(numbers)
+        except Exception:                        # pyarrow's and pandas' errors are of many kinds
             continue
         parts.append(
             _clocked(c, r.cost.get("step_seconds") or math.nan).assign(variant=r.variant, seed=r.seed))

@@ -11,6 +11,7 @@ __all__ = ['ENDS', 'SlurmError', 'ask', 'pairs', 'minutes', 'Partition', 'read_p
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from typing import Any
 
 from fastcore.basics import patch
 
-from ..core.files import read_json, require_writable, write_json
+from ..core.files import python, read_json, require_writable, write_json
 from ..core.recipe import parse
 from . import run as runs
 from .ablations import AblationError
@@ -364,7 +365,8 @@ def _hand_in(todo: list[Job], wanted: Mapping[str, Any], logs: Path, array: bool
     handed in."""
     import io
     import submitit
-    executor, handed = submitit.AutoExecutor(folder=logs, cluster="slurm", slurm_max_num_timeout=10**6), []
+    executor, handed = submitit.AutoExecutor(folder=logs, cluster="slurm", slurm_max_num_timeout=10**6,
+                                             slurm_python=shlex.join(python())), []
     executor.update_parameters(**wanted)
     tasks = [Task(job, wanted["cpus_per_task"], wanted["timeout_min"]) for job in todo]
     try:
@@ -411,6 +413,16 @@ def _hand_in_and_note(jobs: list[Job], wanted: dict, logs: Path, array: bool) ->
         raise
     return ids
 
+# %% ../../nbs/lab/08_slurm.ipynb #7f8ff9f1
+def _private(folder: Path) -> Path:
+    """The folder of scripts and pickled tasks, which nobody else may write to: whoever can, has his code run.
+    Raises `SlurmError` for one that is a link or somebody else's."""
+    require_writable(folder)
+    if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
+        raise SlurmError(f"{folder} is a link or another user's; tasks kept there would be his to change")
+    folder.chmod(folder.stat().st_mode & ~0o022)
+    return folder
+
 # %% ../../nbs/lab/08_slurm.ipynb #7a305d89
 def submit(
     jobs: list[Job],  # from `plan`, of one group or several
@@ -436,7 +448,7 @@ def submit(
         raise SlurmError("without an array Slurm cannot limit the tasks side by side; "
                          "leave one of the two out")
     wanted = _wanted(jobs, partition, time_minutes, gpus, cpus, memory_gb, at_once, extra)
-    logs = require_writable(Path(os.path.commonpath([job.group for job in jobs])) / ".slurm")
+    logs = _private(Path(os.path.commonpath([job.group for job in jobs])) / ".slurm")
     with only_driver(job.group for job in jobs):
         if not (todo := _left_to_do(jobs, again, say)):
             say(f"nothing to hand in: {sum(map(runs.finished, jobs))} of {len(jobs)} runs are done")

@@ -13,6 +13,7 @@ import heapq
 import itertools
 import json
 import re
+import stat
 import statistics
 import tomllib
 from collections import Counter
@@ -40,10 +41,12 @@ class _Yaml(yaml.SafeLoader):
     yaml_implicit_resolvers = {}
 
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key, mark in ((k.value, k.start_mark) for k, _ in node.value):
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", mark)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                twice = f"'{key.value}' is given twice"
+                raise yaml.constructor.ConstructorError(None, None, twice, key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -57,14 +60,41 @@ for _tag, _pattern, _first in (
 ):
     _Yaml.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
+# %% ../../nbs/lab/09_sweep.ipynb #f986dc3c
+_LARGEST = 1_000_000       # bytes of a sweep file, and values in it
+
+
+def _unfolded(tree: Any, known: dict[int, int] | None = None) -> int:
+    """How many values a tree holds when every anchor is written out. Raises `ValueError` for one within
+    itself."""
+    known = {} if known is None else known
+    if not isinstance(tree, dict | list):
+        return 1
+    if id(tree) not in known:
+        known[id(tree)] = -1                       # being counted
+        inside = tree.values() if isinstance(tree, dict) else tree
+        known[id(tree)] = 1 + sum(_unfolded(value, known) for value in inside)
+    if known[id(tree)] < 0:
+        raise ValueError("an anchor is used within itself")
+    return known[id(tree)]
+
 # %% ../../nbs/lab/09_sweep.ipynb #fba3be87
 def _tree(path: Path) -> Any:
     "What a file holds, as plain values. Raises `SweepError` for one that cannot be read or parsed."
     if path.suffix.lower() not in (".yaml", ".yml", ".toml"):
         raise SweepError(f"{path}: a sweep file ends in .yaml, .yml or .toml")
     try:
+        if not stat.S_ISREG((found := path.stat()).st_mode):
+            raise SweepError(f"{path}: not a file")
+        if found.st_size > _LARGEST:
+            raise SweepError(f"{path}: {found.st_size:,} bytes; a sweep file may have {_LARGEST:,}")
         text = path.read_text(encoding="utf-8")
-        return tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.load(text, _Yaml)
+        tree = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.load(text, _Yaml)
+        if (values := _unfolded(tree)) > _LARGEST:
+            raise SweepError(f"{path}: unfolds to {values:,} values; a sweep file may hold {_LARGEST:,}")
+        return tree
+    except SweepError:
+        raise
     except OSError as error:
         raise SweepError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -374,16 +404,13 @@ def _folders(entry: Entry) -> set[str]:
 # %% ../../nbs/lab/09_sweep.ipynb #625eaef9
 def _shared(entries: dict[int, Entry]) -> list[tuple[int, str]]:
     "(entry, fault) wherever a later entry would write where an earlier one does."
-    faults, folders = [], {n: _folders(e) for n, e in entries.items()}
-    for (a, first), (b, second) in itertools.combinations(folders.items(), 2):
-        if both := first & second:
-            faults.append(
-                (
-                    b,
-                    f"would write the same folder as entry {a}, {min(both)}; give one of them a label, or "
-                    "other seeds")
-            )
-    return faults
+    first, faults = {}, {}
+    for n, entry in entries.items():
+        for folder in sorted(_folders(entry)):
+            if (earlier := first.setdefault(folder, n)) != n:
+                faults.setdefault((n, earlier), folder)
+    return [(n, f"would write the same folder as entry {earlier}, {folder}; give one of them a label, or "
+                "other seeds") for (n, earlier), folder in faults.items()]
 
 # %% ../../nbs/lab/09_sweep.ipynb #b0a87b99
 def _beside(path: Path, raw: dict) -> dict:
@@ -402,6 +429,8 @@ def read(path: str | Path,     # .yaml, .yml or .toml
     sweep, found = _parsed(Sweep, tree)
     faults, entries = [(0, fault) for fault in found], {}
     runs = sweep.runs if sweep else []
+    if len(runs) > MOST:
+        raise SweepError(f"{path}: {len(runs):,} entries; {MOST:,} runs is the most a file may ask for")
     names = ("preset", "seeds", "until", "baseline_seeds", "timeout", "cell_timeout")
     shared = {k: getattr(sweep, k) for k in names if sweep and k in sweep.model_fields_set}
     for n, raw in enumerate(runs, 1):
@@ -413,6 +442,8 @@ def read(path: str | Path,     # .yaml, .yml or .toml
             wrong = [*wrong, str(error)]
         entries |= {} if wrong else {n: entry}
         faults += [(n, fault) for fault in wrong]
+    if (total := sum(map(_count, entries.values()))) > MOST:
+        raise SweepError(f"{path}: makes {total:,} runs; {MOST:,} is the most a file may ask for")
     faults = sorted(faults + _shared(entries), key=lambda fault: fault[0])
     if faults:
         raise SweepError("\n".join(f"{path}: {_title(n, runs)}{fault}" for n, fault in faults))
@@ -435,13 +466,14 @@ def jobs(self: Sweep,
     from prx_nb.lab.plan import plan
     found = []
     for entry in self.runs:
+        ablation = ablations.get(entry.ablation)
         with looked_at_once():
             mine = [
                 job
                 for point in points(entry)
-                for job in plan(entry.ablation, entry.preset, entry.last, entry.variants, point.overrides,
+                for job in plan(ablation, entry.preset, entry.last, entry.variants, point.overrides,
                                 out or self.out, point.label,
-                                entry.timeout or timeout or limits.get(entry.preset),
+                                entry.timeout or (limits.get(entry.preset) if timeout is None else timeout),
                                 entry.cell_timeout or cell_timeout, entry.until is not None,
                                 entry.baseline_seeds)
             ]
@@ -499,18 +531,30 @@ def history(out: str | Path = "outputs",
     shown = sorted({path for place in places for path in place.glob("**/records/*.json")})
     return [p for p in (*(_past(path) for path in here), *(_past(path, True) for path in shown)) if p]
 
+# %% ../../nbs/lab/09_sweep.ipynb #1d0f4ee1
+def _marks(p: Past) -> list[tuple]:
+    "What a record may be looked for by, the nearest first; a published one has no group."
+    own = bool(p.group)
+    near = [(p.preset, p.ablation, p.variant, p.group)] if own else []
+    return [*near, (p.preset, p.ablation, p.variant, own), (p.preset, p.ablation, own), (p.preset,)]
+
 # %% ../../nbs/lab/09_sweep.ipynb #2747eac3
-def _closest(job: Any, past: list[Past]) -> tuple[list[Past], str]:
+def _indexed(past: list[Past]) -> dict[tuple, list[Past]]:
+    "Records by each of their marks, so that none is looked at twice."
+    found: dict[tuple, list[Past]] = {}
+    for p in past:
+        for mark in _marks(p):
+            found.setdefault(mark, []).append(p)
+    return found
+
+# %% ../../nbs/lab/09_sweep.ipynb #96c3f0ae
+def _closest(job: Any, index: Mapping[tuple, list[Past]]) -> tuple[list[Past], str]:
     "The records nearest to a job, and of which kind they are."
-    same = [p for p in past if p.preset == job.preset]
-    mine = [p for p in same if p.ablation == job.ablation]
-    own, shown = [p for p in mine if p.group], [p for p in mine if not p.group]
-    choices = [(p for p in own if (p.variant, p.group) == (job.variant, job.group.name)),
-               (p for p in own if p.variant == job.variant), own,
-               (p for p in shown if p.variant == job.variant), shown, same]
-    kinds = (
-        ["earlier runs"] * 3 + ["published runs"] * 2 + [f"runs of other ablations at preset {job.preset}"])
-    return next(((found, kind) for choice, kind in zip(choices, kinds) if (found := list(choice))), ([], ""))
+    preset, mine = job.preset, (job.preset, job.ablation)
+    marks = [(*mine, job.variant, job.group.name), (*mine, job.variant, True), (*mine, True),
+             (*mine, job.variant, False), (*mine, False), (preset,)]
+    kinds = ["earlier runs"] * 3 + ["published runs"] * 2 + [f"runs of other ablations at preset {preset}"]
+    return next(((index[mark], kind) for mark, kind in zip(marks, kinds) if mark in index), ([], ""))
 
 # %% ../../nbs/lab/09_sweep.ipynb #0fc75fc3
 def seconds_each(
@@ -519,15 +563,17 @@ def seconds_each(
 ) -> tuple[list[float | None], Counter, list[str]]:  # seconds a job, kinds of sources, hardware
     "What each job will take, none where nothing is known. An equal training of another is not done again."
     from prx_nb.lab.batch import taken_over
-    jobs = list(jobs)
+    jobs, index, medians = list(jobs), _indexed(past), {}
     found, kinds, hardware, taken = [], Counter(), {}, taken_over(jobs)
     for job in jobs:
-        choice, kind = _closest(job, past)
+        choice, kind = _closest(job, index)
         train = job.recipe["train"]
-        images = 0 if job.out in taken else train["steps"] * train["batch"]
-        found.append(statistics.median(p.for_images(images) for p in choice) if choice else None)
+        asked = id(choice), 0 if job.out in taken else train["steps"] * train["batch"]
+        if asked not in medians and choice:
+            medians[asked] = statistics.median(p.for_images(asked[1]) for p in choice)
+            hardware |= {p.hardware: None for p in choice}
+        found.append(medians.get(asked) if choice else None)
         kinds[kind] += 1
-        hardware |= {p.hardware: None for p in choice}
     return found, kinds, list(hardware)
 
 # %% ../../nbs/lab/09_sweep.ipynb #00c36ad0
@@ -535,7 +581,8 @@ def wall_clock(seconds: Iterable[float],   # of each job, in the order they star
                at_once: int,
                ) -> float:                 # seconds until the last one ends
     "How long jobs take when a free worker takes the next one."
-    free = [0.0] * at_once
+    seconds = list(seconds)
+    free = [0.0] * max(1, min(at_once, len(seconds)))
     for s in seconds:
         heapq.heapreplace(free, free[0] + s)
     return max(free)

@@ -12,17 +12,18 @@ import difflib
 import fcntl
 import json
 import os
-import shutil
+import re
 import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ..core.files import discard, is_file, lies_in, open_unlinked, read_json
 from . import run as runs
 from .ablations import AblationError, of_run
 from .plan import plan, read_job
@@ -32,7 +33,9 @@ from .sweep import in_words
 _PASS = {"published", "checkpoint", "report"}
 
 
-def run_folders(folder: str | Path, _seen: frozenset = frozenset()) -> Iterator[Path]:
+def run_folders(folder: str | Path,
+                links: bool = True,       # also what links lead to
+                _seen: frozenset = frozenset()) -> Iterator[Path]:
     "Every run's folder at or below a folder, in order of their names."
     folder, real = Path(folder), os.path.realpath(folder)
     if (folder / "job.json").is_file():
@@ -40,8 +43,9 @@ def run_folders(folder: str | Path, _seen: frozenset = frozenset()) -> Iterator[
     elif real not in _seen:                                        # a link may lead back up
         with contextlib.suppress(OSError):
             for path in sorted(p for p in folder.iterdir()
-                               if p.is_dir() and not p.name.startswith(".") and p.name not in _PASS):
-                yield from run_folders(path, _seen | {real})
+                               if p.is_dir() and not p.name.startswith(".") and p.name not in _PASS
+                               and (links or not p.is_symlink())):
+                yield from run_folders(path, links, _seen | {real})
 
 # %% ../../nbs/lab/10_watch.ipynb #c54a4d09
 def places(names: Iterable[str | Path],          # folders, or names of ablations; none: all of `out`
@@ -62,12 +66,12 @@ def places(names: Iterable[str | Path],          # folders, or names of ablation
 def held(folder: str | Path,       # a group, or a run's folder
          make: bool = False,       # hold it as the only one, and make the file where it is missing
          ) -> Iterator[bool]:      # whether the lock could be had
-    "Try for a folder's lock, without waiting; let go of it at the end."
+    "Try for a folder's lock, without waiting; let go of it at the end. Raises `NotOurs` where it is a link."
     path = Path(folder) / ".lock"
     if not make and not path.exists():
         yield True
         return
-    with open(path, "a" if make else "r") as lock:
+    with open_unlinked(path, "a" if make else "r") as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_EX if make else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -111,30 +115,19 @@ class Row:
 # %% ../../nbs/lab/10_watch.ipynb #09c455e9
 def _json(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError):
         return {}
 
 # %% ../../nbs/lab/10_watch.ipynb #322662b0
-_TYPES = {"state": str, "host": str, "pid": int, "born": (int, float), "started": str,
-          "seconds": (int, float), "error": str, "cell": int, "history": list, "device": str, "slurm": str}
-
-
 def _status(folder: Path) -> dict:
     "A run's status, as far as it makes sense."
-    status = {k: v for k, v in runs.read_status(folder).items() if isinstance(v, _TYPES.get(k, object))}
+    status = runs.read_status(folder)
     if status.get("state") in runs.STATES:
         return status
     return ({"state": "killed", "error": "its status.json cannot be read"}
             if (folder / "status.json").exists() else {"state": "queued"})
-
-# %% ../../nbs/lab/10_watch.ipynb #94624f7f
-def _headline(record: dict) -> str:
-    try:
-        return runs.headline(record)
-    except (AttributeError, TypeError, ValueError):
-        return ""
 
 # %% ../../nbs/lab/10_watch.ipynb #094a785d
 def _progress(folder: Path, started: str | None) -> dict[str, Any]:
@@ -161,14 +154,17 @@ def _running(folder: Path, status: dict) -> dict[str, Any]:
     "What is to be said of a run that says it is running."
     if not runs.alive(status, folder):
         now = _status(folder)
-        if now != status and now.get("state") != "running":          # it ended just now
+        if now != status and now.get("state") != "running":  # it ended just now
             return _facts(folder, now)
         away = status.get("host") != os.uname().nodename
-        cause = f"{status.get('host')} has not been heard of" if away else "its process is gone"
+        cause = (
+            f"{runs.one_line(status.get('host'))} has not been heard of" if away else "its process is gone"
+        )
         gone = {"state": "host gone" if away else "killed", "cause": f"said to be running, but {cause}"}
         return gone | _progress(folder, status.get("started")) | {"eta": None}
     return {"state": "running", "seconds": _since(status.get("started"))} | _progress(
-        folder, status.get("started"))
+        folder, status.get("started")
+    )
 
 # %% ../../nbs/lab/10_watch.ipynb #c64f5b8f
 def _trained_by(folder: Path, record: dict) -> str:
@@ -188,10 +184,7 @@ def _facts(folder: Path, status: dict) -> dict[str, Any]:
     facts = {"state": state, "seconds": status.get("seconds")}
     if state == "done":
         found = runs.record(folder)
-        return facts | ({"metric": _headline(found), "trained_by": _trained_by(folder, found)} if found
-                        else {"state": "no record", "cause": "its record.json cannot be read"})
-    where, error = (f"cell {status['cell']}: " if "cell" in status else "",
-                    next(iter(status.get("error", "").splitlines()), ""))
+        return facts | ({"metric": runs.headline(found), "trained_by": _trained_by(folder, found)} if found
     return facts | {"cause": where + error} | _progress(folder, status.get("started")) | {"eta": None}
 
 # %% ../../nbs/lab/10_watch.ipynb #31c23ad3
@@ -205,8 +198,8 @@ def row(folder: str | Path,       # a run's
                if status.get("state") == "running" and status.get("host") != os.uname().nodename else None)
     device = f"GPU {status['device']}" if status.get("device") and status.get("state") == "running" else None
     facts = {"attempt": len(status.get("history", [])) + 1,
-             "where": " ".join(filter(None, (machine, device))),
-             "slurm": status.get("slurm", "")} | _facts(folder, status)
+             "where": runs.one_line(" ".join(filter(None, (machine, device)))),
+             "slurm": runs.one_line(status.get("slurm", ""))} | _facts(folder, status)
     facts["trained_by"] = os.path.relpath(by, top) if (by := facts.get("trained_by")) else ""
     return Row("." if group == "." else group, folder.name, folder=str(folder), **facts)
 
@@ -272,7 +265,8 @@ def survey(*folders: str | Path,                 # each: a folder of runs at any
     waiting = [r for r in rows if r.state in ("queued", "interrupted")]
     at_work = {group: driven(group) for group in {Path(r.folder).parent for r in waiting}}
     slurm = _slurm(waiting)
-    return [_waits_for(r, at_work[Path(r.folder).parent], slurm) if r in waiting else r for r in rows]
+    wait = {r.folder for r in waiting}
+    return [_waits_for(r, at_work[Path(r.folder).parent], slurm) if r.folder in wait else r for r in rows]
 
 # %% ../../nbs/lab/10_watch.ipynb #743b0f02
 FEW = 40        # with more runs than this, the done and the queued are only counted
@@ -429,7 +423,7 @@ def replan(folders: Iterable[str | Path],     # runs' folders
         groups.setdefault(same, []).append(old)
     for (group, _, preset, overrides, timeout, cell_timeout), olds in groups.items():
         label, names = group.name.removeprefix(preset).removeprefix("@"), {old.name for old in olds}
-        ablation = of_run(group / olds[0].name)
+        ablation = of_run(group / olds[0].name, run=True)
         jobs = plan(ablation, preset, sorted({o.seed for o in olds}), {o.variant: 0 for o in olds},
                     json.loads(overrides), group.parents[1], label, timeout, cell_timeout)
         planned += [job for job in jobs if job.name in names]
@@ -453,10 +447,22 @@ def _size(path: Path) -> int:
     return 0
 
 # %% ../../nbs/lab/10_watch.ipynb #22a7ef8c
-def _bits(folder: Path) -> list[Path]:
-    "What killed processes left in a run's folder."
-    return [p for pattern in (".*.part", ".reserve", ".clock-*", "checkpoint/.*.part")
-            for p in sorted(folder.glob(pattern))]
+_PART = re.compile(r"\..+\.\d+(\.[0-9a-f]{8})?\.part|\.reserve|\.clock-\w+")     # of a killed process
+_SAVE = re.compile(r"step-\d+\.safetensors")
+
+
+def _files(folder: Path, pattern: re.Pattern) -> list[Path]:
+    "The ordinary files in a folder whose names are of a kind; none where the folder is a link."
+    with contextlib.suppress(OSError):
+        if not folder.is_symlink():
+            return sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name) and is_file(p))
+    return []
+
+# %% ../../nbs/lab/10_watch.ipynb #e4749cf6
+def _of_ours(folder: Path) -> bool:
+    "Whether a folder is a run's that this program made, and no link to one."
+    marked = is_file(folder / "job.json") and runs.read_status(folder).get("state") in runs.STATES
+    return marked and not folder.is_symlink()
 
 # %% ../../nbs/lab/10_watch.ipynb #188eafcd
 STOPPED = {"interrupted", "killed", "host gone"}       # from outside: they go on from their checkpoint
@@ -464,39 +470,44 @@ STOPPED = {"interrupted", "killed", "host gone"}       # from outside: they go o
 
 def _of_run(folder: Path, failed: bool, checkpoints: bool) -> list[Leftover]:
     "What can go of a run that is not at work."
-    state, saves = _status(folder)["state"], sorted((folder / "checkpoint").glob("step-*.safetensors"))
-    if failed and state not in {"done", *runs.OPEN, *STOPPED}:
+    state, saves = _status(folder)["state"], _files(folder / "checkpoint", _SAVE)
+    if failed and _of_ours(folder) and state not in {"done", *runs.OPEN, *STOPPED}:
         return [Leftover(folder, _size(folder), "failed runs")]
-    found = [Leftover(p, _size(p), "unfinished files") for p in _bits(folder)]
+    bits = _files(folder, _PART) + _files(folder / "checkpoint", _PART)
+    found = [Leftover(p, _size(p), "unfinished files") for p in bits]
     if checkpoints and state == "done" and runs.record(folder):
         found += [Leftover(p, _size(p), "earlier checkpoints") for p in saves[:-1]]
     return found
 
 # %% ../../nbs/lab/10_watch.ipynb #1392b2bb
+def _set_aside(group: Path) -> list[Path]:
+    "The runs of ours in the folders where runs are set aside."
+    places = [group / name for name in (".replaced", ".removed")]
+    return [p for place in places if place.is_dir() and not place.is_symlink()
+            for p in sorted(place.iterdir()) if _of_ours(p)]
+
+# %% ../../nbs/lab/10_watch.ipynb #1866b90a
 def _of_group(group: Path) -> list[Leftover]:
     "What can go of a folder of runs, beside the runs."
-    old = [p for name in (".replaced", ".removed") if (group / name).is_dir()
-           for p in sorted((group / name).iterdir())]
     # somebody may be writing a report this minute
     late = time.time() - 3600
-    old = [p for p in old if not runs.alive(_status(p), p)]     # set aside while it ran on another machine
-    bits = [p for pattern in (".*.part", "report/.*.part") for p in sorted(group.glob(pattern))
-            if p.lstat().st_mtime < late]
+    old = [p for p in _set_aside(group) if not runs.alive(_status(p), p)]  # it may run on another machine
+    bits = [
+        p for place in (group, group / "report") for p in _files(place, _PART) if p.lstat().st_mtime < late
+    ]
     return [Leftover(p, _size(p), "replaced runs") for p in old] + [
-        Leftover(p, _size(p), "unfinished files") for p in bits]
+        Leftover(p, _size(p), "unfinished files") for p in bits
+    ]
 
 # %% ../../nbs/lab/10_watch.ipynb #24c22efc
-def _remove(item: Leftover) -> None:
-    "Remove a leftover. A run's folder is moved out of the way first, whole."
+def _remove(item: Leftover, within: Path) -> None:
+    "Remove a leftover that lies in a folder. A run's folder is moved out of the way first, whole."
     path = item.path
-    if item.kind == "failed runs":
+    if item.kind == "failed runs" and lies_in(path, within):
         place = path.parent / ".removed" / f"{path.name}-{time.time_ns()}"
         place.parent.mkdir(exist_ok=True)
-        path = path.rename(place)
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        path = path.rename(place) if lies_in(place, within) else path
+    discard(path, within)
     with contextlib.suppress(OSError):
         path.parent.rmdir() if path.parent.name == ".removed" else None
 
@@ -506,39 +517,65 @@ def _idle(folder: Path) -> bool:
     return not runs.alive(_status(folder), folder)
 
 # %% ../../nbs/lab/10_watch.ipynb #fa94cd3b
+def _clean_run(folder: Path, failed: bool, checkpoints: bool, dry_run: bool, remove: Callable) -> list[str]:
+    "Remove what can go of a run; what is left alone, and why."
+    try:
+        with held(folder, make=not dry_run) as idle:
+            if idle and _idle(folder):
+                remove(_of_run(folder, failed, checkpoints), folder.parent)
+            elif checkpoints or failed:
+                return [f"{folder}: at work"]
+    except OSError as error:
+        return [str(error)]
+    return []
+
+# %% ../../nbs/lab/10_watch.ipynb #45d7a7da
 def clean(*folders: str | Path,            # from `places`
           failed: bool = False,            # also failed runs, whole
           checkpoints: bool = False,       # also all but the last checkpoint of finished runs
           dry_run: bool = False,           # only list
+          say: Callable[[Leftover], None] = lambda item: None,     # told of each thing before it goes
           ) -> tuple[list[Leftover], list[str]]:      # what went, or would; what was left alone, and why
-    "Remove what is not needed any more. Never touches a run at work."
+    "Remove what is not needed any more. Never touches a run at work, nor what this program did not make."
     gone, kept = [], []
-    mine = list(dict.fromkeys(p for folder in folders for p in run_folders(folder)))
-    for group in dict.fromkeys([*(p.parent for p in mine), *_emptied(folders)]):
-        with held(group, make=not dry_run) as free:
-            if failed and not free:
-                kept.append(f"{group}: a driver is at work, its failed runs stay")
-            gone += _clear(_of_group(group), dry_run)
-            for folder in (p for p in mine if p.parent == group):
-                with held(folder, make=not dry_run) as idle:
-                    if idle and _idle(folder):
-                        gone += _clear(_of_run(folder, failed and free, checkpoints), dry_run)
-                    elif checkpoints or failed:
-                        kept.append(f"{folder}: at work")
+    def remove(items: list[Leftover], group: Path) -> None:
+        for item in items:
+            say(item)
+            None if dry_run else _remove(item, group)
+            gone.append(item)
+
+    groups = {group: [] for folder in folders for group in _emptied(folder)}
+    for run in dict.fromkeys(p for folder in folders for p in run_folders(folder, links=False)):
+        groups.setdefault(run.parent, []).append(run)
+    for group in sorted(groups):
+        kept += _clean_group(group, groups[group], failed, checkpoints, dry_run, remove)
     return gone, kept
 
 # %% ../../nbs/lab/10_watch.ipynb #3c7ae391
-def _clear(items: list[Leftover], dry_run: bool) -> list[Leftover]:
-    for item in () if dry_run else items:
-        _remove(item)
-    return items
+def _clean_group(group: Path, mine: list[Path], failed: bool, checkpoints: bool, dry_run: bool,
+                 remove: Callable) -> list[str]:
+    "Remove what can go of a folder of runs, under its lock; what is left alone, and why."
+    kept = []
+    try:
+        with held(group, make=not dry_run) as free:
+            if failed and not free:
+                kept.append(f"{group}: a driver is at work, its failed runs stay")
+            remove(_of_group(group), group)
+            for folder in mine:
+                kept += _clean_run(folder, failed and free, checkpoints, dry_run, remove)
+    except OSError as error:
+        kept.append(str(error))
+    return kept
 
 # %% ../../nbs/lab/10_watch.ipynb #8c859126
-def _emptied(folders: Iterable[str | Path]) -> list[Path]:
-    "Homes that have something set aside but no run of their own any more."
-    return [path.parent for folder in folders for name in (".replaced", ".removed")
-            for path in sorted(Path(folder).glob(f"**/{name}"))
-            if not any(part.startswith(".") for part in path.parent.relative_to(folder).parts)]
+def _emptied(folder: str | Path) -> list[Path]:
+    """Folders that have a run set aside but none of their own any more; links and hidden folders are passed
+    by."""
+    found = [Path(folder)] if _set_aside(Path(folder)) else []
+    with contextlib.suppress(OSError):
+        inside = sorted(p for p in Path(folder).iterdir() if p.is_dir() and not p.is_symlink())
+        return found + [g for p in inside if not p.name.startswith(".") for g in _emptied(p)]
+    return found
 
 # %% ../../nbs/lab/10_watch.ipynb #b134c2f7
 def size(n: int) -> str:

@@ -54,6 +54,12 @@ class Settings(Acts):
     weight: float = Field(0.0, ge=0, lt=1)
     negatives: Literal["other_caption", "roll"] = "other_caption"
 
+    def refuse(self, recipe, path):
+        if (share := recipe.train.batch // recipe.train.processes) < 2:
+            yield (f"{path}.weight = {self.weight} with {share} image of a batch in a process "
+                   f"(train.batch = {recipe.train.batch}, train.processes = {recipe.train.processes}): "
+                   "there is no other sample to be a negative, so it would do nothing")
+
 # %% ../../nbs/techniques/03_contrastive.ipynb #42bd99a4
 NEGATIVES = ("other_caption", "roll")
 

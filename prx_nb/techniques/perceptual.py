@@ -52,15 +52,16 @@ def perceptual_loss(estimate: Mapping[str, Tensor],   # tap -> features (B, C, h
 # %% ../../nbs/techniques/07_perceptual.ipynb #bed11386
 class Settings(Acts):
     "Distance of features between the estimated image and the image (arXiv 2602.02493). `weight` 0: off."
+
     teacher_field = "encoder"
 
     weight: float = Field(0.0, ge=0)
-    encoder: str = "effnet-lite0"                 # effnet-lite0, vit-s14, a folder or a hub id
-    taps: tuple[str, ...] = ("tap1", "tap2", "tap3")   # its maps that are compared: tap1 .. 5, block1 .. 12
-    distance: Literal["lpips_form", "cosine"] = "lpips_form"   # LPIPS's without its weights, or 1 - cosine
-    t_max: float = Field(1.0, gt=0, le=1)         # acts on samples with t below it
-    size: int | None = Field(None, ge=16)         # side the encoder works at, pixels; none: its own
-    one_in: int = Field(1, ge=1)                  # one image in so many of a batch is compared: cheaper
+    encoder: str = "effnet-lite0"  # effnet-lite0, vit-s14, a folder or a hub id
+    taps: tuple[str, ...] = ("tap1", "tap2", "tap3")  # its maps that are compared: tap1 .. 5, block1 .. 12
+    distance: Literal["lpips_form", "cosine"] = "lpips_form"  # LPIPS's without its weights, or 1 - cosine
+    t_max: float = Field(1.0, gt=0, le=1)  # acts on samples with t below it
+    size: int | None = Field(None, ge=16)  # side the encoder works at, pixels; none: its own
+    one_in: int = Field(1, ge=1)  # one image in so many of a batch is compared: cheaper
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -71,9 +72,18 @@ class Settings(Acts):
     def refuse(self, recipe, path):
         if recipe.latents.autoencoder != "pixels":
             named = recipe.latents.autoencoder
-            yield (f"{path}.weight = {self.weight} with latents.autoencoder = '{named}': "
-                   "it compares images, and latents are none; "
-                   "set latents.autoencoder = 'pixels', or set the weight to 0")
+            yield (
+                f"{path}.weight = {self.weight} with latents.autoencoder = '{named}': "
+                "it compares images, and latents are none; "
+                "set latents.autoencoder = 'pixels', or set the weight to 0"
+            )
+        share = recipe.train.batch // recipe.train.processes
+        if recipe.train.processes > 1 and share % self.one_in:
+            yield (
+                f"{path}.one_in = {self.one_in} does not divide the {share} images that each of "
+                f"train.processes = {recipe.train.processes} has of a batch: others would be compared than "
+                "in one process"
+            )
 
 # %% ../../nbs/techniques/07_perceptual.ipynb #25f92429
 class Perceptual(Technique, name="perceptual", settings=Settings):
