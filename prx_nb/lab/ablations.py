@@ -9,7 +9,6 @@ __all__ = ['Published', 'AblationError', 'Ablation', 'shift', 'trained_seed', 'c
 # %% ../../nbs/lab/02_ablations.ipynb #8928d282
 import contextlib
 import difflib
-import json
 import math
 import types
 from collections.abc import Iterable, Mapping
@@ -285,11 +284,22 @@ def get(name: str) -> Ablation:
                             "give it another name, or their runs would be mixed up")
     return found
 
+# %% ../../nbs/lab/02_ablations.ipynb #a5fdcf98
+def _plain(changes: Mapping[str, Any]) -> dict[str, Any]:
+    "What a variant sets, as JSON has it: a factor is `{\"factor\": 0.5}`."
+    return {k: asdict(v) if isinstance(v, Scaled) else v for k, v in changes.items()}
+
+
+def _with_factors(changes: Mapping[str, Any]) -> dict[str, Any]:
+    "The same from JSON."
+    scaled = lambda v: isinstance(v, Mapping) and v.keys() == {"factor"}
+    return {k: Scaled(float(v["factor"])) if scaled(v) else v for k, v in changes.items()}
+
 # %% ../../nbs/lab/02_ablations.ipynb #86c4ecbe
 def as_data(ablation: Ablation) -> dict[str, Any]:
     "A declaration as JSON has it, to be kept beside a run."
     found = {f.name: getattr(ablation, f.name) for f in fields(ablation)}
-    found |= {"variants": {name: dict(changes) for name, changes in ablation.variants.items()},
+    found |= {"variants": {name: _plain(changes) for name, changes in ablation.variants.items()},
               "published": [asdict(p) for p in ablation.published], "references": list(ablation.references)}
     return {k: dict(v) if isinstance(v, Mapping) else v for k, v in found.items()}
 
@@ -302,7 +312,9 @@ def from_data(data: Any,              # what `as_data` made, or anything
         texts = {k: data[k] for k in ("name", "question", "baseline", "notebook", "primary", "caveat")}
         if not all(isinstance(v, str) for v in texts.values()):
             raise TypeError("a name, a question or a baseline is no text")
-        rest = {"variants": data["variants"], "base": data["base"], "margin": float(data["margin"]),
+        rest = {"variants": {name: _with_factors(c) for name, c in data["variants"].items()},
+                "base": data["base"], "margin": float(data["margin"]),
+                "efficient": bool(data.get("efficient")), "expected": dict(data.get("expected", {})),
                 "seed_shift": {k: int(v) for k, v in data["seed_shift"].items()}}
         said = {"references": tuple(map(str, data["references"])),
                 "published": tuple(Published(**p) for p in data["published"])}

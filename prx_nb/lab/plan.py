@@ -6,7 +6,6 @@
 __all__ = ['Job', 'find_notebook', 'check_parameters', 'pretend_ablation', 'plan', 'design', 'read_job']
 
 # %% ../../nbs/lab/04_plan.ipynb #0f94a5d0
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping

@@ -185,6 +185,11 @@ def _facts(folder: Path, status: dict) -> dict[str, Any]:
     if state == "done":
         found = runs.record(folder)
         return facts | ({"metric": runs.headline(found), "trained_by": _trained_by(folder, found)} if found
+                        else {"state": "no record", "cause": "its record.json cannot be read"})
+    where, error = (
+        f"cell {status['cell']}: " if "cell" in status else "",
+        runs.one_line(status.get("error", "")),
+    )
     return facts | {"cause": where + error} | _progress(folder, status.get("started")) | {"eta": None}
 
 # %% ../../nbs/lab/10_watch.ipynb #31c23ad3
