@@ -9,6 +9,7 @@ __all__ = ['KNOWN', 'PRESETS', 'Data', 'Captions', 'Text', 'Latents', 'Flow', 'D
            'Acts', 'Node', 'RecipeError', 'Routing', 'stretch']
 
 # %% ../../nbs/core/01_recipe.ipynb #6181f4d4
+import codecs
 import hashlib
 import importlib
 import importlib.util
@@ -42,6 +43,11 @@ class Data(Node):
     holdout_pairs: float = Field(0.05, ge=0, lt=1)
     max_bad: float = Field(0.01, ge=0, le=1)      # share that may be unreadable before the run is refused
     augment: tuple[named_in("prx_nb.core.batch:AUGMENTATIONS"), ...] = ()   # in this order, in training
+    caption_column: str | None = None             # of metadata and datasets; none: the usual names
+    encoding: str | None = None                   # of caption files that are not UTF-8, e.g. cp1252, gbk
+    # an image without a caption; none: its file's name where that is words, else the empty caption
+    no_caption: Literal["skip", "empty", "name"] | None = None
+    fit: Literal["crop", "pad"] = "crop"          # to a square: cut the longer side, or fill up with white
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -51,6 +57,11 @@ class Data(Node):
                              "emoji takes no path; folder, hf and pack need one")
         if not self.styles or len(set(self.styles)) != len(self.styles):
             raise ValueError(f"data.styles = {self.styles!r}: at least one style, each once")
+        try:
+            codecs.lookup(self.encoding or "utf-8")
+        except LookupError:
+            raise ValueError(f"data.encoding = {self.encoding!r}: Python knows no such encoding; "
+                             "cp1252, gbk, big5, shift_jis, koi8-r are some") from None
         return self
 
 # %% ../../nbs/core/01_recipe.ipynb #b08a2dd0
@@ -446,6 +457,10 @@ def _refuse_guidance(r: "Recipe") -> None:
             f"sample.guidance = {r.sample.guidance} with captions.dropout = 0: guidance needs a model that "
             "has also seen the empty caption; set sample.guidance to 1 or a dropout above 0")
 
+# %% ../../nbs/core/01_recipe.ipynb #f189f96b
+# settings that came after the first keys were given, and their defaults: there they are not in a key
+YOUNGER = {"data.caption_column": None, "data.encoding": None, "data.no_caption": None, "data.fit": "crop"}
+
 # %% ../../nbs/core/01_recipe.ipynb #83a355b4
 class Recipe(Node):
     "The whole of a run."
@@ -483,6 +498,10 @@ class Recipe(Node):
         "Twelve hex digits that name this run: a hash of every setting that does something."
         tree = self.model_dump(mode="json")
         tree["techniques"] = {name: tree["techniques"][name] for name in self.techniques.on}
+        for path, default in YOUNGER.items():
+            branch, leaf = path.split(".")
+            if tree[branch][leaf] == default:
+                del tree[branch][leaf]
         counts = {k: v for k, v in tree.items() if v or k not in ("uses", "by_hand")}
         return hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .files import Member, atomic, cache_dir, fetch, fetch_all, sha256
+from .files import FetchError, Member, atomic, cache_dir, fetch, fetch_all, sha256
 from .settings import Choice
 
 # %% ../../nbs/core/09_text.ipynb #498ce754
@@ -238,6 +238,17 @@ def _ragged(self: TextEncoder, texts: list[str], tokens: int, batch: int = 64) -
 
 TextEncoder.ragged = _ragged
 
+# %% ../../nbs/core/09_text.ipynb #664e003c
+def _pieces(self: TextEncoder, texts: list[str]) -> list[tuple[int, int]]:
+    "Of each caption: how many word pieces it has uncut, and how many of them stand for unknown signs."
+    unknown = getattr(self.tokenizer, "unk_token_id", None)
+    with quiet():                                                  # it warns of captions that are too long
+        ids = self.tokenizer(texts, truncation=False)["input_ids"] if texts else []
+    return [(max(len(i), 1), 0 if unknown is None else i.count(unknown)) for i in ids]
+
+
+TextEncoder.pieces = _pieces
+
 # %% ../../nbs/core/09_text.ipynb #f34bc799
 def _encode(self: TextEncoder, texts: list[str], tokens: int, batch: int = 64,
             ) -> tuple[torch.Tensor, torch.Tensor]:   # (B, tokens, dim) float32, (B, tokens) boolean
@@ -374,12 +385,14 @@ class TextStates:
         self.encoder, self.key, self.tokens, self.dim = encoder, key, tokens, 0
         self._index: dict[str, int] = {}
         self._rows: list[np.ndarray] = []
+        self._pieces: dict[str, tuple[int, int]] = {}              # of captions that were counted uncut
         for path in paths:
             self._open(path)
 
     def _open(self, path: Path) -> None:
         "Add the captions of one file."
-        texts, lengths, states, _ = unpack_states(path)
+        texts, lengths, states, meta = unpack_states(path)
+        self._pieces |= zip(texts, map(tuple, json.loads(meta.get("text.pieces", "[]"))))
         self.dim = states.shape[1]
         ends = np.cumsum(lengths)
         for text, start, end in zip(texts, ends - lengths, ends):
@@ -433,23 +446,45 @@ def _null(self: TextStates, n: int) -> tuple[torch.Tensor, torch.Tensor]:
 TextStates.lookup, TextStates.null = _lookup, _null
 
 # %% ../../nbs/core/09_text.ipynb #e565cc45
-def _metadata(encoder: str, key: str, tokens: int, crc: str) -> dict[str, str]:
-    return {"text.encoder": encoder, "text.key": key, "text.tokens": str(tokens), "text.crc32": crc}
+def _metadata(
+    encoder: str,
+    key: str,
+    tokens: int,
+    crc: str,
+    pieces: list | None = None,  # of each caption, as `TextEncoder.pieces` counts; none: unknown
+) -> dict[str, str]:
+    meta = {"text.encoder": encoder, "text.key": key, "text.tokens": str(tokens), "text.crc32": crc}
+    return meta | ({"text.pieces": json.dumps(pieces)} if pieces else {})
 
 # %% ../../nbs/core/09_text.ipynb #62f5185d
 def _export(self: TextStates, texts: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     "Tensors and metadata of a portable file in which `text_states(..., pack=path)` finds these captions."
     texts = list(dict.fromkeys(["", *texts]))
     tensors, crc = pack_states(texts, [torch.from_numpy(self._rows[i]) for i in self.rows(texts).tolist()])
-    return tensors, _metadata(self.encoder, self.key, self.tokens, crc)
+    pieces = [self._pieces[t] for t in texts] if self._pieces.keys() >= {*texts} else None
+    return tensors, _metadata(self.encoder, self.key, self.tokens, crc, pieces)
 
 
 TextStates.export = _export
 
+# %% ../../nbs/core/09_text.ipynb #a05d64ed
+def _cut(self: TextStates, texts: list[str]) -> dict[str, int]:       # caption -> word pieces that are lost
+    "Captions that are longer than what is kept of them. Of those that were never counted none is said."
+    kept = {t: len(self._rows[i]) for t, i in zip(texts, self.rows(texts).tolist())}
+    return {t: self._pieces[t][0] - n for t, n in kept.items() if self._pieces.get(t, (0, 0))[0] > n}
+
+
+def _unknown(self: TextStates, texts: list[str]) -> dict[str, int]:   # caption -> how many
+    "Captions with signs that the encoder does not know."
+    return {t: self._pieces[t][1] for t in dict.fromkeys(texts) if self._pieces.get(t, (0, 0))[1]}
+
+
+TextStates.cut, TextStates.unknown = _cut, _unknown
+
 # %% ../../nbs/core/09_text.ipynb #3ea9ca78
 def _in_pack(pack: str | Path | None, encoder: str, tokens: int) -> str | None:
     "The encoder key of a portable file with states of this encoder and length; none if it holds others."
-    if pack is None:
+    if pack is None or not Path(pack).is_file():                  # moved: the encoder is asked
         return None
     meta = unpack_states(pack)[3]
     same = (meta.get("text.encoder"), meta.get("text.tokens")) == (encoder, str(tokens))
@@ -467,8 +502,20 @@ def _encode_missing(name: str, key: str, texts: list[str], tokens: int, folder: 
             tensors, crc = pack_states(part, encoder.ragged(part, tokens))
             shard = hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16]
             with atomic(folder / f"{shard}.safetensors") as path:
-                save_file(tensors, path, _metadata(name, key, tokens, crc))
+                save_file(tensors, path, _metadata(name, key, tokens, crc, encoder.pieces(part)))
             bar.update(len(part))
+
+# %% ../../nbs/core/09_text.ipynb #5a2bb0ec
+def _encoded(encoder: str, wanted: list[str], tokens: int, progress: bool) -> TextStates:
+    "States from the cache; what is missing there is encoded."
+    key = encoder_key(encoder)
+    folder = cache_dir("text", f"{key}-{tokens}-counted")         # older ones do not say what was cut
+    states = TextStates(encoder, key, tokens, sorted(folder.glob("*.safetensors")))
+    missing = [t for t in wanted if t not in states]
+    if missing:
+        _encode_missing(encoder, key, missing, tokens, folder, progress)
+        states = TextStates(encoder, key, tokens, sorted(folder.glob("*.safetensors")))
+    return states
 
 # %% ../../nbs/core/09_text.ipynb #b6a2cb49
 def text_states(encoder: str,                    # as in `load_text_encoder`
@@ -484,11 +531,9 @@ def text_states(encoder: str,                    # as in `load_text_encoder`
         states = TextStates(encoder, packed, tokens, [Path(pack)])
         if all(t in states for t in wanted):
             return states
-    key = encoder_key(encoder)
-    folder = cache_dir("text", f"{key}-{tokens}")
-    states = TextStates(encoder, key, tokens, sorted(folder.glob("*.safetensors")))
-    missing = [t for t in wanted if t not in states]
-    if missing:
-        _encode_missing(encoder, key, missing, tokens, folder, progress)
-        states = TextStates(encoder, key, tokens, sorted(folder.glob("*.safetensors")))
-    return states
+    try:
+        return _encoded(encoder, wanted, tokens, progress)
+    except (TextError, FetchError) as error:
+        if pack is None or Path(pack).is_file():
+            raise
+        raise type(error)(f"there is no pack {pack}, and without it: {error}") from None

@@ -54,21 +54,17 @@ Fetch, draw and describe the captioned images.
 """)
 
 # %% ../../nbs/lab/19_cli_data.ipynb #ac1cb85a
-def _describe(r, images, split) -> str:
+def _describe(r, ready) -> str:
+    "The summary of a recipe's data, how many there are of each kind, and what is said of one image."
     from collections import Counter
 
-    from prx_nb.core import captions
-    count = lambda values: ", ".join(f"{k} {n}" for k, n in Counter(values).most_common(8))
-    item = images.items[int(split.train[0])]
-    lines = [f"{len(images)} images of {images.size} x {images.size} px from {r.data.source}"
-             + (f" {r.data.path}" if r.data.path else ""), f"  to train on     {len(split.train)}",
-             f"  held out        {len(split.concepts)} images of concepts never seen, "
-             f"{len(split.pairs)} of concepts seen in other styles only",
-             f"  styles          {count(i.style for i in images.items)}",
-             f"  groups          {count(i.group for i in images.items)}",
-             f"  unreadable      {len(images.bad)}",]
-    lines += [f"    {name}: {reason}" for name, reason in images.bad[:5]]
-    lines += [f"  caption, {kind:6} {captions.caption(item, kind)}" for kind in captions.KINDS]
+    from prx_nb.core import batch, captions
+    images, item = ready.images, ready.images.items[int(ready.split.train[0])]
+    lines = [str(batch.summarise(ready, r))]
+    for what in ("style", "group"):
+        if of := Counter(filter(None, (getattr(i, what) for i in images.items))).most_common(8):
+            lines += [f"  {what}s: " + ", ".join(f"{k} {n}" for k, n in of)]
+    lines += [f"  caption, {kind}: {captions.caption(item, kind)}" for kind in captions.KINDS]
     return "\n".join(lines + ["", images.notice.strip()])
 
 # %% ../../nbs/lab/19_cli_data.ipynb #d973af5d
@@ -82,7 +78,7 @@ def data(context: typer.Context, preset: Preset = "cpu", set_: Set = None,
     from prx_nb.core import show, train
     r = _recipe(preset, set_)
     ready = train.prepare(r)
-    typer.echo(_describe(r, ready.images, ready.split))
+    typer.echo(_describe(r, ready))
     if picture:
         some = torch.linspace(0, len(ready.images) - 1, min(64, len(ready.images))).long()
         show.picture(ready.images.batch(some), columns=8, zoom=max(1, 64 // ready.images.size)).save(
