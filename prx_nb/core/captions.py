@@ -90,6 +90,8 @@ def _clause(text: str) -> str:
             text = text[: end.start()]
             break
     words = text.split()
+    if not any(sign.isalnum() for sign in text):
+        return ""
     return " ".join(words[:10]) if len(words) > 1 else text[:40]
 
 # %% ../../nbs/core/08_captions.ipynb #e7cbb4af
