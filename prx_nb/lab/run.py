@@ -25,7 +25,7 @@ from typing import Any
 
 from ..core.files import read_json, write_json
 from . import warm
-from .plan import Job, read_job
+from .plan import Job, literal, read_job
 
 # %% ../../nbs/lab/06_run.ipynb #69060f93
 STATES = {
@@ -243,7 +243,7 @@ def execute(notebook: str | Path,             # is copied, then run in the copy
                    "JUPYTER_RUNTIME_DIR": f"{scratch}/runtime"}
     with open(Path(copy).parent / "log.txt", "a") as log:
         papermill.execute_notebook(
-            str(copy), str(copy), parameters=dict(parameters), kernel_name="python3",
+            literal(copy), literal(copy), parameters=dict(parameters), kernel_name="python3",
             cwd=str(Path(copy).parent), progress_bar=False, stdout_file=log, stderr_file=log,
             start_timeout=120, execution_timeout=cell_timeout,
             config=Config({"KernelManager": {"transport": "ipc", "ip": f"{scratch}/k"}}),
