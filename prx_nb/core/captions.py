@@ -42,38 +42,8 @@ def measured(item: Item) -> str:
     return ", ".join(p for p in parts if p)
 
 # %% ../../nbs/core/08_captions.ipynb #8693ad3e
-_SHORTENED = {
-    "dr",
-    "mr",
-    "mrs",
-    "ms",
-    "prof",
-    "st",
-    "jr",
-    "sr",
-    "vs",
-    "no",
-    "nr",
-    "fig",
-    "ca",
-    "approx",
-    "mt",
-    "ft",
-    "inc",
-    "ltd",
-    "co",
-    "gen",
-    "col",
-    "lt",
-    "sgt",
-    "capt",
-    "rev",
-    "hon",
-    "etc",
-    "bros",
-    "dept",
-    "ave",
-}
+_SHORTENED = {*"dr mr mrs ms prof st jr sr vs no nr fig ca approx mt "
+              "ft inc ltd co gen col lt sgt capt rev hon etc bros dept ave".split()}
 _ENDS = re.compile(
     r"[,;:!?.](?=\s|$)|[\n\u3002\uff0c\u3001\uff1b\uff1a\uff01\uff1f\u060c\u061b\u061f\u06d4\u0964\u104b]"
 )

@@ -75,7 +75,7 @@ def _captions_in(row: dict, column: str | None, where: str) -> tuple[str, ...] |
     return next((f for f in found if f and any(f)), next((f for f in found if f), None))
 
 # %% ../../nbs/core/07_data.ipynb #cd51954d
-_COUNTED = {"img", "dsc", "dscn", "dscf", "dscn", "pict", "pic", "photo", "image", "picture", "frame", "scan",
+_COUNTED = {"img", "dsc", "dscn", "dscf", "pict", "pic", "photo", "image", "picture", "frame", "scan",
             "screenshot", "pxl", "mvi", "gopr", "file", "untitled", "unnamed", "copy", "sample", "wa", "wp"}
 
 
