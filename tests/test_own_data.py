@@ -197,6 +197,9 @@ def test_encodings_are_asked_for_and_never_guessed(tmp_path, encoding):
     ({"text": ["a", None]}, r"row 2: column 'text' holds"),
     ({"caption": {"en": "a"}}, r"row 2: column 'caption' holds"),
     ({"text": "\ud83d"}, r"row 2: column 'text': half of a pair"),
+    ({"text": "a", "concept": "\ud83d"}, r"row 2: 'concept' holds NUL or half of a pair"),
+    ({"text": "a", "file_name": "\ud83d.png"}, r"row 2: 'file_name' holds NUL or half of a pair"),
+    ({"text": "a", "file_name": None}, r"row 2: no 'file_name'"),
     ({"says": "a fox"}, r"no caption column .*words in says: set data.caption_column = 'says'"),
 ])
 def test_a_cell_that_is_no_caption_is_refused_by_row(tmp_path, row, said):
@@ -282,6 +285,15 @@ def test_what_is_cut_off_is_said_and_pad_cuts_nothing(tmp_path, size, side):
     assert "filled up with white" in str(summary(root, **{"data.fit": "pad"}))
 
 
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1), (1, 1)])
+def test_a_line_is_a_picture(tmp_path, size):
+    root = folder(tmp_path / "set", 8)
+    Image.new("RGB", size, (200, 0, 0)).save(root / "i000.png")
+    for fit in ("crop", "pad"):
+        images = load(root, fit=fit)
+        assert len(images) == 8 and (images.pixels[0] == (200, 0, 0)).all(-1).any(), fit
+
+
 # ---------------------------------------------------------------- small sets
 @pytest.mark.parametrize("count", [4, 5, 20, 49])
 def test_a_small_set_trains_and_is_examined(tmp_path, count):
@@ -330,6 +342,31 @@ def test_keys_of_recipes_are_those_of_november(tmp_path):
     assert recipe.parse(old).key == preset("smoke").key
     assert len({preset("smoke").replace(f"data.{k}", v).key for k, v in
                 (("fit", "pad"), ("no_caption", "empty"), ("no_caption", "skip"), ("encoding", "gbk"), ("caption_column", "x"))}) == 5
+
+
+def test_weights_of_another_network_are_no_text_encoder(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+    here = shutil.copytree(text.fetch_all(text._L6)[0].parent, tmp_path / "encoder")
+    save_file({"layer.weight": torch.zeros(3)}, here / "model.safetensors", {"format": "pt"})
+    with pytest.raises(text.TextError, match="cannot be loaded: its weights are of another network"):
+        text.load_text_encoder(str(here), "cpu")
+
+
+def test_what_fails_after_the_loop_is_failed_and_its_trackers_are_closed(tmp_path, monkeypatch):
+    closed = []
+
+    class Told:
+        trackers = [type("T", (), {"finish": lambda self: closed.append(1)})()]
+
+        def log(self, values, step=None):
+            pass
+    monkeypatch.setattr(train, "_tracker", lambda *a: Told())
+    monkeypatch.setattr(train, "peak_memory", lambda device: float("nan"))      # no JSON: the last lines cannot be written
+    with pytest.raises(ValueError):
+        train.train(smoke(folder(tmp_path / "set")), tmp_path / "run", progress=False, device="cpu")
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["status"] == "failed" and record["cause"].startswith("ValueError") and closed == [1]
 
 
 # ---------------------------------------------------------------- small things

@@ -249,6 +249,17 @@ def _parquet_rows(path: Path) -> list[dict]:
             f"{_printed(path)} is no parquet file that can be read ({str(error)[:200]})"
         ) from None
 
+# %% ../../nbs/core/07_data.ipynb #088d3547
+def _check_row(row, where: str) -> None:
+    "Raise `DataError` for a row that names no file, or in signs that no file's name can have."
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+        there = f"; it has {', '.join(map(str, row))[:80]}" if isinstance(row, dict) and row else ""
+        raise DataError(f"{where}: no 'file_name'; each row needs one, and a caption in one of "
+                        f"{', '.join(_CAPTION_COLUMNS)}{there}")
+    for name in _KNOWN_COLUMNS:
+        if re.search("[\ud800-\udfff\0]", str(row.get(name))):
+            raise DataError(f"{where}: '{name}' holds NUL or half of a pair of signs (a lone surrogate)")
+
 # %% ../../nbs/core/07_data.ipynb #cc936005
 def _metadata(path: Path, encoding: str | None = None) -> list[dict]:
     "The rows of a metadata file. Raises `DataError`, which names file and row."
@@ -263,9 +274,7 @@ def _metadata(path: Path, encoding: str | None = None) -> list[dict]:
         lines = enumerate(_decoded(path, encoding).split("\n"), 1)
         rows = [_json(line, f"{name}, line {n},") for n, line in lines if line.strip()]
     for n, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise DataError(f"{name}, row {n}: no 'file_name'; each row needs one, and a caption in one of "
-                            f"{', '.join(_CAPTION_COLUMNS)}")
+        _check_row(row, f"{name}, row {n}")
     return rows
 
 # %% ../../nbs/core/07_data.ipynb #bfc9d7a1
@@ -319,7 +328,7 @@ def _from_files(root: Path, pictures: list[Path], beside: dict[Path, Path], data
     for path in pictures:
         said = None
         if text := beside.get(path):
-            lines = [line for line in _decoded(text, data.encoding).split("\n") if line.strip()]
+            lines = [line for line in re.split(r"[\r\n]", _decoded(text, data.encoding)) if line.strip()]
             said = _texts(lines or [""], _printed(text))
         jobs.append({"item": _row_item(_key(path, root), {}, said), "path": str(path)})
     return jobs
@@ -663,31 +672,40 @@ def _refuse_small(images: Images, index: dict[str, list[int]], data: recipe.Data
     train, held = len(index["train"]), len(index["concepts"]) + len(index["pairs"])
     if own(images) and (train < 2 or held == 1):
         raise DataError(
-            f"{len(images)} images are too few: {train} to train on and {held} held out, and 2 of each are "
+            f"{len(images)} images are too few: {train} to train on and {held} held out, where 2 of each are "
             f"needed (data.holdout_concepts = {data.holdout_concepts:g}, equal pictures stay together); add "
             "images, or set data.holdout_concepts = 0 and data.holdout_pairs = 0 to hold nothing out, "
             "which 2 images are enough for"
         )
 
 # %% ../../nbs/core/07_data.ipynb #c0b82483
-def split(images: Images,
-          data: recipe.Data,         # holdout_concepts and holdout_pairs: shares in 0..1
-          ) -> Split:
+def split(
+    images: Images,
+    data: recipe.Data,  # holdout_concepts and holdout_pairs: shares in 0..1
+) -> Split:
     """Held-out concepts, held-out (concept, style) pairs, the rest. Raises `DataError` if too little is left
     to train on or to look at."""
     import torch
+
     styles = defaultdict(set)
     for item in images.items:
         styles[item.concept].add(item.style)
     concepts = _held_concepts(images, data.holdout_concepts)
     out = _held_pairs(styles, concepts, data.holdout_pairs)
-    side = _together(images, [
-        "concepts" if i.concept in concepts else "pairs" if (i.concept, i.style) in out else "train"
-        for i in images.items])
+    side = _together(
+        images,
+        [
+            "concepts" if i.concept in concepts else "pairs" if (i.concept, i.style) in out else "train"
+            for i in images.items
+        ],
+    )
     index = {part: [n for n, s in enumerate(side) if s == part] for part in ("train", "concepts", "pairs")}
     if not index["train"]:
-        raise DataError(f"nothing is left to train on: {len(styles)} concepts and "
-                        f"data.holdout_concepts = {data.holdout_concepts}")
+        raise DataError(
+            f"nothing is left to train on: {len(styles)} concepts (those with equal pictures stay together) "
+            "and "
+            f"data.holdout_concepts = {data.holdout_concepts}"
+        )
     _refuse_small(images, index, data)
     return Split(**{part: torch.tensor(rows, dtype=torch.long) for part, rows in index.items()})
 

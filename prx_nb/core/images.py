@@ -219,7 +219,10 @@ def as_square(image: Image.Image,        # RGB
               ) -> Image.Image:
     "The middle square of an image, or all of it on a white square, resized with antialiasing."
     if fit == "pad":
-        return ImageOps.pad(image, (size, size), Image.Resampling.LANCZOS, color=(255, 255, 255))
+        scale, ground = size / max(image.size), Image.new("RGB", (size, size), (255, 255, 255))
+        w, h = (max(1, round(side * scale)) for side in image.size)
+        ground.paste(image.resize((w, h), Image.Resampling.LANCZOS), ((size - w) // 2, (size - h) // 2))
+        return ground
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
 
 # %% ../../nbs/core/05_images.ipynb #4db44561

@@ -342,8 +342,9 @@ class Evaluate(Node):
 def _source(path: Path) -> str:
     "The code of a file; of a notebook its exported cells. Raises `RecipeError`."
     if path.suffix == ".py":
-        return path.read_text()
-    cells = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        return path.read_text("utf-8")
+    tree = json.loads(path.read_text("utf-8"))
+    cells = ["".join(c["source"]) for c in tree["cells"] if c["cell_type"] == "code"]
     kept = [text for text in cells if text.lstrip().startswith(("#| export", "#|export"))]
     if not kept:
         raise RecipeError(f"recipe.uses names '{path}', of which no cell begins with '#| export'")
@@ -636,7 +637,7 @@ def load(path: str | Path) -> Recipe:
     "Read a recipe from JSON or YAML. Raises `RecipeError`, which names the file."
     import yaml
     try:
-        tree = yaml.safe_load(Path(path).read_text())              # JSON is YAML too
+        tree = yaml.safe_load(Path(path).read_text("utf-8"))              # JSON is YAML too
         if not isinstance(tree, dict):
             raise RecipeError(f"holds {type(tree).__name__}, not a tree of settings")
         return parse(tree)

@@ -171,7 +171,11 @@ def _model_of(config: Any, source: str, **options: Any) -> nn.Module:
     if config.model_type == "t5gemma":
         options["is_encoder_decoder"] = False
     kind = getattr(transformers, _HALF.get(config.model_type, "AutoModel"))
-    model = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **options)
+    model, told = kind.from_pretrained(source, use_safetensors=True, dtype=torch.float32,
+                                       output_loading_info=True, **options)
+    if 2 * len(told["missing_keys"]) > len(model.state_dict()):     # they would be numbers drawn at random
+        raise ValueError(f"its weights are of another network: {len(told['missing_keys'])} of "
+                         f"{len(model.state_dict())} are missing, {min(told['missing_keys'])} for one")
     if model.config.is_encoder_decoder and hasattr(model, "get_encoder"):
         model = model.get_encoder()
     return getattr(model, "language_model", model)
@@ -189,6 +193,7 @@ def variant_of(folder: str | Path) -> str | None:
 def _load_any(name: str) -> tuple[nn.Module, Any]:
     "A text model and its tokenizer through transformers. Raises `TextError`."
     import transformers
+    from safetensors import SafetensorError
     source, commit = locate(name)
     options = {"revision": commit, "local_files_only": commit is None}
     stored = {"variant": found} if (found := variant_of(source)) else {}
@@ -196,7 +201,7 @@ def _load_any(name: str) -> tuple[nn.Module, Any]:
         config = transformers.AutoConfig.from_pretrained(source, **options)
         model = _model_of(config, source, **options, **stored)
         return model, transformers.AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         why = str(error).splitlines()[0][:300]
         raise TextError(f"text encoder '{name}' cannot be loaded: {why}") from None
 

@@ -67,6 +67,15 @@ def _describe(r, ready) -> str:
     lines += [f"  caption, {kind}: {captions.caption(item, kind)}" for kind in captions.KINDS]
     return "\n".join(lines + ["", images.notice.strip()])
 
+# %% ../../nbs/lab/19_cli_data.ipynb #274a431e
+def _check_name(picture: Path) -> None:
+    "Refuse a picture whose name ends in no format that is written, before anything is made."
+    from prx_nb.core import show
+    try:
+        show.format_of(picture)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
 # %% ../../nbs/lab/19_cli_data.ipynb #d973af5d
 @data_app.callback(invoke_without_command=True)
 def data(context: typer.Context, preset: Preset = "cpu", set_: Set = None,
@@ -77,7 +86,7 @@ def data(context: typer.Context, preset: Preset = "cpu", set_: Set = None,
 
     from prx_nb.core import show, train
     if picture:
-        show.format_of(picture)
+        _check_name(picture)
     r = _recipe(preset, set_)
     ready = train.prepare(r)
     typer.echo(_describe(r, ready))
@@ -123,7 +132,7 @@ def sample(
     from prx_nb.core import files, show, text, train
     from prx_nb.core import sample as sampling
 
-    show.format_of(out)
+    _check_name(out)
     files.require_writable(out.parent)
     trained = train.Run.load(run)
     wishes = {"sample.steps": steps, "sample.guidance": guidance}
