@@ -45,7 +45,8 @@ def test_given_captions_are_kept_word_for_word():
     text = "Ein Käfer auf einem Blatt. Im Hintergrund Regen – 雨."
     item = Item("a", "a", label="file 1", caption=text, facts={"colours": [("green", 0.5)]})
     assert caption(item, "long") == text and caption(item, "short") == "Ein Käfer auf einem Blatt"
-    assert caption(item, "dense").startswith(text[:-1]) and caption(item, "dense").endswith("green")
+    assert caption(item, "dense") == text, "colours are added only when they are asked for"
+    assert caption(item, "measured").startswith(text[:-1]) and caption(item, "measured").endswith("green")
     assert len(caption(Item("a", "a", caption="word " * 50), "short").split()) == 10
     assert caption(Item("a", "a", caption="..."), "short") == "..."
 

@@ -240,8 +240,8 @@ def test_folder_with_metadata(cache, tmp_path):
     picture(2).save(root / "deep" / "b c.png")
     images = load_folder(root)
     assert [(i.key, i.caption, i.concept, i.style, i.label) for i in images.items] == [
-        ("a.png", "ein Käfer 🪲", "beetle", "photo", "a"), ("deep/b c.png", "two", "b c", "", "b c")]
-    assert images.items[0].background is None and set(images.items[0].facts) == {"colours"}
+        ("a.png", "ein Käfer 🪲", "beetle", "photo", "a"), ("deep/b c.png", "two", "deep/b c", "", "b c")]
+    assert images.items[0].background is None and set(images.items[0].facts) == {"colours", "shape"}
     first = images.key
     picture(3).save(root / "a.png")                                  # a changed file is a new set
     again = load_folder(root)
@@ -422,7 +422,7 @@ def test_hf_that_breaks_off_is_one_error_and_goes_on(cache, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("columns, message", [
-    ({"image": [b"x"], "score": [1.0]}, "did not find a caption column.*caption, text.*the columns are image, score"),
+    ({"image": [b"x"], "score": [1.0]}, "did not find a caption column.*caption.*text.*the columns are image, score"),
     ({"text": ["a"], "score": [1.0]}, "did not find an image column"),
 ])
 def test_hf_without_columns(cache, tmp_path, columns, message):
@@ -443,10 +443,15 @@ def test_hf_that_is_not_there(cache, tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- split
+def distinct(count):
+    "Pixels of so many images, no two alike."
+    return np.arange(count, dtype=np.uint32).view(np.uint8).reshape(count, 2, 2, 1).repeat(3, 3)
+
+
 def made_up(seed=0, concepts=400, styles=4):
     rng = random.Random(seed)
     items = [Item(f"{s}/{c}/{t}", f"c{c}", f"s{s}") for c in range(concepts) for s in range(rng.randint(1, styles)) for t in range(rng.randint(1, 3))]
-    return Images(np.zeros((len(items), 2, 2, 3), np.uint8), items, "k", [], "")
+    return Images(distinct(len(items)), items, "k", [], "")
 
 
 def parts(images, held):
@@ -487,7 +492,7 @@ def test_split_edges():
     none = split(images, Data(holdout_concepts=0, holdout_pairs=0))
     assert len(none.train) == len(images) and len(none.concepts) == len(none.pairs) == 0
     assert len(split(images, Data(holdout_concepts=0.001)).concepts) > 0, "what is asked for is not empty"
-    single = Images(np.zeros((3, 2, 2, 3), np.uint8), [Item(str(n), str(n), "photo") for n in range(3)], "k", [], "")
+    single = Images(distinct(6), [Item(str(n), str(n), "photo") for n in range(6)], "k", [], "")
     assert len(split(single, Data(holdout_pairs=0.9)).pairs) == 0, "one style: no pairs"
     with pytest.raises(DataError, match="nothing is left to train on"):
         split(single, Data(holdout_concepts=0.999999))

@@ -444,12 +444,14 @@ def _at(name: str, seconds: float = 5.0) -> Path:
 
 # %% ../../nbs/core/29_interop.ipynb #87dc345c
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    "The tensors of transformer/, from one file or from several with an index."
+    "The tensors of transformer/ (a variant where that is all), from one file or several with an index."
     from safetensors.torch import load_file
-    name = "diffusion_pytorch_model.safetensors"
+    variant = f".{found}" if (found := text.variant_of(folder)) else ""
+    name, index = f"diffusion_pytorch_model{variant}.safetensors", (
+        f"diffusion_pytorch_model.safetensors.index{variant}.json")
     names = [name]
-    if not (folder / name).is_file() and (folder / f"{name}.index.json").is_file():
-        names = sorted(set(files.read_json(folder / f"{name}.index.json")["weight_map"].values()))
+    if not (folder / name).is_file() and (folder / index).is_file():
+        names = sorted(set(files.read_json(folder / index)["weight_map"].values()))
     state = {}
     for name in names:
         try:

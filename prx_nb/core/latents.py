@@ -263,13 +263,14 @@ def _class(name: str, path: Path) -> type:
 # %% ../../nbs/core/11_latents.ipynb #595f3937
 def _read(name: str) -> torch.nn.Module:
     "The model, in float32. Only safetensors weights: nothing is unpickled."
+    from prx_nb.core.text import variant_of
     path = find(name)
     kind = _class(name, path)
     local = name in autoencoder.NAMED or Path(name).expanduser().is_dir()
     try:
         inside = {} if local or path.parent.name != "vae" else {"subfolder": "vae"}
         return kind.from_pretrained(str(path.parent) if local else name, use_safetensors=True,
-                                    torch_dtype=torch.float32, **inside)
+                                    variant=variant_of(path.parent), torch_dtype=torch.float32, **inside)
     except Exception as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = f"; delete {path.parent} and it is made again" if name in autoencoder.NAMED else ""

@@ -9,6 +9,7 @@ __all__ = ['KNOWN', 'PRESETS', 'Data', 'Captions', 'Text', 'Latents', 'Flow', 'D
            'preset', 'Acts', 'Node', 'RecipeError', 'Routing', 'stretch']
 
 # %% ../../nbs/core/01_recipe.ipynb #6181f4d4
+import codecs
 import contextlib
 import hashlib
 import importlib
@@ -46,6 +47,11 @@ class Data(Node):
     holdout_pairs: float = Field(0.05, ge=0, lt=1)
     max_bad: float = Field(0.01, ge=0, le=1)      # share that may be unreadable before the run is refused
     augment: tuple[named_in("prx_nb.core.batch:AUGMENTATIONS"), ...] = ()   # in this order, in training
+    caption_column: str | None = later(None)      # of metadata and datasets; none: the usual names
+    encoding: str | None = later(None)            # of caption files that are not UTF-8, e.g. cp1252, gbk
+    # an image without a caption; none: its file's name where that is words, else the empty caption
+    no_caption: Literal["skip", "empty", "name"] | None = later(None)
+    fit: Literal["crop", "pad"] = later("crop")   # to a square: cut the longer side, or fill up with white
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -55,6 +61,11 @@ class Data(Node):
                              "emoji takes no path; folder, hf and pack need one")
         if not self.styles or len(set(self.styles)) != len(self.styles):
             raise ValueError(f"data.styles = {self.styles!r}: at least one style, each once")
+        try:
+            codecs.lookup(self.encoding or "utf-8")
+        except LookupError:
+            raise ValueError(f"data.encoding = {self.encoding!r}: Python knows no such encoding; "
+                             "cp1252, gbk, big5, shift_jis, koi8-r are some") from None
         return self
 
 # %% ../../nbs/core/01_recipe.ipynb #b08a2dd0
@@ -361,8 +372,9 @@ class Evaluate(Node):
 def _source(path: Path) -> str:
     "The code of a file; of a notebook its exported cells. Raises `RecipeError`."
     if path.suffix == ".py":
-        return path.read_text()
-    cells = ["".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        return path.read_text("utf-8")
+    tree = json.loads(path.read_text("utf-8"))
+    cells = ["".join(c["source"]) for c in tree["cells"] if c["cell_type"] == "code"]
     kept = [text for text in cells if text.lstrip().startswith(("#| export", "#|export"))]
     if not kept:
         raise RecipeError(f"recipe.uses names '{path}', of which no cell begins with '#| export'")
@@ -676,7 +688,7 @@ def load(path: str | Path) -> Recipe:
     "Read a recipe from JSON or YAML. Raises `RecipeError`, which names the file."
     import yaml
     try:
-        tree = yaml.safe_load(Path(path).read_text())              # JSON is YAML too
+        tree = yaml.safe_load(Path(path).read_text("utf-8"))              # JSON is YAML too
         if not isinstance(tree, dict):
             raise RecipeError(f"holds {type(tree).__name__}, not a tree of settings")
         return parse(tree)

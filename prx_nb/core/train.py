@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,14 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from . import average, cost, precision, processes
-from .batch import Batch, Prepared, add_noise, data_key, prepare, read_batch
+from .batch import Batch, Prepared, add_noise, data_key, prepare, read_batch, summarise
+from .data import own
 from .checkpoint import CheckpointError, OtherRecipe, State, find_checkpoint, new_state, restore
 from .checkpoint import read_checkpoint, same_data, save_checkpoint, whole
 from .denoiser import PRX
 from .files import atomic, read_json, require_writable, write_json
 from .flow import FlowMatching
 from .processes import Place
-from .recipe import Recipe, flatten, from_a_run
+from .recipe import Recipe, RecipeError, flatten, from_a_run
 from .record import Curves, Progress, git_commit, hardware, now, peak_memory, update_record
 from .record import read_record, versions
 from .seeds import stream
@@ -54,10 +55,14 @@ def ahead(make: Callable, numbers: Sequence[int], threaded: bool) -> Iterator:
             yield waiting.result()
 
 # %% ../../nbs/core/25_train.ipynb #20f7ed89
+BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
 def validation_set(prepared: Prepared, recipe: Recipe, device: torch.device) -> list[Batch]:
-    "Fixed batches of held-out images with the captions they are asked for with, for every seed and variant."
+    """Fixed batches of held-out images with the captions they are asked for with, for every seed and variant.
+    Few images come more than once, each time at another time: no bin of times is empty."""
     held = prepared.heldout
-    n = min(recipe.train.validate_samples, len(held))
+    n = max(min(recipe.train.validate_samples, len(held)), len(BINS) - 1)
     index = held[torch.linspace(0, len(held) - 1, n).round().long()]
     words, mask = prepared.states.lookup([prepared.asked[i] for i in index])
     x0 = prepared.clean(index)
@@ -67,9 +72,6 @@ def validation_set(prepared: Prepared, recipe: Recipe, device: torch.device) -> 
     return [Batch(*(v[i:i + 64] for v in whole)) for i in range(0, n, 64)]
 
 # %% ../../nbs/core/25_train.ipynb #4d253368
-BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-
-
 @torch.no_grad()
 def validate(model: nn.Module, batches: list[Batch], flow: FlowMatching,
              ) -> dict[str, float]:      # "val" and one entry a bin of t, e.g. "val t 0.2-0.4"
@@ -79,7 +81,8 @@ def validate(model: nn.Module, batches: list[Batch], flow: FlowMatching,
     error, t = torch.cat(errors).cpu(), torch.cat([b.t for b in batches]).cpu()
     named = {"val": error.mean().item()}
     for low, high in zip(BINS, BINS[1:]):
-        named[f"val t {low:.1f}-{high:.1f}"] = error[(t >= low) & (t < high)].mean().item()
+        if (inside := (t >= low) & (t < high)).any():
+            named[f"val t {low:.1f}-{high:.1f}"] = error[inside].mean().item()
     return named
 
 # %% ../../nbs/core/25_train.ipynb #3571fff9
@@ -305,6 +308,25 @@ def _loop(s: Session) -> None:
         if far:
             far.tell(done, s.clock.seconds())
 
+# %% ../../nbs/core/25_train.ipynb #a765cf5b
+def _computed(s: Session) -> str:
+    "The precision that the network computes in."
+    return s.recipe.train.precision if s.place.device.type != "cpu" else "fp32"
+
+# %% ../../nbs/core/25_train.ipynb #a7450541
+def _tell_head(s: Session, summary: str) -> None:
+    "Print what a reader should know before the first step."
+    if not s.progress:
+        return
+    if own(s.prepared.images) or os.environ.get("PRX_NB_HERE"):  # in a batch: its log
+        print(summary, flush=True)
+    if (computed := _computed(s)) != s.recipe.train.precision:
+        print(
+            f"train.precision = '{s.recipe.train.precision}', but on {s.place.device.type} all is done in "
+            f"{computed}",
+            flush=True,
+        )
+
 # %% ../../nbs/core/25_train.ipynb #f6b31dec
 def _begin(s: Session) -> None:
     "The first lines of the record."
@@ -312,10 +334,13 @@ def _begin(s: Session) -> None:
     started = {} if s.first else {"started": now()}
     started |= {"curve_lost": s.curves.lost} if s.curves.lost else {}
     by_hand = {"by_hand": list(s.recipe.by_hand)} if s.recipe.by_hand else {}
+    summary = summarise(s.prepared, s.recipe)
+    _tell_head(s, str(summary))
     update_record(s.out, status="running", cause=None, recipe_key=s.recipe.key, data_key=s.data,
                   seed=s.recipe.seed, git_commit=git_commit(), versions=versions(),
                   hardware=hardware(s.place.device), cost={"flops_step": cost.flops_step(s.recipe)},
-                  **by_hand, **started)
+                  precision={"asked": s.recipe.train.precision, "computed": _computed(s)},
+                  data_summary=json.loads(json.dumps(asdict(summary))), **by_hand, **started)
 
 # %% ../../nbs/core/25_train.ipynb #d236e426
 def _finish(s: Session) -> None:
@@ -357,24 +382,67 @@ def _run(s: Session) -> None:
     try:
         with s.clock:
             _loop(s)
+        if s.place.main:
+            _finish(s)
     except BaseException as error:
         if s.place.main:
             _fail(s, error)
         raise
-    if s.place.main:
-        _finish(s)
-    s.tracker.end_training()
+    finally:                            # not `end_training`: it takes the other processes' group away
+        for tracker in s.tracker.trackers:
+            tracker.finish()
 
 # %% ../../nbs/core/25_train.ipynb #5b939059
 def _tracker(names: Sequence[str], out: Path, recipe: Recipe, place: Place) -> Any:
     "Whom to tell the numbers: accelerate's trackers, or nobody."
     if not names:
-        return SimpleNamespace(log=lambda values, step: None, end_training=lambda: None)
+        return SimpleNamespace(log=lambda values, step: None, trackers=[])
     from accelerate import Accelerator
     accelerator = Accelerator(cpu=place.device.type == "cpu", log_with=list(names), project_dir=str(out))
     plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flatten(recipe).items()}
     accelerator.init_trackers("prx_nb", plain)
     return accelerator
+
+# %% ../../nbs/core/25_train.ipynb #cb29799d
+def _check_trackers(names: Sequence[str]) -> None:
+    "Raise `ValueError` for a tracker that accelerate does not know, or whose package is not installed."
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    there = {str(t) for t in get_available_trackers()}
+    for name in names:
+        if str(name) not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"trackers = {name!r}: should be one of {', '.join(LOGGER_TYPE_TO_CLASS)}")
+        if str(name) not in there:
+            raise ValueError(f"trackers = {name!r}: its package is not installed: pip install {name}")
+
+# %% ../../nbs/core/25_train.ipynb #ae470c12
+def _least_memory(recipe: Recipe) -> int:
+    "Bytes that training takes at least, in each process: of a batch, and of the weights."
+    r, side = recipe, recipe.data.size // recipe.latents.factor
+    image = 4 * r.latents.channels * side ** 2
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in PRX(**r.denoiser.model_dump()).parameters())
+    share = r.train.batch // r.train.processes
+    return 3 * image * share + 4 * r.text.tokens * r.denoiser.context_in_dim * share + 16 * weights
+
+# %% ../../nbs/core/25_train.ipynb #800dd908
+def _refuse_memory(recipe: Recipe, there: int) -> None:
+    "Raise `RecipeError` for a recipe that needs more memory than the device has."
+    if (least := _least_memory(recipe)) > there:
+        raise RecipeError(
+            f"train.batch = {recipe.train.batch} with {recipe.denoiser.hidden_size} wide tokens takes "
+            f"at least {least / 2**30:.1f} GiB in each process, and there are {there / 2**30:.1f}: "
+            "take a smaller train.batch, denoiser or data.size"
+        )
+
+# %% ../../nbs/core/25_train.ipynb #738d18ce
+def _memory(device: torch.device) -> int:
+    "Bytes that a device has."
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    pages, page = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
+    return os.sysconf(pages) * os.sysconf(page) if pages in os.sysconf_names else 2**62
 
 # %% ../../nbs/core/25_train.ipynb #4eee24f6
 def _with_hand(recipe: Recipe, techniques: Sequence[Technique]) -> Recipe:
@@ -551,12 +619,14 @@ def train(recipe: Recipe,
     "Train. Raises `CheckpointError`, `NonFiniteLoss`, `ProcessDied`, `OSError` and what `prepare` raises."
     out = require_writable(out)
     recipe = _with_hand(recipe, techniques)
+    _check_trackers(trackers)
     if recipe.train.processes > 1 and techniques:
         raise ValueError(f"train.processes = {recipe.train.processes} with techniques passed by hand: "
                          "other processes cannot be given them; train in one")
     if recipe.train.processes > 1 and not processes.launched():
         return _launch(recipe, out, progress, prepared, device, trackers)
     place = processes.join(device, recipe.train.processes)
+    _refuse_memory(recipe, _memory(place.device))
     _run(_session(recipe, out, place, prepared, progress and place.main, trackers, techniques))
     return place.after_main(lambda: Run.load(out, place.device))   # when all is written
 

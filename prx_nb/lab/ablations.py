@@ -141,22 +141,27 @@ class Scaled:
         "Whole where the value is."
         return round(self.factor * value) if isinstance(value, int) else self.factor * value
 
+
+def _is_factor(value: Any) -> bool:
+    "By name: a notebook may hold a copy of the class."
+    return type(value).__name__ == "Scaled"
+
 # %% ../../nbs/lab/02_ablations.ipynb #56973435
 def in_numbers(changes: Mapping[str, Any],      # what a variant sets
                base: Recipe,                    # a preset
                overrides: Mapping[str, Any],    # the reader's own
                ) -> dict[str, Any]:
     "The same with factors made into values. Raises `RecipeError` for overrides that make no recipe."
-    if not any(isinstance(value, Scaled) for value in changes.values()):
+    if not any(_is_factor(value) for value in changes.values()):
         return dict(changes)
     there = recipes.flatten(base.replace(dict(overrides)))
-    return {k: v.of(there[k]) if isinstance(v, Scaled) else v for k, v in changes.items()}
+    return {k: v.of(there[k]) if _is_factor(v) else v for k, v in changes.items()}
 
 # %% ../../nbs/lab/02_ablations.ipynb #512cd657
 def sets_itself(ablation: Ablation) -> set[str]:
     "The settings that variants have values for, so that a reader cannot; a factor leaves them to the reader."
     each = (changes(ablation, name) for name in ablation.variants)
-    return {path for c in each for path, value in c.items() if not isinstance(value, Scaled)}
+    return {path for c in each for path, value in c.items() if not _is_factor(value)}
 
 # %% ../../nbs/lab/02_ablations.ipynb #014606ee
 def recipe(ablation: Ablation,
@@ -287,7 +292,7 @@ def get(name: str) -> Ablation:
 # %% ../../nbs/lab/02_ablations.ipynb #a5fdcf98
 def _plain(changes: Mapping[str, Any]) -> dict[str, Any]:
     "What a variant sets, as JSON has it: a factor is `{\"factor\": 0.5}`."
-    return {k: asdict(v) if isinstance(v, Scaled) else v for k, v in changes.items()}
+    return {k: asdict(v) if _is_factor(v) else v for k, v in changes.items()}
 
 
 def _with_factors(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -545,6 +545,9 @@ def main(arguments: list[str] | None = None,   # none: those of the command line
     "The console command."
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):                 # a caption that the terminal cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app([a for a in arguments if a != "--debug"], prog_name="prx-nb", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

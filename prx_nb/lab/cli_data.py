@@ -56,39 +56,46 @@ Fetch, draw and describe the captioned images.
 """)
 
 # %% ../../nbs/lab/19_cli_data.ipynb #ac1cb85a
-def _describe(r, images, split) -> str:
+def _describe(r, ready) -> str:
+    "The summary of a recipe's data, how many there are of each kind, and what is said of one image."
     from collections import Counter
 
-    from prx_nb.core import captions
-    count = lambda values: ", ".join(f"{k} {n}" for k, n in Counter(values).most_common(8))
-    item = images.items[int(split.train[0])]
-    lines = [f"{len(images)} images of {images.size} x {images.size} px from {r.data.source}"
-             + (f" {r.data.path}" if r.data.path else ""), f"  to train on     {len(split.train)}",
-             f"  held out        {len(split.concepts)} images of concepts never seen, "
-             f"{len(split.pairs)} of concepts seen in other styles only",
-             f"  styles          {count(i.style for i in images.items)}",
-             f"  groups          {count(i.group for i in images.items)}",
-             f"  unreadable      {len(images.bad)}",]
-    lines += [f"    {name}: {reason}" for name, reason in images.bad[:5]]
-    lines += [f"  caption, {kind:6} {captions.caption(item, kind)}" for kind in captions.KINDS]
+    from prx_nb.core import batch, captions
+    images, item = ready.images, ready.images.items[int(ready.split.train[0])]
+    lines = [str(batch.summarise(ready, r))]
+    for what in ("style", "group"):
+        if of := Counter(filter(None, (getattr(i, what) for i in images.items))).most_common(8):
+            lines += [f"  {what}s: " + ", ".join(f"{k} {n}" for k, n in of)]
+    lines += [f"  caption, {kind}: {captions.caption(item, kind)}" for kind in captions.KINDS]
     return "\n".join(lines + ["", images.notice.strip()])
+
+# %% ../../nbs/lab/19_cli_data.ipynb #274a431e
+def _check_name(picture: Path) -> None:
+    "Refuse a picture whose name ends in no format that is written, before anything is made."
+    from prx_nb.core import show
+    try:
+        show.format_of(picture)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 # %% ../../nbs/lab/19_cli_data.ipynb #d973af5d
 @data_app.callback(invoke_without_command=True)
 def data(context: typer.Context, preset: Preset = "cpu", set_: Set = None,
-         picture: Annotated[Path | None, typer.Option(help="write a PNG of 64 images")] = None) -> None:
+         picture: Annotated[Path | None, typer.Option(help="write a picture of 64 images")] = None) -> None:
     if context.invoked_subcommand:
         return
     import torch
 
     from prx_nb.core import show, train
+    if picture:
+        _check_name(picture)
     r = _recipe(preset, set_)
     ready = train.prepare(r)
-    typer.echo(_describe(r, ready.images, ready.split))
+    typer.echo(_describe(r, ready))
     if picture:
         some = torch.linspace(0, len(ready.images) - 1, min(64, len(ready.images))).long()
-        show.picture(ready.images.batch(some), columns=8, zoom=max(1, 64 // ready.images.size)).save(
-            picture, format="PNG")
+        show.save_picture(
+            show.picture(ready.images.batch(some), columns=8, zoom=max(1, 64 // ready.images.size)), picture)
         typer.echo(f"\nwrote {picture}")
 
 # %% ../../nbs/lab/19_cli_data.ipynb #c7a8dc50
@@ -110,10 +117,13 @@ def pack(
 def sample(
     run: Annotated[Path, typer.Argument(help="a run's folder")],
     prompt: Annotated[list[str], typer.Option(help="what to draw; may be repeated")],
-    out: Annotated[Path, typer.Option(help="the PNG to write")] = Path("samples.png"),
+    out: Annotated[Path, typer.Option(help="the picture to write: .png, .jpg or .webp")] = Path(
+        "samples.png"
+    ),
     seed: Annotated[int, typer.Option(help="of the starting noise")] = 0,
     steps: Annotated[int | None, typer.Option(help="of the sampler (default: the recipe's)")] = None,
-    guidance: Annotated[float | None, typer.Option(help="1 is none (default: the recipe's)")] = None) -> None:
+    guidance: Annotated[float | None, typer.Option(help="1 is none (default: the recipe's)")] = None,
+) -> None:
     """Draw pictures with a trained run.
 
     \b
@@ -123,6 +133,8 @@ def sample(
     """
     from prx_nb.core import files, show, text, train
     from prx_nb.core import sample as sampling
+
+    _check_name(out)
     files.require_writable(out.parent)
     trained = train.Run.load(run)
     wishes = {"sample.steps": steps, "sample.guidance": guidance}
@@ -132,7 +144,7 @@ def sample(
     drawn = sampling.draw(trained.model, r, *states.lookup(prompt), *states.null(1), seed=seed)
     images = trained.space.decode(drawn)
     with files.atomic(out) as part:
-        show.picture(images, zoom=max(1, 256 // images.shape[-1])).save(part, format="PNG")
+        show.save_picture(show.picture(images, zoom=max(1, 256 // images.shape[-1])), out, part)
     typer.echo(f"wrote {out}: {len(images)} of {images.shape[-1]} x {images.shape[-2]} px")
 
 # %% ../../nbs/lab/19_cli_data.ipynb #d7dbb5ff
@@ -144,8 +156,9 @@ def export(run: Annotated[Path, typer.Argument(help="a run's folder")],
 
     \b
       prx-nb export outputs/prediction_target/cpu/x-s0 my-model
-      python -c 'from diffusers import PRXPixelPipeline as P
-      P.from_pretrained("my-model")("a cat").images[0].save("cat.png")'
+      python -c 'from diffusers import DiffusionPipeline as P; (
+      P.from_pretrained("my-model")("a cat", use_resolution_binning=False)
+      .images[0].save("cat.png"))'
     """
     from prx_nb.core import interop, train
     trained = train.Run.load(run)

@@ -28,7 +28,7 @@ from typing import Any
 
 from ..core.files import atomic, discard, is_file, open_unlinked, python, read_json, write_json
 from . import warm
-from .plan import Job, read_job
+from .plan import Job, literal, read_job
 
 # %% ../../nbs/lab/06_run.ipynb #69060f93
 STATES = {
@@ -402,9 +402,9 @@ def execute(notebook: str | Path,             # is copied, then run in the copy
                    "JUPYTER_RUNTIME_DIR": f"{scratch}/runtime"}
     with open_unlinked(Path(copy).parent / "log.txt") as log:
         papermill.execute_notebook(
-            str(copy), str(copy), parameters=dict(parameters), kernel_name="python3", engine_name=_engine(),
-            cwd=str(Path(copy).parent), progress_bar=False, stdout_file=log, stderr_file=log,
-            start_timeout=120, execution_timeout=cell_timeout,
+            literal(copy), literal(copy), parameters=dict(parameters), kernel_name="python3",
+            engine_name=_engine(), cwd=str(Path(copy).parent), progress_bar=False,
+            stdout_file=log, stderr_file=log, start_timeout=120, execution_timeout=cell_timeout,
             config=Config({"KernelManager": {"transport": "ipc", "ip": f"{scratch}/k"}}),
             kernel_manager_class=warm.manager(kernel))
 
