@@ -141,7 +141,7 @@ class Scaled:
         "Whole where the value is."
         return round(self.factor * value) if isinstance(value, int) else self.factor * value
 
-
+# %% ../../nbs/lab/02_ablations.ipynb #a12871fd
 def _is_factor(value: Any) -> bool:
     "By name: a notebook may hold a copy of the class."
     return type(value).__name__ == "Scaled"
@@ -294,7 +294,7 @@ def _plain(changes: Mapping[str, Any]) -> dict[str, Any]:
     "What a variant sets, as JSON has it: a factor is `{\"factor\": 0.5}`."
     return {k: asdict(v) if _is_factor(v) else v for k, v in changes.items()}
 
-
+# %% ../../nbs/lab/02_ablations.ipynb #df0b4157
 def _with_factors(changes: Mapping[str, Any]) -> dict[str, Any]:
     "The same from JSON."
     scaled = lambda v: isinstance(v, Mapping) and v.keys() == {"factor"}
