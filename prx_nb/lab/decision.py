@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'WORDS', 'Prior', 'trigamma_inverse', 'fit_prior', 'moderated', 'Effect', 'compared', 'constant', 'critical',
-           'Decision', 'word_of', 'decide', 'simulate', 'power', 'seeds_for']
+           'Decision', 'word_of', 'decide', 'p_of', 'explore', 'simulate', 'power', 'seeds_for']
 
 # %% ../../nbs/lab/01_decision.ipynb #d74ebeae
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from .statistics import Comparison, Interval, correct, levels
 
 # %% ../../nbs/lab/01_decision.ipynb #ae374819
 @dataclass(frozen=True)
@@ -203,6 +205,34 @@ def decide(variant: Sequence[float], baseline: Sequence[float],    # one number 
     """One word about one declared comparison. Raises `ValueError` as `compared` does, and for a margin that
     is not above 0."""
     return word_of(compared(variant, baseline, prior), higher_is_better, margin, looks, alpha)
+
+# %% ../../nbs/lab/01_decision.ipynb #2403cc39
+def p_of(effect: Effect) -> float:            # two-sided
+    "How often chance alone has an effect as large."
+    from scipy import stats
+    z = abs(effect.log) / effect.error if effect.error else math.inf
+    return float(2 * (stats.norm.sf(z) if math.isinf(effect.df) else stats.t.sf(z, effect.df)))
+
+# %% ../../nbs/lab/01_decision.ipynb #3ebeb9d9
+def explore(effects: Mapping[Hashable, Effect],       # of one table
+            higher_is_better: Mapping[Hashable, bool],
+            alpha: float = 0.05,
+            ) -> dict[Hashable, Comparison]:          # differences are shares of the baseline: ratio - 1
+    "Many comparisons of one table, corrected for their number (Benjamini-Hochberg)."
+    from scipy import stats
+    p = {name: p_of(effect) for name, effect in effects.items()}
+    q = dict(zip(p, correct(p.values())))
+    level = dict(zip(p, levels([q[name] < alpha for name in p], "bh", alpha) if p else ()))
+    found = {}
+    for name, effect in effects.items():
+        tail = (1 - level[name]) / 2
+        edge = stats.norm.isf(tail) if math.isinf(effect.df) else stats.t.isf(tail, effect.df)
+        low, high = effect.interval(edge)
+        word = "better" if (effect.log > 0) == higher_is_better[name] else "worse"
+        difference = Interval(effect.ratio - 1, low - 1, high - 1, min(effect.seeds))
+        word = word if q[name] < alpha else "not distinguishable"
+        found[name] = Comparison(difference, p[name], q[name], word)
+    return found
 
 # %% ../../nbs/lab/01_decision.ipynb #b504740f
 def simulate(effect: float,               # true ratio minus 1: -0.05 is 5% less

@@ -90,7 +90,7 @@ def _opening(page: Page, f: Findings) -> None:
 _HOW = (
     "The declared question, answered at the top, is decided unpaired on logarithms, with scatter borrowed "
     "from other questions and a margin named before looking (lab.decision). All below is exploration: "
-    "differences are paired by seed; p is corrected over this table (Benjamini-Hochberg) and decides the "
+    "compared in the same way, but p is corrected over this table (Benjamini-Hochberg) and decides the "
     "verdict, a difference where it is below 0.05; the intervals are widened as the words are. Metrics at "
     "chance for all variants are not in the table that is corrected."
 )

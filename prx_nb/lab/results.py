@@ -20,6 +20,7 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ import pandas as pd
 from ..core.files import read_json
 from . import ablations
 from .ablations import Ablation, Published
-from .decision import Decision, decide, fit_prior, seeds_for
+from .decision import Decision, Effect, Prior, compared, decide, explore, fit_prior, seeds_for
 from .run import record, read_status
-from .statistics import Comparison, compare, mean_interval, null_rates
+from .statistics import Comparison, Interval, compare, mean_interval, null_rates
 
 # %% ../../nbs/lab/13_results.ipynb #792c9681
 def _pretend_curves(run: Path, base: float, pace: float, rng: np.random.Generator) -> float:
@@ -361,18 +362,6 @@ def at_chance(runs: pd.DataFrame, metric: str, guess: float | None) -> bool:
             return False
     return True
 
-# %% ../../nbs/lab/13_results.ipynb #2d6d2ceb
-def _comparisons(
-    runs: pd.DataFrame, ablation: Ablation, metrics: list[str]) -> dict[tuple[str, str], Comparison]:
-    "Every variant with the baseline, on every metric that shares a seed."
-    pairs = {}
-    for metric in metrics:
-        base = by_seed(runs, ablation.baseline, metric)
-        for variant in variant_order(runs, ablation):
-            if variant != ablation.baseline and set(mine := by_seed(runs, variant, metric)) & set(base):
-                pairs[metric, variant] = (mine, base, better_up(metric))
-    return compare(pairs)
-
 # %% ../../nbs/lab/13_results.ipynb #018a7c0d
 def primary(ablation: Ablation, metrics: Iterable[str]) -> str | None:
     """The metric that decides: the declared one, by its name or the first of its family. Tables from before
@@ -395,20 +384,28 @@ def log_scatter(values: Iterable[float]) -> tuple[float, int]:
     return (float(np.log(values).var(ddof=1)), len(values) - 1) if usable else (0.0, 0)
 
 # %% ../../nbs/lab/13_results.ipynb #c416498a
+@functools.lru_cache(20_000)
+def _numbers_of(path: Path, changed: int) -> tuple | None:
+    "Preset, images seen, variant, seed and metrics of a record; read once as long as it does not change."
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        r = read_json(path)
+        return r["preset"], r["cost"]["images_seen"], r["variant"], r["seed"], dict(r["metrics"])
+
+# %% ../../nbs/lab/13_results.ipynb #3faed3bc
 def _scatter_of(records: Iterable[tuple[str, Path]],      # (what is compared with each other, a record)
                 metric: str, preset: str, seen: int) -> tuple[tuple[float, int], ...]:
     """As `log_scatter` gives it, one a group of seeds, of records of this preset and length within a factor
     of two."""
     groups: dict[str, dict[int, float]] = {}
     for group, path in records:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            r = read_json(path)
-            if (r["preset"] == preset and 0.5 <= r["cost"]["images_seen"] / seen <= 2
-                and metric in r["metrics"]):
-                groups.setdefault(f"{group} {r['variant']}", {})[r["seed"]] = float(r["metrics"][metric])
+        if found := _numbers_of(path, path.stat().st_mtime_ns):
+            size, images, variant, seed, metrics = found
+            number = metrics.get(metric)
+            if size == preset and 0.5 <= images / seen <= 2 and isinstance(number, int | float):
+                groups.setdefault(f"{group} {variant}", {})[seed] = float(number)
     # one baseline may stand in several ablations: the same numbers count once
-    found = {tuple(sorted(g.values())): log_scatter(g.values()) for g in groups.values()}
-    return tuple(s for s in found.values() if s[1])
+    kept = {tuple(sorted(g.values())): log_scatter(g.values()) for g in groups.values()}
+    return tuple(s for s in kept.values() if s[1])
 
 # %% ../../nbs/lab/13_results.ipynb #e9e9507a
 @functools.cache
@@ -440,20 +437,63 @@ def _borrowed(runs: pd.DataFrame, metric: str, seen: int) -> tuple[tuple[float, 
         scatter_beside(metric, preset, seen, Path(runs.folder.iloc[0]).parent) if "folder" in runs else ())
     return tuple(dict.fromkeys((*published_scatter(metric, preset, seen), *beside)))
 
+# %% ../../nbs/lab/13_results.ipynb #2d6d2ceb
+def _each(runs: pd.DataFrame, ablation: Ablation, metric: str) -> dict[str, list[float]]:
+    "A metric's values by variant, one a seed."
+    return {v: list(by_seed(runs, v, metric).values()) for v in variant_order(runs, ablation)}
+
+# %% ../../nbs/lab/13_results.ipynb #c5c17ec8
+def _priors(runs: pd.DataFrame, ablation: Ablation, metric: str) -> dict[str, Prior | None]:
+    "What may be borrowed for each variant's comparison: from the other variants, and from other questions."
+    each = _each(runs, ablation, metric)
+    seen = next((c["images_seen"] for c in runs.cost if c.get("images_seen")), 0)
+    theirs = _borrowed(runs, metric, int(seen)) if seen else ()
+    apart = lambda v: [log_scatter(x) for name, x in each.items() if name not in (v, ablation.baseline)]
+    return {v: fit_prior([*apart(v), *theirs]) for v in each if v != ablation.baseline and each[v]}
+
+# %% ../../nbs/lab/13_results.ipynb #a097d572
+def _effects(runs: pd.DataFrame, ablation: Ablation, metric: str) -> dict[str, Effect]:
+    "Every variant over the baseline; without those of which nothing can be said, as of one seed."
+    each, found = _each(runs, ablation, metric), {}
+    for variant, prior in _priors(runs, ablation, metric).items():
+        with contextlib.suppress(ValueError):
+            if min(len(each[variant]), len(each.get(ablation.baseline, ()))) > 1:
+                found[variant] = compared(each[variant], each[ablation.baseline], prior)
+    return found
+
+# %% ../../nbs/lab/13_results.ipynb #1ee88595
+def _unsaid(each: dict[str, list[float]], variant: str, baseline: str) -> Comparison:
+    "A difference of which nothing can be said."
+    apart = float(np.mean(each[variant]) - np.mean(each[baseline]))
+    return Comparison(Interval(apart, math.nan, math.nan, 1), math.nan, math.nan, "not distinguishable")
+
+# %% ../../nbs/lab/13_results.ipynb #39736843
+def _comparisons(
+    runs: pd.DataFrame, ablation: Ablation, metrics: list[str]) -> dict[tuple[str, str], Comparison]:
+    "Every variant with the baseline, differences in the metric's units."
+    effects = {(m, v): e for m in metrics for v, e in _effects(runs, ablation, m).items()}
+    said, found, base = explore(effects, {k: better_up(k[0]) for k in effects}), {}, ablation.baseline
+    for metric in metrics:
+        each = _each(runs, ablation, metric)
+        for variant in [v for v in each if v != base and each[v] and each.get(base)]:
+            c = said.get((metric, variant)) or _unsaid(each, variant, base)
+            scale = abs(np.mean(each[base])) if (metric, variant) in said else 1.0
+            d = c.difference
+            wide = Interval(*(x * scale for x in (d.mean, d.low, d.high)), d.n)
+            found[metric, variant] = replace(c, difference=wide)
+    return found
+
 # %% ../../nbs/lab/13_results.ipynb #906aa3c5
 def decisions(runs: pd.DataFrame, ablation: Ablation, metric: str | None) -> dict[str, Decision]:
     """The word on every variant but the baseline, on the primary metric; without those of which nothing can
     be said."""
-    base, found = list(by_seed(runs, ablation.baseline, metric).values()) if metric else [], {}
-    each = {v: list(by_seed(runs, v, metric).values()) for v in variant_order(runs, ablation)} if base else {}
-    seen = next((c["images_seen"] for c in runs.cost if c.get("images_seen")), 0)
-    theirs = _borrowed(runs, metric, int(seen)) if base and seen else ()
-    for variant, values in each.items():
-        others = [log_scatter(v) for name, v in each.items() if name not in (variant, ablation.baseline)]
+    each, found = _each(runs, ablation, metric) if metric else {}, {}
+    if not each.get(ablation.baseline):
+        return {}
+    for variant, prior in _priors(runs, ablation, metric).items():
         with contextlib.suppress(ValueError):
-            if variant != ablation.baseline and values:
-                prior = fit_prior([*others, *theirs])
-                found[variant] = decide(values, base, better_up(metric), ablation.margin, prior)
+            found[variant] = decide(
+                each[variant], each[ablation.baseline], better_up(metric), ablation.margin, prior)
     return found
 
 # %% ../../nbs/lab/13_results.ipynb #c74254ef
@@ -820,11 +860,14 @@ def sentences(results: pd.DataFrame, ablation: Ablation) -> list[str]:
     main = main.sort_values("metric", key=lambda m: m.map(order.index), kind="stable")
     for variant, rows in main.groupby("variant", sort=False):
         words = pd.Series([_word(r) for r in rows.itertuples()], rows.index)
-        parts = [f"{word} on {in_list(list(ms))}" for word, ms in rows.groupby(words, sort=False).metric]
+        told = [f"{word} on {in_list(list(ms))}" for word, ms in rows.groupby(words, sort=False).metric
+                if word in ("better", "worse")]
+        rest = "; no difference is told on the others" if told else "no difference is told on any metric"
+        one = "one seed, no verdict" if set(words) == {"one seed, no verdict"} else ""
         seeds = int(rows.seeds.min())
         lines.append(
             f"{'Exploratory: ' if decided else ''}{variant} against {ablation.baseline} "
-            f"({seeds} {'seeds' if seeds > 1 else 'seed'}): {'; '.join(parts)}."
+            f"({seeds} {'seeds' if seeds > 1 else 'seed'}): {one or '; '.join(told) + rest}."
         )
     if lines and "p_corrected" in results:
         lines.append(f"The {len(main)} comparisons are corrected for their number (Benjamini-Hochberg): "

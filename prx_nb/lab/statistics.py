@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'METHODS', 'Interval', 'mean_interval', 'paired_difference', 'verdict', 'p_value', 'power', 'seeds_needed',
-           'correct', 'Comparison', 'compare', 'Rate', 'resampled_rate', 'null_rates']
+           'correct', 'Comparison', 'levels', 'compare', 'Rate', 'resampled_rate', 'null_rates']
 
 # %% ../../nbs/lab/00_statistics.ipynb #ad030371
 import math
@@ -152,8 +152,8 @@ class Comparison:
     verdict: str                    # one of `VERDICTS`, by the corrected p value
 
 # %% ../../nbs/lab/00_statistics.ipynb #b82712d9
-def _levels(called: list[bool], method: str, alpha: float) -> list[float]:
-    "The confidence of each interval, such that it holds 0 just where no difference is called."
+def levels(called: list[bool], method: str, alpha: float) -> list[float]:
+    "The confidence of each interval of a table, such that it holds 0 just where no difference is called."
     r, m = sum(called), len(called)
     shares = {"bh": (r / m, (r + 1) / m), "holm": (1 / (m - r + 1), 1 / max(m - r, 1))}[method]
     return [1 - alpha * (shares[0] if yes else min(1.0, shares[1])) for yes in called]
@@ -179,9 +179,9 @@ def compare(pairs: Mapping[Hashable, tuple],     # name -> (value by seed, basel
     corrected = dict(zip(plain, correct([p for _, p in plain.values()], method)))
     measured = [name for name, q in corrected.items() if not math.isnan(q)]
     called = [corrected[name] < 1 - confidence for name in measured]
-    levels = dict(zip(measured, _levels(called, method, 1 - confidence) if measured else ()))
+    level = dict(zip(measured, levels(called, method, 1 - confidence) if measured else ()))
     for name, (variant, baseline, up) in pairs.items():
-        wide = paired_difference(variant, baseline, levels.get(name, confidence))
+        wide = paired_difference(variant, baseline, level.get(name, confidence))
         word = "better" if (wide.mean > 0) == up else "worse"
         word = word if corrected[name] < 1 - confidence else "not distinguishable"
         found[name] = Comparison(wide, plain[name][1], corrected[name], word)
