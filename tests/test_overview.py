@@ -124,7 +124,7 @@ def test_what_was_found_of_nothing(tmp_path):
 
 def test_a_number_that_is_no_test_of_ours_says_why_and_not_agrees(tmp_path):
     line = "tread,{v},cpu,,3,{m},{mean},,,{d},{d},{d},0.01,0.01,{word},9,one"
-    rows = [line.format(v=v, m=m, mean=100, d=d, word=word) for v, d, word in (("dense", "", "baseline"), ("tread", 10, "worse")) for m in ("FD[a]", "MMD[a]")]
+    rows = [line.format(v=v, m=m, mean=100, d=d, word=word) for v, d, word in (("dense", "", "baseline"), ("tread", 10, "worse")) for m in ("joint[a]", "FD[a]", "MMD[a]")]
     (tmp_path / "tread").mkdir()
     (tmp_path / "tread" / "table.csv").write_text("\n".join([",".join(results.COLUMNS[:-5]), *rows]))
     said = overview.overview(tmp_path, ["tread"]).agreement[0]

@@ -151,6 +151,11 @@ _PICTURES = {
     "chance": "Share of tests that called a difference where there is none, by metric, beside the 5% "
               "expected"}
 
+# %% ../../nbs/lab/19_docs.ipynb #479024f8
+def _published(folder: Path | None, name: str, preset: str) -> Path:
+    "The folder of a published result."
+    return (folder or root() / "outputs" / "published") / overview.place(name, preset)
+
 # %% ../../nbs/lab/19_docs.ipynb #78314889
 def compared(names: list[str],               # ablations
              folder: Path | None = None,     # none: outputs/published of the checkout
@@ -162,9 +167,13 @@ def compared(names: list[str],               # ablations
     found = overview.overview(folder or root() / "outputs" / "published", names, preset)
     plain = lambda name: name.replace("_", " ").replace("@", ", ")
     link = lambda name: f"[{plain(name)}]({home}/outputs/published/{overview.place(name, preset)}/report.md)"
-    missing = [f"`{name}`" for name in names if name not in set(found.ablation)]
+    left = [name for name in names if name not in set(found.ablation)]
+    before = [name for name in left if (_published(folder, name, preset) / "table.csv").exists()]
+    missing = [f"`{name}`" for name in left if name not in before]
     table = found.assign(ablation=found.ablation.map(link)).rename(columns={"ablation": "question"})
     parts = [in_cells(table) if len(table) else "",
+             "By an older exam, at one setting of the sampler for all (to be made anew): "
+             f"{', '.join(map(link, before))}." if before else "",
              f"Not published yet: {', '.join(missing)}." if missing else ""]
     return Markdown("\n\n".join(filter(None, parts)))
 

@@ -862,7 +862,9 @@ def sentences(results: pd.DataFrame, ablation: Ablation) -> list[str]:
         words = pd.Series([_word(r) for r in rows.itertuples()], rows.index)
         told = [f"{word} on {in_list(list(ms))}" for word, ms in rows.groupby(words, sort=False).metric
                 if word in ("better", "worse")]
-        rest = "; no difference is told on the others" if told else "no difference is told on any metric"
+        others = ("; no difference is told on the others" if len(told) and "not distinguishable" in set(words)
+                  else "")
+        rest = others if told else "no difference is told on any metric"
         one = "one seed, no verdict" if set(words) == {"one seed, no verdict"} else ""
         seeds = int(rows.seeds.min())
         lines.append(
