@@ -173,7 +173,7 @@ def test_moments_may_be_shares_of_all_steps(prepared, monkeypatch):
     given, = build(r, prepared, CPU)
     assert (given.techniques.tread.start, given.techniques.tread.stop) == (2, 6) and given.diff(r).keys() == {"techniques.tread.start", "techniques.tread.stop"}
     repa = Recipe().replace({"techniques.repa.weight": 0.5, "techniques.repa.stop": 0.5})
-    assert in_steps(repa).techniques.repa.stop == 750 and repa.techniques.repa.stop == 0.5
+    assert in_steps(repa).techniques.repa.stop == 500 and repa.techniques.repa.stop == 0.5
     assert Recipe.model_validate_json(r.model_dump_json()) == r and r.replace("techniques.tread.stop", 6.0).techniques.tread.stop == 6
 
 

@@ -591,10 +591,10 @@ def end_in_words(job: Job, status: Mapping) -> str:
 
 # %% ../../nbs/lab/06_run.ipynb #cf4d0f0b
 def headline(record: Mapping) -> str:
-    "One metric of a record, in words: a joint error if there is one. What is no number is said."
+    "One metric of a record, in words: a joint error or kernel distance if there is one. What is no number is said."
     metrics = record.get("metrics")
     metrics = metrics if isinstance(metrics, dict) else {}
-    name = next((n for n in metrics if n.startswith("joint")), next(iter(metrics), None))
+    name = next((n for k in ("joint", "KID") for n in metrics if n.startswith(k)), next(iter(metrics), None))
     if name is None:
         return "no metrics"
     value = metrics[name]
