@@ -175,8 +175,8 @@ def test_a_sweep_is_corrected_as_a_whole(tmp_path):
                 change(home / f"{variant}-s{s}" / "record.json", metrics={"KID[a]": rng.normal() + s / 10})
         if i == 0:
             for s in range(3):
-                change(home / f"a-s{s}" / "record.json", metrics={"KID[a]": 1.0 + s})
-                change(home / f"b-s{s}" / "record.json", metrics={"KID[a]": 2.0 + s + (0, 0.3, 0.5)[s]})
+                change(home / f"a-s{s}" / "record.json", metrics={"KID[a]": 1.0 + s / 10})
+                change(home / f"b-s{s}" / "record.json", metrics={"KID[a]": (1.5, 1.75, 1.6)[s]})
         runs = results.collect(home)
         a, b = results.by_seed(runs, "a", "KID[a]"), results.by_seed(runs, "b", "KID[a]")
         p.append(stats.ttest_rel([b[s] for s in range(3)], [a[s] for s in range(3)]).pvalue)

@@ -277,8 +277,8 @@ def test_weights_that_would_be_unpickled_are_refused(tmp_path):
         (folder / "config.json").write_text(json.dumps({"model_type": "bert", "_class_name": "AutoencoderKL"}))
         (folder / "tokenizer.json").write_text("{}")
         (folder / "model.safetensors.index.json").write_text("{}")
-        for load in (lambda: text.load_text_encoder(str(folder)), lambda: encoders._from_hub(str(folder)),
-                     lambda: latents.load_latents(recipes.Latents(autoencoder=str(folder), channels=4, factor=8))):
+        for load in (lambda: text.load_text_encoder(str(folder)), lambda: encoders._from_hub(str(folder)),  # noqa: B023
+                     lambda: latents.load_latents(recipes.Latents(autoencoder=str(folder), channels=4, factor=8))):  # noqa: B023
             with pytest.raises(ValueError):
                 load()
     assert not ran.exists()

@@ -512,8 +512,8 @@ def _origin(source: Path, theirs: dict, out: Path) -> dict:
     return {"by": os.path.relpath(source / before["by"], out), "seconds": theirs["cost"]["train_seconds"]}
 
 # %% ../../nbs/core/25_train.ipynb #d5d78415
-_TRAINED = ("started", "finished", "recipe_key", "data_key", "git_commit", "versions", "hardware", "precision",
-            "data_summary")
+_TRAINED = ("started", "finished", "recipe_key", "data_key", "git_commit", "versions", "hardware",
+            "precision", "data_summary")
 
 
 def _take(source: Path, theirs: dict, out: Path, recipe: Recipe, data: str) -> None:

@@ -227,7 +227,9 @@ def dial_figure(runs: pd.DataFrame, ablation: Ablation, metric: str):
     for guidance, style in zip(sorted(found.guidance.unique()), ("-", "--", ":", "-.")):
         axes[0, 0].plot([], [], style, color="0.4", label=f"guidance {guidance:g}")
     for ax in axes[0]:
-        _tidy(ax); _plain_numbers(ax); ax.legend(frameon=False, fontsize=7)
+        _tidy(ax)
+        _plain_numbers(ax)
+        ax.legend(frameon=False, fontsize=7)
     return fig
 
 # %% ../../nbs/lab/15_figures.ipynb #4ec8469f

@@ -248,7 +248,8 @@ def bounds(prepared: Prepared, recipe: Recipe) -> dict[str, dict[str, float]]:
         found["guessing"] |= other.chance
     found["real"] |= reference.limits_of(index)
     found["guessing"] |= reference.chance
-    return found | {kind: reference.limits_of(index, kind, lambda x: spoiled(x, kind)) for kind in SPOILED}
+    return found | {
+        kind: reference.limits_of(index, kind, lambda x, kind=kind: spoiled(x, kind)) for kind in SPOILED}
 
 # %% ../../nbs/lab/11_judge.ipynb #3aea99cf
 def complete(run: Run,

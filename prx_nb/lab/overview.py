@@ -18,7 +18,6 @@ from ..core.recipe import Recipe
 from . import ablations, efficiency, results
 from .ablations import Ablation, Published
 
-
 # %% ../../nbs/lab/18_overview.ipynb #19b71c44
 # what decides, and what it is made of
 FAMILIES = ("joint", "MMD", "prompt-error")
@@ -63,8 +62,8 @@ def teachers(recipe: Recipe) -> tuple[str, ...]:
 def _effect(
     rows: pd.DataFrame, family: str, variant: str, baseline: str, known: tuple[str, ...] = ()
 ) -> dict[str, str]:
-    """Our difference on a family of metrics, but not in the features of a `known` encoder; its verdict, with a
-    word where that left another encoder than the usual one."""
+    """Our difference on a family of metrics, but not in the features of a `known` encoder; its verdict, with
+    a word where that left another encoder than the usual one."""
     name = rows.metric.str.removesuffix("]").str.partition("[")
     of_family, own = name[0] == family, name[2].str.startswith(known)
     judge = "" if not (of_family & own).any() else ", by another encoder"

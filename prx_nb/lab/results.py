@@ -672,9 +672,9 @@ def sampled(runs: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
     rows, found = [], dial(runs)
     for variant in variant_order(runs, ablation):
         mine = found[(found.variant == variant) & found.chosen.astype(bool)] if len(found) else found
-        usual = lambda name: ", ".join(f"{v:g} ({n} of {len(mine)})" for v, n in
+        usual = lambda name, mine=mine: ", ".join(f"{v:g} ({n} of {len(mine)})" for v, n in
                                        mine[name].round(3).value_counts().sort_index().items())
-        mean = lambda metric: in_words(
+        mean = lambda metric, variant=variant: in_words(
             float(np.mean(list(by_seed(runs, variant, metric).values()) or [math.nan])))
         rows.append((variant, usual("guidance"), usual("stretch"), mean("length"), mean("residual-noise")))
     names = ["variant", "guidance", "stretch", "length of v", "left-over noise"]

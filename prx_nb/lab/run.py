@@ -591,7 +591,7 @@ def end_in_words(job: Job, status: Mapping) -> str:
 
 # %% ../../nbs/lab/06_run.ipynb #cf4d0f0b
 def headline(record: Mapping) -> str:
-    "One metric of a record, in words: a joint error or kernel distance if there is one. What is no number is said."
+    "One metric of a record, in words: joint error or kernel distance, if any. What is no number is said."
     metrics = record.get("metrics")
     metrics = metrics if isinstance(metrics, dict) else {}
     name = next((n for k in ("joint", "KID") for n in metrics if n.startswith(k)), next(iter(metrics), None))
