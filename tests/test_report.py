@@ -182,7 +182,6 @@ def test_a_sweep_is_corrected_as_a_whole(tmp_path):
         p.append(stats.ttest_rel([b[s] for s in range(3)], [a[s] for s in range(3)]).pvalue)
         homes.append(home)
     assert 0.005 < p[0] < 0.05 < min(stats.false_discovery_control(p)), "the case is what it should be"
-    assert results.table(results.collect(homes[0]), ablations.get("null_check")).verdict[1] == "worse", "in its own report"
     report.summary(homes, tmp_path / "sum")
     rows = pd.read_csv(tmp_path / "sum" / "summary.csv")
     assert set(rows.verdict) == {"not distinguishable"} and list(rows["p, corrected"].astype(float)) == pytest.approx(list(stats.false_discovery_control(p)), rel=0.1)
