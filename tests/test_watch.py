@@ -237,6 +237,20 @@ def test_clean_never_touches_a_run_at_work(tmp_path, sleeper):
     assert (queued / "checkpoint" / "step-000001.safetensors").exists() and not list(queued.glob(".*.part"))
 
 
+def test_clean_stays_within_the_folder_of_runs(tmp_path):
+    "Other folders of runs, further down, are not looked into; nor is a lock left there. The whole disk is refused."
+    failed = {"state": "cell error", "seconds": 1, "error": "x"}
+    near, far = (put_everything(tmp_path / "out" / home / "toy" / "smoke", "v-s0", failed) for home in (".", "colleague/old"))
+    put(far.parent / ".replaced" / "w-s0", failed)
+    before = files(tmp_path / "out" / "colleague")
+    gone, _ = watch.clean(tmp_path / "out", failed=True, checkpoints=True)
+    assert [i.path for i in gone] == [near] and not near.exists() and files(tmp_path / "out" / "colleague") == before
+    (tmp_path / "disk").symlink_to(os.sep)
+    for whole in (os.sep, "//", "/..", tmp_path / "disk"):
+        with pytest.raises(AblationError, match="whole disk"):
+            watch.clean(tmp_path, whole, dry_run=True)
+
+
 def test_what_goes_and_what_stays(tmp_path):
     home = tmp_path / "toy" / "smoke"
     states = ["done", "cell error", "non-finite loss", "timeout", "disk full", "out of memory", "no record", "interrupted", "killed", "host gone", "queued"]

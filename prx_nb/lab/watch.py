@@ -31,21 +31,23 @@ from .sweep import in_words
 
 # %% ../../nbs/lab/10_watch.ipynb #5e6896d4
 _PASS = {"published", "checkpoint", "report"}
+DEPTH = 3           # folders from <out> to a run: <out>/<ablation>/<preset>/<run>
 
 
 def run_folders(folder: str | Path,
                 links: bool = True,       # also what links lead to
+                depth: int | None = None, # how many folders down; none: all the way
                 _seen: frozenset = frozenset()) -> Iterator[Path]:
     "Every run's folder at or below a folder, in order of their names."
     folder, real = Path(folder), os.path.realpath(folder)
     if (folder / "job.json").is_file():
         yield folder
-    elif real not in _seen:                                        # a link may lead back up
+    elif real not in _seen and depth != 0:                         # a link may lead back up
         with contextlib.suppress(OSError):
             for path in sorted(p for p in folder.iterdir()
                                if p.is_dir() and not p.name.startswith(".") and p.name not in _PASS
                                and (links or not p.is_symlink())):
-                yield from run_folders(path, links, _seen | {real})
+                yield from run_folders(path, links, None if depth is None else depth - 1, _seen | {real})
 
 # %% ../../nbs/lab/10_watch.ipynb #c54a4d09
 def places(names: Iterable[str | Path],          # folders, or names of ablations; none: all of `out`
@@ -541,16 +543,19 @@ def clean(*folders: str | Path,            # from `places`
           dry_run: bool = False,           # only list
           say: Callable[[Leftover], None] = lambda item: None,     # told of each thing before it goes
           ) -> tuple[list[Leftover], list[str]]:      # what went, or would; what was left alone, and why
-    "Remove what is not needed any more. Never touches a run at work, nor what this program did not make."
+    """Remove what is not needed any more, from the runs of each folder, `DEPTH` below it at most. Never touches
+    a run at work, nor what this program did not make. Raises `AblationError` for the whole disk."""
     gone, kept = [], []
+    if whole := [f for f in folders if os.path.realpath(f) == os.path.realpath(os.sep)]:
+        raise AblationError(f"{whole[0]} is the whole disk: name a folder of runs, e.g. outputs")
     def remove(items: list[Leftover], group: Path) -> None:
         for item in items:
             say(item)
             None if dry_run else _remove(item, group)
             gone.append(item)
 
-    groups = {group: [] for folder in folders for group in _emptied(folder)}
-    for run in dict.fromkeys(p for folder in folders for p in run_folders(folder, links=False)):
+    groups = {group: [] for folder in folders for group in _emptied(folder, DEPTH)}
+    for run in dict.fromkeys(p for folder in folders for p in run_folders(folder, False, DEPTH)):
         groups.setdefault(run.parent, []).append(run)
     for group in sorted(groups):
         kept += _clean_group(group, groups[group], failed, checkpoints, dry_run, remove)
@@ -573,13 +578,14 @@ def _clean_group(group: Path, mine: list[Path], failed: bool, checkpoints: bool,
     return kept
 
 # %% ../../nbs/lab/10_watch.ipynb #8c859126
-def _emptied(folder: str | Path) -> list[Path]:
-    """Folders that have a run set aside but none of their own any more; links and hidden folders are passed
-    by."""
+def _emptied(folder: str | Path, depth: int) -> list[Path]:
+    """Folders that have a run set aside but none of their own any more, so many folders down; links and
+    hidden folders are passed by."""
     found = [Path(folder)] if _set_aside(Path(folder)) else []
     with contextlib.suppress(OSError):
-        inside = sorted(p for p in Path(folder).iterdir() if p.is_dir() and not p.is_symlink())
-        return found + [g for p in inside if not p.name.startswith(".") for g in _emptied(p)]
+        inside = (
+            sorted(p for p in Path(folder).iterdir() if p.is_dir() and not p.is_symlink()) if depth else [])
+        return found + [g for p in inside if not p.name.startswith(".") for g in _emptied(p, depth - 1)]
     return found
 
 # %% ../../nbs/lab/10_watch.ipynb #b134c2f7
