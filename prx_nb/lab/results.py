@@ -393,9 +393,10 @@ def _numbers_of(path: Path, changed: int) -> tuple | None:
 
 # %% ../../nbs/lab/13_results.ipynb #3faed3bc
 def _scatter_of(records: Iterable[tuple[str, Path]],      # (what is compared with each other, a record)
-                metric: str, preset: str, seen: int) -> tuple[tuple[float, int], ...]:
-    """As `log_scatter` gives it, one a group of seeds, of records of this preset and length within a factor
-    of two."""
+                metric: str, preset: str, seen: int,
+                ) -> dict[tuple[float, ...], tuple[float, int]]:
+    """As `log_scatter` gives it, by the values of a group of seeds, of records of this preset and length
+    within a factor of two."""
     groups: dict[str, dict[int, float]] = {}
     for group, path in records:
         if found := _numbers_of(path, path.stat().st_mtime_ns):
@@ -405,7 +406,7 @@ def _scatter_of(records: Iterable[tuple[str, Path]],      # (what is compared wi
                 groups.setdefault(f"{group} {variant}", {})[seed] = float(number)
     # one baseline may stand in several ablations: the same numbers count once
     kept = {tuple(sorted(g.values())): log_scatter(g.values()) for g in groups.values()}
-    return tuple(s for s in kept.values() if s[1])
+    return {values: s for values, s in kept.items() if s[1]}
 
 # %% ../../nbs/lab/13_results.ipynb #e9e9507a
 @functools.cache
@@ -414,7 +415,7 @@ def published_scatter(
     preset: str,
     seen: int,  # images that a run was trained on
     folder: Path | None = None,  # none: outputs/published of the checkout
-) -> tuple[tuple[float, int], ...]:  # as `log_scatter` gives it, one a group of seeds
+) -> dict[tuple[float, ...], tuple[float, int]]:  # as `log_scatter` gives it, by the values of a group
     "Scatter of a metric in published records of this preset whose length is the same within a factor of two."
     folder = folder or Path(ablations.__file__).parents[2] / "outputs" / "published"
     paths = sorted(folder.rglob("records/*.json"))
@@ -423,19 +424,21 @@ def published_scatter(
 # %% ../../nbs/lab/13_results.ipynb #e125c9dd
 def scatter_beside(metric: str, preset: str, seen: int,
                    group: Path,          # a folder of runs, <out>/<ablation>/<preset>[@<point>]
-                   ) -> tuple[tuple[float, int], ...]:
+                   ) -> dict[tuple[float, ...], tuple[float, int]]:
     "The same of runs of other questions in the same <out>."
     paths = sorted(group.parents[1].glob(f"*/{preset}*/*/record.json"))
     others = [(str(path.parents[1]), path) for path in paths if path.parents[1] != group]
     return _scatter_of(others, metric, preset, seen)
 
 # %% ../../nbs/lab/13_results.ipynb #cbee8884
-def _borrowed(runs: pd.DataFrame, metric: str, seen: int) -> tuple[tuple[float, int], ...]:
-    "Scatter from other questions: published ones, and those beside these runs; equal ones count once."
-    preset = runs.preset.iloc[0]
-    beside = (
-        scatter_beside(metric, preset, seen, Path(runs.folder.iloc[0]).parent) if "folder" in runs else ())
-    return tuple(dict.fromkeys((*published_scatter(metric, preset, seen), *beside)))
+def _borrowed(runs: pd.DataFrame, metric: str, seen: int) -> list[tuple[float, int]]:
+    """Scatter from other questions: published ones, and those beside these runs. Equal groups count once, and
+    none with a number of these runs: what they say of themselves is no second witness."""
+    preset, own = runs.preset.iloc[0], {m.get(metric) for m in runs.metrics}
+    group = Path(runs.folder.iloc[0]).parent if "folder" in runs else None
+    beside = scatter_beside(metric, preset, seen, group) if group else {}
+    others = published_scatter(metric, preset, seen) | beside
+    return [scatter for values, scatter in others.items() if not own & set(values)]
 
 # %% ../../nbs/lab/13_results.ipynb #2d6d2ceb
 def _each(runs: pd.DataFrame, ablation: Ablation, metric: str) -> dict[str, list[float]]:
@@ -447,7 +450,7 @@ def _priors(runs: pd.DataFrame, ablation: Ablation, metric: str) -> dict[str, Pr
     "What may be borrowed for each variant's comparison: from the other variants, and from other questions."
     each = _each(runs, ablation, metric)
     seen = next((c["images_seen"] for c in runs.cost if c.get("images_seen")), 0)
-    theirs = _borrowed(runs, metric, int(seen)) if seen else ()
+    theirs = _borrowed(runs, metric, int(seen)) if seen else []
     apart = lambda v: [log_scatter(x) for name, x in each.items() if name not in (v, ablation.baseline)]
     return {v: fit_prior([*apart(v), *theirs]) for v in each if v != ablation.baseline and each[v]}
 
