@@ -7,6 +7,7 @@ __all__ = ['Preset', 'Set', 'data_app', 'settings', 'data', 'pack', 'sample', 'e
 
 # %% ../../nbs/lab/20_cli_data.ipynb #86b2c176
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,6 +79,18 @@ def _check_name(picture: Path) -> None:
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
+# %% ../../nbs/lab/20_cli_data.ipynb #a52defd2
+def _check_prompts(prompts: list[str]) -> None:
+    "Refuse a prompt whose bytes are no UTF-8, before anything is loaded."
+    for n, prompt in enumerate(prompts, 1):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(prompt).decode("utf-8", "backslashreplace")[:80]
+            raise typer.BadParameter(
+                f"--prompt {shown!r}, the {n}. one: sign {error.start + 1} is not UTF-8; expected text in UTF-8"
+            ) from None
+
 # %% ../../nbs/lab/20_cli_data.ipynb #d973af5d
 @data_app.callback(invoke_without_command=True)
 def data(context: typer.Context, preset: Preset = "cpu", set_: Set = None,
@@ -135,6 +148,7 @@ def sample(
     from prx_nb.core import sample as sampling
 
     _check_name(out)
+    _check_prompts(prompt)
     files.require_writable(out.parent)
     trained = train.Run.load(run)
     wishes = {"sample.steps": steps, "sample.guidance": guidance}
