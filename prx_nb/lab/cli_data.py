@@ -56,6 +56,16 @@ Fetch, draw and describe the captioned images.
                                                      no network
 """)
 
+# %% ../../nbs/lab/20_cli_data.ipynb #d639dbd3
+def _same_words(items: list) -> list[str]:
+    "Which kinds of captions are the same words for every image: variants of them would train the same network."
+    from prx_nb.core import captions
+    kinds = {kind: tuple(tuple(captions.choices(i, kind)) for i in items)
+             for kind in (*captions.KINDS, "measured")}
+    groups = {said: [k for k in kinds if kinds[k] == said] for said in kinds.values()}
+    return [f"captions.kind = {' and '.join(same)} are the same words here: they train the same network"
+            for same in groups.values() if len(same) > 1]
+
 # %% ../../nbs/lab/20_cli_data.ipynb #ac1cb85a
 def _describe(r, ready) -> str:
     "The summary of a recipe's data, how many there are of each kind, and what is said of one image."
@@ -68,6 +78,7 @@ def _describe(r, ready) -> str:
         if of := Counter(filter(None, (getattr(i, what) for i in images.items))).most_common(8):
             lines += [f"  {what}s: " + ", ".join(f"{k} {n}" for k, n in of)]
     lines += [f"  caption, {kind}: {captions.caption(item, kind)}" for kind in captions.KINDS]
+    lines += [f"  {line}" for line in _same_words(images.items)]
     return "\n".join(lines + ["", images.notice.strip()])
 
 # %% ../../nbs/lab/20_cli_data.ipynb #274a431e
