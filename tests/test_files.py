@@ -176,9 +176,11 @@ def test_a_cold_cache_without_a_network_says_why_in_seconds(cache, monkeypatch, 
         for name in ("PIP_INDEX_URL", "npm_config_registry"):
             monkeypatch.setenv(name, address)
         monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+        for name in ("PIP_DEFAULT_TIMEOUT", "PIP_RETRIES", "PIP_FIND_LINKS"):       # the machine's own go before
+            monkeypatch.delenv(name, raising=False)
         started = time.monotonic()
         with pytest.raises(FetchError, match="could not fetch .*is there a network") as error:
-            fetch(replace(NOTE, registry=registry))
+            fetch(replace(NOTE, registry=registry, package=NOTE.package if registry == "npm" else "no-such-package"))
         assert time.monotonic() - started < 15, "ten on an idle machine"
         assert "set PIP_DEFAULT_TIMEOUT" in str(error.value) and len(str(error.value).splitlines()) == 1
     assert not list(cache.rglob("*.part")) and not list((cache / "packages").glob(".fetch-*"))

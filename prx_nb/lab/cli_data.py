@@ -58,7 +58,7 @@ Fetch, draw and describe the captioned images.
 
 # %% ../../nbs/lab/20_cli_data.ipynb #d639dbd3
 def _same_words(items: list) -> list[str]:
-    "Which kinds of captions are the same words for every image: variants of them would train the same network."
+    "Which kinds of captions are the same words for every image, so that variants would train one network."
     from prx_nb.core import captions
     kinds = {kind: tuple(tuple(captions.choices(i, kind)) for i in items)
              for kind in (*captions.KINDS, "measured")}
