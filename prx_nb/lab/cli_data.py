@@ -99,7 +99,8 @@ def _check_prompts(prompts: list[str]) -> None:
         except UnicodeEncodeError as error:
             shown = os.fsencode(prompt).decode("utf-8", "backslashreplace")[:80]
             raise typer.BadParameter(
-                f"--prompt {shown!r}, the {n}. one: sign {error.start + 1} is not UTF-8; expected text in UTF-8"
+                f"--prompt {shown!r}, the {n}. one: sign {error.start + 1} is not UTF-8; "
+                "expected text in UTF-8"
             ) from None
 
 # %% ../../nbs/lab/20_cli_data.ipynb #d973af5d
