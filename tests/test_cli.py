@@ -25,7 +25,7 @@ SMALL = ["--set", "train.steps=4", "--set", "train.validate_every=4", "--set", "
 
 
 def prx(*arguments, timeout=300):
-    done = subprocess.run([PRX, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+    done = subprocess.run([PRX, *(a if isinstance(a, bytes) else str(a) for a in arguments)], capture_output=True, text=True, timeout=timeout, cwd=ROOT)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, done.stderr
 
@@ -85,6 +85,12 @@ assert not heavy, heavy
     "no folder nowhere": ["status", "nowhere"],
     "no state 'time out' to repeat": ["retry", "sweeps", "--only", "time out"],
     "no folder nothing and none in outputs": ["clean", "nothing"],
+    "--out '': expected the name of a folder": ["ablate", "prediction_target", "--preset", "smoke", "--dry-run", "--out", ""],
+    "--out /: that is the whole disk": ["ablate", "prediction_target", "--preset", "smoke", "--dry-run", "--out", "/"],
+    "--out //: that is the whole disk": ["status", "--out", "//"],
+    "the folder /: that is the whole disk": ["clean", "/", "--dry-run"],
+    "--out /..: that is the whole disk": ["clean", "--dry-run", "--out", "/.."],
+    "'a caf\\\\xe9', the 1. one: sign 6 is not UTF-8": ["sample", "nowhere", "--prompt", b"a caf\xe9"],
     "no preset 'huge'": ["ablate", "prediction_target", "--preset", "huge"],
     "did you mean 'train.steps'": ["ablate", "prediction_target", "--set", "train.step=3"],
     "'train.steps' = 'many'": ["ablate", "prediction_target", "--set", "train.steps=many"],

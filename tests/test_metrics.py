@@ -287,3 +287,21 @@ def test_bad_input(world):
 def test_throughput():
     calls = []
     assert metrics.throughput(lambda: calls.append(1), 10, repeats=3, warmup=2) > 0 and len(calls) == 5
+
+
+def test_samples_of_ones_own_prompts(world):
+    "What no image of the data shows has no rank and no style; all else is measured, and the known ones as before."
+    images, split, reference = world
+    known = [images.items[i] for i in split.concepts.tolist()]
+    mine = [Item(f"mine-{i}", f"unicorn {i}", "oil", caption="a unicorn") for i in range(8)]
+    real, name = images.batch(split.concepts), reference.encoder.name
+    own = metrics.evaluate(real[:8], mine, reference)
+    assert all(math.isfinite(v) for v in own.values()) and f"KID[{name}]" in own
+    assert not [m for m in own if m.startswith(("retrieval", "style", "background"))]
+    alone, mixed = (metrics.evaluate(torch.cat(s), i, reference) for s, i in (((real,), known), ((real, real[:8]), known + mine)))
+    same = [m for m in alone if m.startswith(("retrieval", "style"))]
+    assert len(same) == 4 and [alone[m] for m in same] == [mixed[m] for m in same]
+    with pytest.raises(metrics.MetricError, match="1 samples for 1 items: as many of each, and at least 2"):
+        metrics.evaluate(real[:1], known[:1], reference)
+    with pytest.raises(metrics.MetricError, match="few = 1"):
+        metrics.evaluate(real, known, reference, beside=[reference], few=1)

@@ -246,3 +246,31 @@ def test_calibration_stands_beside_its_metric(home, tmp_path):
     assert "| x | KID[invented]<br>lower is better; does not notice inverted colours |" in words and "not calibrated here" not in words
     means = {line.split("<br>")[0][2:]: line.split(" | ")[-1][:-2] for line in words.splitlines() if line.startswith("| ") and "calibrat" in line or "all damage" in line}
     assert means["FD[invented]"] == "notices all damage" and means["retrieval@1[invented]"] == "not calibrated"
+
+
+def test_a_readers_own_data_is_in_the_report(home):
+    "As the record has it, once for runs that say the same; text stays text; what cannot be read is passed by."
+    from dataclasses import asdict
+
+    from prx_nb.core.batch import DataSummary
+    mine = DataSummary("folder", "my/<b>mugs</b>", 16, 30, 24, 6, 0, 33, {"hidden": [2, [".a.png"]]}, left_out=[1, ["x.png"]])
+    folders = sorted(home.glob("*-s*"))
+    for n, run in enumerate(folders):
+        told = {"data_summary": ["no", {"source": "emoji"}, {"source": "folder", "else": 1}][n] if n < 3 else asdict(mine)}
+        change(run / "record.json", **told)
+    (names, rows), = report.own_data(results.collect(home))
+    assert len(folders) - 3 == names.count("-s") <= 6
+    said = list(rows.data)
+    assert said[0].startswith("30 images of 16 x 16 px from folder") and "passed over: 2 (.a.png, ...): hidden" in " ".join(said)
+    report.write_report(home)
+    words, text = (home / "report" / "report.md").read_text(), (home / "report" / "report.html").read_text()
+    assert words.count("found 33, used 30") == text.count("found 33, used 30") == 1 and "without a caption and left out: 1" in words
+    assert "learned from</caption>" in text and "&lt;b&gt;mugs" in text
+    assert "<b>mugs" not in text
+
+
+def test_the_packages_own_drawings_have_no_table(home):
+    from prx_nb.core.batch import DataSummary
+    for run in home.glob("*-s*"):
+        change(run / "record.json", data_summary=DataSummary("emoji", None, 16, 9, 5, 2, 2, 9).__dict__)
+    assert report.own_data(results.collect(home)) == []

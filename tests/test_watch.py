@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from prx_nb.core.files import NotOurs
 from prx_nb.lab import identity, plan, run, slurm, watch
 from prx_nb.lab.ablations import AblationError
 
@@ -247,7 +248,7 @@ def test_clean_stays_within_the_folder_of_runs(tmp_path):
     assert [i.path for i in gone] == [near] and not near.exists() and files(tmp_path / "out" / "colleague") == before
     (tmp_path / "disk").symlink_to(os.sep)
     for whole in (os.sep, "//", "/..", tmp_path / "disk"):
-        with pytest.raises(AblationError, match="whole disk"):
+        with pytest.raises(NotOurs, match="whole disk"):
             watch.clean(tmp_path, whole, dry_run=True)
 
 

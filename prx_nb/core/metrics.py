@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MetricError', 'ImageFeatures', 'Given', 'fd', 'polynomial_total', 'kid', 'gaussian_total', 'mmd', 'concept_ranks',
-           'StyleClassifier', 'border_colours', 'duplicates', 'residual_noise', 'Reference', 'score', 'seen_in',
-           'joint_error', 'evaluate', 'prepare', 'prepare_beside', 'higher_is_better', 'throughput']
+           'StyleClassifier', 'border_colours', 'duplicates', 'residual_noise', 'Reference', 'retrieval', 'score',
+           'seen_in', 'joint_error', 'evaluate', 'prepare', 'prepare_beside', 'higher_is_better', 'throughput']
 
 # %% ../../nbs/core/28_metrics.ipynb #5f7593a9
 import functools
@@ -273,9 +273,8 @@ def gallery(self: Reference, items: list[Item]) -> tuple[torch.Tensor, list[Item
     more = [n for n, i in enumerate(self.images.items) if i.concept in new] if new else []
     parts = [self.drawings["pooled"]] if self.drawings else []
     parts += [self._features(torch.tensor(more))["pooled"]] if more else []
-    if not parts:
-        raise MetricError("no real image shows any of the items' concepts")
-    return torch.cat(parts), self.shown + [self.images.items[n] for n in more]
+    return (torch.cat(parts) if parts else torch.empty(0, self.encoder.dim),
+            self.shown + [self.images.items[n] for n in more])
 
 # %% ../../nbs/core/28_metrics.ipynb #4025a1d2
 @patch(as_prop=True)
@@ -316,6 +315,36 @@ def limits_of(self: Reference,
         write_json(path, found)
     return found
 
+# %% ../../nbs/core/28_metrics.ipynb #d17c13ac
+def retrieval(features: torch.Tensor,            # (N, d)
+              items: list[Item],                 # (N,) what the samples were drawn for
+              reference: Reference,
+              ) -> dict[str, float]:
+    "Ranks among concepts, over the samples whose concept real images show; empty where none is shown."
+    drawings, shown = reference.gallery(items)
+    there, name = {i.concept for i in shown}, reference.encoder.name
+    rows = [n for n, i in enumerate(items) if i.concept in there]
+    if not rows:
+        return {}
+    asked = [items[n] for n in rows]
+    ranks, concepts = concept_ranks(features[rows], asked, drawings, shown, reference.centre)
+    return {
+        f"retrieval@1[{name}]": (ranks <= 1).double().mean().item(),
+        f"retrieval@5[{name}]": (ranks <= 5).double().mean().item(),
+        f"retrieval-rank[{name}]": ((ranks - 1) / max(concepts - 1, 1)).double().mean().item(),
+    }
+
+# %% ../../nbs/core/28_metrics.ipynb #03df69e0
+def _style(features: dict[str, torch.Tensor], items: list[Item], reference: Reference) -> dict[str, float]:
+    "Share of the samples in the style asked for, of those that ask for one that is known."
+    known = set(reference.style.names) if reference.style else set()
+    rows = [n for n, i in enumerate(items) if i.style in known]
+    if not rows:
+        return {}
+    guesses = reference.style.predict(reference.early(features)[rows])
+    right = statistics.mean(g == items[n].style for g, n in zip(guesses, rows))
+    return {f"style[{reference.encoder.name}]": right}
+
 # %% ../../nbs/core/28_metrics.ipynb #d20e676b
 def score(features: dict[str, torch.Tensor],     # by tap, as in `Reference.real`
           items: list[Item],                     # (N,) what the samples were drawn for
@@ -324,20 +353,13 @@ def score(features: dict[str, torch.Tensor],     # by tap, as in `Reference.real
     "What an encoder's features of samples say; its name is in each metric's."
     name, wide, narrow = reference.encoder.name, features["pooled"], reference.narrow
     label = f"{name}-tap5" if narrow == "tap5" else f"{name}-b9" if name.endswith("vit-s14") else name
-    ranks, concepts = concept_ranks(wide, items, *reference.gallery(items), reference.centre)
     found = {
         f"KID[{name}]": kid(reference.real["pooled"], wide, reference.own_polynomial),
         f"FD[{label}]": fd(reference.real[narrow], features[narrow]),
         f"MMD[{name}]": mmd(reference.real["pooled"], wide, own=reference.own),
         f"MMD-biased[{name}]": mmd(reference.real["pooled"], wide, biased=True, own=reference.own),
-        f"retrieval@1[{name}]": (ranks <= 1).double().mean().item(),
-        f"retrieval@5[{name}]": (ranks <= 5).double().mean().item(),
-        f"retrieval-rank[{name}]": ((ranks - 1) / max(concepts - 1, 1)).double().mean().item(),
     }
-    if reference.style:
-        guesses = reference.style.predict(reference.early(features))
-        found[f"style[{name}]"] = statistics.mean(g == i.style for g, i in zip(guesses, items))
-    return found
+    return found | retrieval(wide, items, reference) | _style(features, items, reference)
 
 # %% ../../nbs/core/28_metrics.ipynb #a24e8501
 def seen_in(samples: torch.Tensor,               # (N, 3, H, W) in [-1, 1]
@@ -400,6 +422,8 @@ def evaluate(samples: torch.Tensor,              # (N, 3, H, W) floating point i
              ) -> dict[str, float]:
     "Measure generated images. Raises `MetricError` for bytes, numbers that are not finite, other shapes."
     pixels, seen = _checked(samples, items), {} if seen is None else seen
+    if few is not None and few < 2:
+        raise MetricError(f"few = {few}: a further encoder must see at least 2 samples")
     found = score(_features_of(pixels, reference, batch, seen), items, reference)
     for other in beside:
         found |= score(_features_of(pixels[:few], other, batch, {}), items[:few], other)

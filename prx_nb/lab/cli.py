@@ -127,6 +127,12 @@ def _numbers(seeds: list[int], few: int = 20) -> str:
     first = ", ".join(map(str, seeds[:few if len(seeds) <= few else 3]))
     return first if len(seeds) <= few else f"{first} ... {seeds[-1]} ({len(seeds)} of them)"
 
+# %% ../../nbs/lab/21_cli.ipynb #d2b3f2b8
+def _out(text: str | Path) -> Path:
+    "The folder of --out. Raises `NotOurs` for none, and for the whole disk, before anything is looked at."
+    from prx_nb.core.files import some_folder
+    return some_folder(text)
+
 # %% ../../nbs/lab/21_cli.ipynb #686b3106
 def plan_in_words(jobs: list, at_once: int) -> str:
     "What would be run, and how long it may take."
@@ -183,7 +189,7 @@ Gpus = Annotated[int, typer.Option(min=0, help="slurm: GPUs of a task")]
 Cpus = Annotated[int, typer.Option(min=1, help="slurm: cores of a task")]
 Memory = Annotated[float | None, typer.Option(help="slurm: GB of a task")]
 Wait = Annotated[bool, typer.Option("--wait", help="slurm: wait for the end and make the reports")]
-Out = Annotated[Path, typer.Option(help="folder of all runs")]
+Out = Annotated[Path, typer.Option(parser=_out, metavar="PATH", help="folder of all runs")]
 OnlyPlan = Annotated[
     bool, typer.Option("--dry-run", help="print the plan and the estimated time; write nothing")]
 Share = Annotated[
@@ -277,7 +283,8 @@ Until = Annotated[
 BaselineSeeds = Annotated[
     int | None, typer.Option(min=1, help="seeds of the baseline (default: as many as the variants)")]
 Variants = Annotated[str | None, typer.Option(help="some variants only, e.g. v,x")]
-Folder = Annotated[Path | None, typer.Option(help="folder of all runs (default: outputs)")]
+Folder = Annotated[
+    Path | None, typer.Option(parser=_out, metavar="PATH", help="folder of all runs (default: outputs)")]
 Seconds = Annotated[
     float | None, typer.Option(help="seconds a run may take (default: 900 smoke, 3600 cpu, 7200 gpu)")]
 CellSeconds = Annotated[float | None, typer.Option(help="seconds a cell of its notebook may take")]

@@ -7,6 +7,7 @@ __all__ = ['Preset', 'Set', 'data_app', 'settings', 'data', 'pack', 'sample', 'e
 
 # %% ../../nbs/lab/20_cli_data.ipynb #86b2c176
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +56,16 @@ Fetch, draw and describe the captioned images.
                                                      no network
 """)
 
+# %% ../../nbs/lab/20_cli_data.ipynb #d639dbd3
+def _same_words(items: list) -> list[str]:
+    "Which kinds of captions are the same words for every image, so that variants would train one network."
+    from prx_nb.core import captions
+    kinds = {kind: tuple(tuple(captions.choices(i, kind)) for i in items)
+             for kind in (*captions.KINDS, "measured")}
+    groups = {said: [k for k in kinds if kinds[k] == said] for said in kinds.values()}
+    return [f"captions.kind = {' and '.join(same)} are the same words here: they train the same network"
+            for same in groups.values() if len(same) > 1]
+
 # %% ../../nbs/lab/20_cli_data.ipynb #ac1cb85a
 def _describe(r, ready) -> str:
     "The summary of a recipe's data, how many there are of each kind, and what is said of one image."
@@ -67,6 +78,7 @@ def _describe(r, ready) -> str:
         if of := Counter(filter(None, (getattr(i, what) for i in images.items))).most_common(8):
             lines += [f"  {what}s: " + ", ".join(f"{k} {n}" for k, n in of)]
     lines += [f"  caption, {kind}: {captions.caption(item, kind)}" for kind in captions.KINDS]
+    lines += [f"  {line}" for line in _same_words(images.items)]
     return "\n".join(lines + ["", images.notice.strip()])
 
 # %% ../../nbs/lab/20_cli_data.ipynb #274a431e
@@ -77,6 +89,19 @@ def _check_name(picture: Path) -> None:
         show.format_of(picture)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+# %% ../../nbs/lab/20_cli_data.ipynb #a52defd2
+def _check_prompts(prompts: list[str]) -> None:
+    "Refuse a prompt whose bytes are no UTF-8, before anything is loaded."
+    for n, prompt in enumerate(prompts, 1):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            shown = os.fsencode(prompt).decode("utf-8", "backslashreplace")[:80]
+            raise typer.BadParameter(
+                f"--prompt {shown!r}, the {n}. one: sign {error.start + 1} is not UTF-8; "
+                "expected text in UTF-8"
+            ) from None
 
 # %% ../../nbs/lab/20_cli_data.ipynb #d973af5d
 @data_app.callback(invoke_without_command=True)
@@ -135,6 +160,7 @@ def sample(
     from prx_nb.core import sample as sampling
 
     _check_name(out)
+    _check_prompts(prompt)
     files.require_writable(out.parent)
     trained = train.Run.load(run)
     wishes = {"sample.steps": steps, "sample.guidance": guidance}

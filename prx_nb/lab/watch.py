@@ -23,7 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..core.files import discard, is_file, lies_in, open_unlinked, read_json
+from ..core.files import discard, is_file, lies_in, open_unlinked, read_json, some_folder
 from . import run as runs
 from .ablations import AblationError, of_run
 from .plan import plan, read_job
@@ -53,14 +53,15 @@ def run_folders(folder: str | Path,
 def places(names: Iterable[str | Path],          # folders, or names of ablations; none: all of `out`
            out: str | Path = "outputs",
            ) -> list[Path]:
-    "The folders that names on a command line stand for. Raises `AblationError` for one that is not there."
-    found = []
+    """The folders that names on a command line stand for. Raises `AblationError` for one that is not there,
+    `NotOurs` for the whole disk."""
+    found, out = [], some_folder(out)
     for name in names or [out]:
         options = [path for path in (Path(name), Path(out) / name) if path.is_dir()]
         if not options:
             either = f" and none in {out}" if Path(name) != Path(out) else ""
             raise AblationError(f"no folder {name}{either}: nothing was run there")
-        found.append(options[0])
+        found.append(some_folder(options[0], "the folder"))
     return found
 
 # %% ../../nbs/lab/10_watch.ipynb #f0a77932
@@ -544,10 +545,8 @@ def clean(*folders: str | Path,            # from `places`
           say: Callable[[Leftover], None] = lambda item: None,     # told of each thing before it goes
           ) -> tuple[list[Leftover], list[str]]:      # what went, or would; what was left alone, and why
     """Remove what is not needed any more, from the runs of each folder, `DEPTH` below it at most. Never touches
-    a run at work, nor what this program did not make. Raises `AblationError` for the whole disk."""
-    gone, kept = [], []
-    if whole := [f for f in folders if os.path.realpath(f) == os.path.realpath(os.sep)]:
-        raise AblationError(f"{whole[0]} is the whole disk: name a folder of runs, e.g. outputs")
+    a run at work, nor what this program did not make. Raises `NotOurs` for the whole disk."""
+    folders, gone, kept = [some_folder(f, "the folder") for f in folders], [], []
     def remove(items: list[Leftover], group: Path) -> None:
         for item in items:
             say(item)
