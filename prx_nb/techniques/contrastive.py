@@ -7,6 +7,7 @@ __all__ = ['NEGATIVES', 'other_caption', 'rolled', 'contrastive_loss', 'Settings
            'taken_back', 'caption_distance']
 
 # %% ../../nbs/techniques/03_contrastive.ipynb #64a85989
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Literal
@@ -83,10 +84,12 @@ class Contrastive(Technique, name="contrastive", settings=Settings):
         return cls(c.weight, c.negatives, c.start, c.stop)
 
     @classmethod
-    def correction(cls, recipe: Recipe, prepared: Prepared) -> Callable:
+    def correction(cls, recipe: Recipe, prepared: Prepared) -> Callable | None:
         """Its stretch and shift taken back, where the network was pushed: `roll` pushes the empty caption,
-        too."""
+        too. None where it stops before the last step: the steps after it take them back."""
         c, flow = recipe.techniques.contrastive, FlowMatching(recipe.flow)
+        if (c.span(recipe.train.steps)[1] or math.inf) < recipe.train.steps:
+            return None
         return taken_back(flow, c.weight, mean_image(prepared), c.negatives == "roll")
 
     def other(self, batch: Batch) -> Tensor:                          # (B,) index, -1 where there is none
