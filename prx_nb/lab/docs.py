@@ -115,7 +115,7 @@ def published(name: str,                     # an ablation
               ):                             # an IPython Markdown object
     "An ablation's published result, with links relative to nbs/."
     from IPython.display import Markdown
-    ablation, below = ablations.get(name), f"{name}/{preset}" if preset != "cpu" else name
+    ablation, below = ablations.get(name), overview.place(name, preset)
     folder, link = (folder or root() / "outputs" / "published") / below, f"../outputs/published/{below}"
     if not (folder / "table.csv").exists():
         how = (f"`prx-nb ablate {name} --preset {preset}`, then `prx-nb report {name} --preset {preset} "
@@ -180,7 +180,7 @@ def compared(names: list[str],               # ablations
 # %% ../../nbs/lab/19_docs.ipynb #f63c3b1e
 def _control_rows(name: str, folder: Path, preset: str) -> list[tuple]:
     "Control, variant, the right word, the word found, effect: one row a variant of a published control."
-    ablation, below = ablations.get(name), folder / (name if preset == "cpu" else f"{name}/{preset}")
+    ablation, below = ablations.get(name), folder / overview.place(name, preset)
     if not (below / "table.csv").exists():
         return [(name.replace("_", " "), v, right, "not published yet", "")
                 for v, right in ablation.expected.items()]

@@ -204,7 +204,7 @@ _OLDER = (
 )
 
 
-def found(name: str,                     # an ablation
+def found(name: str,                     # an ablation, or ablation@label
           folder: Path | None = None,    # none: outputs/published of the checkout
           preset: str = "cpu",
           home: str = "../..",           # the way to the checkout from where this is read
@@ -212,7 +212,7 @@ def found(name: str,                     # an ablation
     """What an ablation's published runs say: setting, one sentence a variant, effects, agreement, cost. From
     their files alone. Not for runs that are not published: those have their report."""
     from IPython.display import Markdown
-    ablation, folder = ablations.get(name), folder or root() / "outputs" / "published"
+    ablation, folder = ablations.get(name.partition("@")[0]), folder or root() / "outputs" / "published"
     below = place(name, preset)
     if not (folder / below / "table.csv").exists():
         return Markdown(f"Not published yet. Make it: `prx-nb ablate {name} --preset {preset}`, then "
