@@ -103,11 +103,17 @@ class Latents(Node):
 class Flow(Node):
     "Path, timestep density, prediction target, and the space of the loss."
     path: named_in("prx_nb.core.flow:PATHS", "linear", "cosine", "vp") = "linear"
-    timesteps: named_in("prx_nb.core.flow:DENSITIES", "uniform", "logit_normal") = "logit_normal"
+    timesteps: named_in("prx_nb.core.flow:DENSITIES", "uniform", "logit_normal", "mode",
+                        "cosmap") = "logit_normal"
+    logit_mean: float = later(0.0)                # of the logit of logit-normal times, before the shift
+    logit_std: float = later(1.0, gt=0)
     uniform_mix: float = Field(0.1, ge=0, le=1)   # share of logit-normal draws replaced by uniform ones
+    mode_scale: float = later(1.29, ge=-1, le=1.75)     # of mode times: above 0 more in the middle
     shift: float = Field(1.0, gt=0)               # t -> shift t / (1 + (shift - 1) t)
     prediction: Literal["v", "x", "eps"] = "v"
     loss: Literal["v", "x", "eps"] = "v"
+    weight: named_in("prx_nb.core.flow:WEIGHTS", "none", "logit_normal", "min_snr") = later("none")
+    snr_gamma: float = later(5.0, gt=0)           # of min_snr: the ratio from which on all counts the same
     clamp: float = Field(0.05, ge=0, lt=1)        # smallest divisor in a conversion
     noise_scale: float = Field(1.0, gt=0)
 
