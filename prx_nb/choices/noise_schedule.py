@@ -6,8 +6,6 @@
 __all__ = ['log_snr', 'time_at', 'emphasis', 'shift_for', 'steps_at']
 
 # %% ../../nbs/choices/01_noise_schedule.ipynb #5d2b6654
-import math
-
 import torch
 from torch import Tensor
 
