@@ -544,8 +544,8 @@ def clean(*folders: str | Path,            # from `places`
           dry_run: bool = False,           # only list
           say: Callable[[Leftover], None] = lambda item: None,     # told of each thing before it goes
           ) -> tuple[list[Leftover], list[str]]:      # what went, or would; what was left alone, and why
-    """Remove what is not needed any more, from the runs of each folder, `DEPTH` below it at most. Never touches
-    a run at work, nor what this program did not make. Raises `NotOurs` for the whole disk."""
+    """Remove what is not needed any more, from the runs of each folder, `DEPTH` below it at most. Never
+    touches a run at work, nor what this program did not make. Raises `NotOurs` for the whole disk."""
     folders, gone, kept = [some_folder(f, "the folder") for f in folders], [], []
     def remove(items: list[Leftover], group: Path) -> None:
         for item in items:

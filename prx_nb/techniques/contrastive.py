@@ -106,7 +106,8 @@ class Contrastive(Technique, name="contrastive", settings=Settings):
         x0, noise, space = b.x0[other], b.noise[other], flow.flow.loss
         answer = flow.to(space, step.output.prediction, step.x_t, b.t)
         target = flow.to(space, flow.target(x0, noise, b.t), flow.mix(x0, noise, b.t), b.t)
-        if flow.flow.weight != "none":                                # as the pull is weighted, so is the push
+        # as the pull is weighted, so is the push
+        if flow.flow.weight != "none":
             answer, target = (spread(flow.weight(b.t).sqrt(), x0) * part for part in (answer, target))
         return self.weight * contrastive_loss(answer, target, other)
 
