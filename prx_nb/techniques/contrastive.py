@@ -85,8 +85,7 @@ class Contrastive(Technique, name="contrastive", settings=Settings):
 
     @classmethod
     def correction(cls, recipe: Recipe, prepared: Prepared) -> Callable | None:
-        """Its stretch and shift taken back, where the network was pushed: `roll` pushes the empty caption,
-        too. None where it stops before the last step: the steps after it take them back."""
+        "Stretch and shift taken back where it pushed; none where it stops early: later steps take them back."
         c, flow = recipe.techniques.contrastive, FlowMatching(recipe.flow)
         if (c.span(recipe.train.steps)[1] or math.inf) < recipe.train.steps:
             return None
@@ -107,7 +106,7 @@ class Contrastive(Technique, name="contrastive", settings=Settings):
         answer = flow.to(space, step.output.prediction, step.x_t, b.t)
         target = flow.to(space, flow.target(x0, noise, b.t), flow.mix(x0, noise, b.t), b.t)
         # as the pull is weighted, so is the push
-        if flow.flow.weight != "none":
+        if flow.flow.weight != "none":                # as the pull is weighted, so is the push
             answer, target = (spread(flow.weight(b.t).sqrt(), x0) * part for part in (answer, target))
         return self.weight * contrastive_loss(answer, target, other)
 
