@@ -56,7 +56,7 @@ def shifted(t: Tensor,        # times in [0, 1], any shape
 def _logit_normal(flow: recipes.Flow, first: Tensor, second: Tensor, which: Tensor) -> Tensor:
     "Logit-normal, with a share `uniform_mix` of uniform ones; source: PRX Part 2, arXiv 2403.03206."
     least = MIN_TIME / (flow.shift - MIN_TIME * (flow.shift - 1))         # what the shift moves to MIN_TIME
-    low = torch.special.ndtr(torch.logit(torch.tensor(least, dtype=torch.float64))).to(first.device)
+    low = torch.special.ndtr(torch.logit(torch.tensor(least, dtype=torch.float64))).item()   # no GPU waits
     times = shifted(torch.sigmoid(torch.special.ndtri(low + (1 - low) * first)), flow.shift)
     return torch.where(which < flow.uniform_mix, MIN_TIME + (1 - MIN_TIME) * second, times)
 
