@@ -388,7 +388,7 @@ def _run(s: Session) -> None:
     if s.place.main:
         _begin(s)
     try:
-        with s.clock, precision.exact(s.recipe, s.place.device):
+        with s.clock, cost.in_memory(s.recipe), precision.exact(s.recipe, s.place.device):
             _loop(s)
         if s.place.main:
             _finish(s)
