@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'patchify', 'unpatchify', 'rotary', 'rotate', 'waves', 'Embedder', 'norm', 'Attention', 'Modulation',
-           'modulate', 'Block', 'FinalLayer', 'Route', 'Output', 'kept', 'choose', 'Fusion', 'PRX', 'initialise',
-           'forward', 'compile_blocks']
+           'added', 'modulate', 'Block', 'FinalLayer', 'Route', 'Output', 'kept', 'choose', 'Fusion', 'PRX',
+           'initialise', 'forward', 'compile_blocks']
 
 # %% ../../nbs/core/14_denoiser.ipynb #5ee120fb
 import math
@@ -128,10 +128,15 @@ class Modulation(nn.Module):
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:  # (B, hidden) after SiLU -> six (B, 1, hidden)
         return self.lin(vec).unsqueeze(1).chunk(6, -1)
 
+# %% ../../nbs/core/14_denoiser.ipynb #84426a18
+def added(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    "`x + gate * y` in one pass over memory. A compiler does that by itself, and sees better what need not be kept."
+    return x + gate * y if torch.compiler.is_compiling() else torch.addcmul(x, gate, y)
+
 # %% ../../nbs/core/14_denoiser.ipynb #be871048
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     "LayerNorm without weights, then scale and shift."
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+    return added(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 # %% ../../nbs/core/14_denoiser.ipynb #e8b8d0d9
 class Block(nn.Module):
@@ -146,10 +151,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, vec: Tensor, turn: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(vec)
-        x = torch.addcmul(x, gate1, self.attention(modulate(x, shift1, scale1), text, mask, turn))
+        x = added(x, gate1, self.attention(modulate(x, shift1, scale1), text, mask, turn))
         y = modulate(x, shift2, scale2)
         y = F.gelu(self.gate_proj(y), approximate="tanh") * self.up_proj(y)
-        return torch.addcmul(x, gate2, self.down_proj(y))
+        return added(x, gate2, self.down_proj(y))
 
 # %% ../../nbs/core/14_denoiser.ipynb #ddb9ba30
 class FinalLayer(nn.Module):
