@@ -39,7 +39,7 @@ ON = {
     "perceptual": {"techniques.perceptual.weight": 0.1, "techniques.perceptual.size": 32},
     "muon": {"optimizer.name": "muon"},
     "bf16": {"train.weights": "bf16"},
-    "average": {"ema.share": None, "ema.half_life": 3.0, "ema.also": [1.0, 8.0]},
+    "average": {"ema.decay": None, "ema.half_life": 3.0, "ema.also": [1.0, 8.0]},
     "flip": {"data.augment": ["flip"]},
     "immiscible": {"techniques.immiscible.group": 8},
 }
