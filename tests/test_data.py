@@ -1,4 +1,5 @@
 """prx_nb.core.data, emoji and images: sources, cache, split, and what happens when processes die and files are broken."""
+import importlib.util
 import io
 import json
 import os
