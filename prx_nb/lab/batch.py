@@ -222,8 +222,10 @@ class Places:
         self.free = [g for _ in range(self.per_device) for g in gpus]
         self.asked, self.at_once = at_once, at_once or len(self.free) or 1
         if gpus:                        # no more than find a place: the threads are theirs
-            most = len(self.free) // min(map(_processes, jobs), default=1)
+            each = min(map(_processes, jobs), default=1)
+            most = len(self.free) // each
             self.at_once = max(1, min(self.at_once, most, len(jobs) or most))
+            self.per_device = min(self.per_device, math.ceil(self.at_once * each / len(gpus)))
         self.threads = max(1, cores() // self.at_once)
 
     def __str__(self) -> str:
