@@ -2,6 +2,8 @@
 #   make ablate            train the first ablation at preset cpu, three seeds, and make its report
 #   make ablate NAME=prediction_target PRESET=smoke SEEDS=1
 #   make test              everything that must hold
+#   make test-gpu          what must hold on a GPU
+#   make bench-gpu         seconds and memory on a GPU, beside diffusers; leaves outputs/bench_gpu/
 #   make lab               JupyterLab on the notebooks
 #   make docs              README.md and HTML pages in _docs/
 #   make export            notebooks -> package, and clean the notebooks
@@ -20,7 +22,7 @@ JOBS   ?= 2
 WORKERS ?= 2
 ARGS   ?=
 
-.PHONY: help setup ablate test lab docs export clean
+.PHONY: help setup ablate test test-gpu bench-gpu lab docs export clean
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +45,14 @@ ablate: $(STAMP)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+# one process: tests would fight for the card's memory
+test-gpu: $(STAMP)
+	@PRX_NB_TEST_GPU=1 $(BIN)/python -m pytest -p no:xdist -m gpu tests/gpu $(ARGS)
+
+bench-gpu: $(STAMP)
+	@mkdir -p outputs/bench_gpu && $(BIN)/python -m papermill nbs/benchmarks/gpu.ipynb outputs/bench_gpu/gpu.ipynb \
+	  --cwd nbs/benchmarks -p out "$(CURDIR)/outputs/bench_gpu" $(ARGS)
 
 lab: $(STAMP)
 	@$(BIN)/jupyter lab nbs $(ARGS)

@@ -52,6 +52,21 @@ def test_runs_are_placed_on_free_gpus(tmp_path, monkeypatch):
         assert all(o["gpu"] != r["gpu"] for o in others), "no GPU has two runs"
 
 
+def test_more_jobs_than_gpus_share_them_and_the_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "devices", lambda: ["7"])
+    monkeypatch.setattr(batch, "cores", lambda: 8)
+    jobs = plan(toy(tmp_path, "slow"), seeds=2, out=tmp_path)
+    lines = []
+    batch.run(jobs, at_once=4, prepare=None, say=lines.append)
+    assert "2 at a time (not 4) with 4 threads on 1 GPU, 2 on each" in lines[0]
+    a, b = (runs.record(j.out) for j in jobs)
+    assert a["gpu"] == b["gpu"] == "7" and a["threads"] == b["threads"] == "4"
+    assert a["begin"] < b["end"] and b["begin"] < a["end"], "side by side"
+    again = []
+    batch.run(plan(toy(tmp_path, "ok"), seeds=3, out=tmp_path / "two"), at_once=3, per_device=2, prepare=None, say=again.append)
+    assert "2 at a time (not 3) with 4 threads on 1 GPU, 2 on each" in again[0]
+
+
 def test_places_by_brute_force(tmp_path):
     places, held, most = batch.Places(["0", "1", "2"], 6, per_device=2), [], []
     jobs = plan(toy(tmp_path, "ok"), out=tmp_path) + plan(toy(tmp_path, "ok"), out=tmp_path, overrides={"train.processes": 2})

@@ -1,4 +1,5 @@
 """prx_nb.core.data, emoji and images: sources, cache, split, and what happens when processes die and files are broken."""
+import importlib.util
 import io
 import json
 import os
@@ -345,6 +346,9 @@ def test_bad_folders(cache, tmp_path, make, message):
 
 
 # ---------------------------------------------------------------- hf
+hf = pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the extra hf is not installed")
+
+
 def png(seed):
     out = io.BytesIO()
     picture(seed).save(out, "PNG")
@@ -363,6 +367,7 @@ def load_hf(path, **k):
     return load(Data(source="hf", path=str(path), size=8, **k), progress=False)
 
 
+@hf
 def test_hf_parquet_equals_folder(cache, tmp_path):
     n = 20
     parquet(tmp_path / "hf" / "a.parquet", {"image": [{"bytes": png(i), "path": None} for i in range(n)],
@@ -375,6 +380,7 @@ def test_hf_parquet_equals_folder(cache, tmp_path):
     assert len({i.concept for i in one.items}) == n and len(load_hf(tmp_path / "hf" / "a.parquet", limit=9)) == 9
 
 
+@hf
 def test_hf_typed_columns_and_broken_rows(cache, tmp_path):
     import datasets
     rows = [png(i) for i in range(12)]
@@ -385,6 +391,7 @@ def test_hf_typed_columns_and_broken_rows(cache, tmp_path):
     assert len(images) == 11 and images.bad[0][0] == "00000005"
 
 
+@hf
 def test_hf_goes_on_after_an_interrupt(cache, tmp_path, monkeypatch):
     path = parquet(tmp_path / "a.parquet", {"image": [png(i) for i in range(300)], "text": [str(i) for i in range(300)]})
     make, calls = making._make_shard, []
@@ -401,6 +408,7 @@ def test_hf_goes_on_after_an_interrupt(cache, tmp_path, monkeypatch):
     assert [i.caption for i in images.items] == [str(i) for i in range(290)] and len(calls) == 2 + 2
 
 
+@hf
 def test_hf_that_breaks_off_is_one_error_and_goes_on(cache, tmp_path, monkeypatch):
     path = parquet(tmp_path / "a.parquet", {"image": [png(i) for i in range(200)], "text": [str(i) for i in range(200)]})
     stream = data._hf_stream
@@ -425,11 +433,13 @@ def test_hf_that_breaks_off_is_one_error_and_goes_on(cache, tmp_path, monkeypatc
     ({"image": [b"x"], "score": [1.0]}, "did not find a caption column.*caption.*text.*the columns are image, score"),
     ({"text": ["a"], "score": [1.0]}, "did not find an image column"),
 ])
+@hf
 def test_hf_without_columns(cache, tmp_path, columns, message):
     with pytest.raises(DataError, match=message):
         load_hf(parquet(tmp_path / "a.parquet", columns))
 
 
+@hf
 def test_hf_that_is_not_there(cache, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no .parquet files"):

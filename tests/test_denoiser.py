@@ -4,7 +4,7 @@ import copy
 import pytest
 import torch
 
-from prx_nb.core.denoiser import PRX, Route, rotate, rotary
+from prx_nb.core.denoiser import PRX, Route, compile_blocks, rotary, rotate
 from prx_nb.core.seeds import stream
 
 CONFIGS = {
@@ -166,3 +166,61 @@ def test_wrong_sizes_are_refused():
     for bad in (x[:, :2], x[..., :15]):
         with pytest.raises(ValueError, match="3 channels"):
             net(bad, t, text, mask)
+
+
+FUSED = {**CONFIGS["plain"], "depth": 5, "fusion": (1, 3)}
+KEEP = torch.stack([torch.randperm(16, generator=stream(0, "keep", i))[:6] for i in range(3)])
+# (network, size, masked, what else is asked for), in this order of one compiled network each
+ASKED = [
+    ("plain", (16, 16), True, {}), ("plain", (16, 16), True, {"taps": (1,)}), ("plain", (16, 16), True, {"taps": (0, 1, 2)}),
+    ("plain", (16, 16), False, {"taps": (2,)}), ("plain", (16, 16), True, {"route": Route(KEEP, 1, 1), "taps": (0, 1)}),
+    ("plain", (16, 16), True, {"route": Route(KEEP[:, :4], 0, 1), "taps": (0, 2)}), ("plain", (24, 40), True, {"taps": (0,)}),
+    ("plain", (16, 16), True, {"taps": (0,)}), ("resolution", (12, 8), True, {"taps": (0, 1)}), ("resolution", (8, 12), True, {}),
+    ("fused", (16, 16), True, {"taps": (1, 4)}), ("fused", (16, 16), True, {"route": Route(KEEP, 1, 3), "taps": (2,)}),
+    ("fused", (16, 16), True, {"route": Route(KEEP, 1, 3, torch.tensor([True, False, True]))}),
+    ("fused", (16, 16), False, {"route": Route(KEEP[:, :0], 1, 3), "taps": (0, 4)}), ("fused", (16, 16), True, {"taps": (0, 2)})]
+
+
+def answer(net, batch, asked):
+    "Prediction, taps and gradients of a call."
+    net.zero_grad()
+    out = net(*batch, **asked)
+    (out.prediction.square().mean() + sum(v.square().mean() for v in out.taps.values())).backward()
+    return out, {k: p.grad for k, p in net.named_parameters() if p.grad is not None}
+
+
+def changing_calls(compiled, asked_for=ASKED):
+    "Ask networks that `compiled` makes of plain ones for one thing after the other, beside the plain ones."
+    torch.compiler.reset()
+    plain = {name: randomised(FUSED if name == "fused" else CONFIGS[name]) for name in ("plain", "resolution", "fused")}
+    quick = {name: compiled(copy.deepcopy(net)) for name, net in plain.items()}
+    for name, size, masked, asked in asked_for:
+        x, t, text, mask = inputs(plain[name].config, *size)
+        batch = (x, t, text, mask if masked else None)
+        (a, slopes), (b, true) = answer(quick[name], batch, asked), answer(plain[name], batch, asked)
+        assert list(a.taps) == list(b.taps), f"{name} {asked}: taps {list(a.taps)}, not {list(b.taps)}"
+        torch.testing.assert_close((a.prediction, a.taps), (b.prediction, b.taps), rtol=1e-4, atol=1e-4)
+        assert {k.removeprefix("_orig_mod.") for k in slopes} == set(true)
+        torch.testing.assert_close({k.removeprefix("_orig_mod."): v for k, v in slopes.items()}, true, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend,some", [("eager", slice(None)), ("aot_eager", slice(1, 5))])
+def test_compiled_blocks_answer_what_is_asked(backend, some):
+    changing_calls(lambda net: compile_blocks(net, backend), ASKED[some])
+
+
+def test_a_compiled_network_does_not():
+    "Why blocks are compiled: if this passes one day, the whole network may be."
+    with pytest.raises((AssertionError, KeyError, RuntimeError)):
+        changing_calls(lambda net: torch.compile(net, backend="eager"))
+
+
+def test_all_blocks_share_what_was_compiled():
+    torch.compiler.reset()
+    graphs = []
+    net = compile_blocks(randomised({**CONFIGS["plain"], "depth": 6}), lambda graph, example: graphs.append(graph) or graph)
+    for _ in range(2):
+        net(*inputs(net.config, 16, 16), taps=(0, 5))
+    assert len(graphs) == 1, "six blocks, one compilation"
+    torch.compiler.reset()

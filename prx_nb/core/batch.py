@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'Prepared', 'as_many', 'mixed_up', 'prepare', 'data_key', 'DataSummary', 'summarise', 'Batch', 'flip',
-           'augment', 'read_batch', 'add_noise']
+           'augment', 'sent', 'moved', 'read_batch', 'HeldStates', 'Held', 'hold', 'add_noise']
 
 # %% ../../nbs/core/21_batch.ipynb #5bb54407
 import hashlib
@@ -22,6 +22,7 @@ from .images import Item, cut_share
 from .recipe import Recipe
 from .seeds import order, stream
 from .settings import Choice
+from .show import from_uint8
 
 # %% ../../nbs/core/21_batch.ipynb #5613b06d
 @dataclass(frozen=True)
@@ -335,16 +336,85 @@ def _captions(prepared: Prepared, recipe: Recipe, step: int, index: Tensor) -> t
     dropped = torch.rand(n, generator=stream(seed, "drop", step)) < recipe.captions.dropout
     return torch.where(dropped, prepared.states.rows([""]), prepared.rows[index, which]), dropped
 
+# %% ../../nbs/core/21_batch.ipynb #f18a7c5b
+def sent(x: Tensor, device: torch.device | str) -> Tensor:
+    "A tensor on the device; to a GPU it goes without anyone waiting for it."
+    on_cpu = torch.device(device).type == "cuda" and x.device.type == "cpu"
+    return (x.pin_memory() if on_cpu else x).to(device, non_blocking=True)
+
+# %% ../../nbs/core/21_batch.ipynb #a0047952
+def moved(batch: Batch, device: torch.device | str) -> Batch:
+    "A batch on the device; which images they are is known on the CPU too."
+    names = ("x0", "text", "mask", "dropped", "caption")
+    return replace(batch, **{k: sent(getattr(batch, k), device) for k in names})
+
 # %% ../../nbs/core/21_batch.ipynb #db9d8038
-def read_batch(prepared: Prepared, recipe: Recipe, step: int, part: slice = slice(None)) -> Batch:
-    "The images and captions of a step, augmented as the recipe says; `part` picks the share of one process."
+def read_batch(prepared: "Prepared | Held", recipe: Recipe, step: int,
+               part: slice = slice(None),             # the share of one process
+               device: torch.device | str = "cpu",
+               ) -> Batch:
+    "The images and captions of a step, augmented on the device as the recipe says."
     n, seed = recipe.train.batch, recipe.seed
     index = prepared.split.train[order(seed, step, n, len(prepared.split.train))]
     rows, dropped = _captions(prepared, recipe, step, index)
     words, mask = prepared.states.gather(rows[part])
     batch = Batch(index[part], prepared.clean(index[part]), words, mask, dropped[part], caption=rows[part],
                   seed=seed, step=step, size=n, part=part)
-    return augment(batch, recipe.data.augment)
+    return augment(moved(batch, device), recipe.data.augment)
+
+# %% ../../nbs/core/21_batch.ipynb #67c2d216
+@dataclass(frozen=True)
+class HeldStates:
+    "Captions' token states on a device: of `text.TextStates` what reading a batch takes."
+    rows: Callable                    # captions -> (B,), on the CPU
+    words: Tensor                     # (M, L, D) float16
+    mask: Tensor                      # (M, L)
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        "As `TextStates.gather`."
+        rows = sent(rows, self.words.device)
+        return self.words[rows].float(), self.mask[rows]
+
+# %% ../../nbs/core/21_batch.ipynb #9b28eeed
+@dataclass(frozen=True)
+class Held:
+    "What `read_batch` reads of `Prepared`, on a device."
+    split: data.Split
+    states: HeldStates
+    rows: Tensor                      # (N, K), on the CPU
+    images: Tensor                    # (N, H, W, 3) bytes, or (N, C, h, w) latents
+
+    def clean(self, index: Tensor) -> Tensor:
+        "As `Prepared.clean`."
+        found = self.images[sent(index, self.images.device)]
+        return from_uint8(found.permute(0, 3, 1, 2)).contiguous() if found.dtype == torch.uint8 else found
+
+# %% ../../nbs/core/21_batch.ipynb #9e64936d
+def _in_parts(read: Callable, count: int, like: Tensor, device: torch.device | str) -> Tensor:
+    "(count, ...) on a device, read some rows at a time; `like` is one row as it is to be kept."
+    found = torch.empty(count, *like.shape[1:], dtype=like.dtype, device=device)
+    for at in range(0, count, 1024):
+        rows = torch.arange(at, min(at + 1024, count))
+        found[at:at + 1024] = read(rows).to(device, like.dtype)
+    return found
+
+# %% ../../nbs/core/21_batch.ipynb #157e903a
+def hold(prepared: Prepared, device: torch.device | str,
+         most: int,                     # bytes that it may take
+         ) -> Held | Prepared:          # as it was, where that is more
+    "Put on a device all that batches are read from, if it fits."
+    count, captions_, words = len(prepared.images), len(prepared.states), prepared.states
+    row, flags = words.gather(torch.tensor([0]))
+    row = row.half()                                # as they are stored
+    bytes_ = prepared.latents is None
+    image = torch.from_numpy(prepared.images.pixels[:1].copy()) if bytes_ else prepared.clean(torch.tensor([0]))
+    if count * image.nbytes + captions_ * (row.nbytes + flags.nbytes) > most:
+        return prepared
+    pixels = lambda index: torch.from_numpy(prepared.images.pixels[index.numpy()])
+    states = HeldStates(words.rows, _in_parts(lambda rows: words.gather(rows)[0], captions_, row, device),
+                        _in_parts(lambda rows: words.gather(rows)[1], captions_, flags, device))
+    images = _in_parts(pixels if bytes_ else prepared.clean, count, image, device)
+    return Held(prepared.split, states, prepared.rows, images)
 
 # %% ../../nbs/core/21_batch.ipynb #cf63aadc
 def add_noise(batch: Batch, recipe: Recipe, step: int, device: torch.device,
@@ -354,6 +424,4 @@ def add_noise(batch: Batch, recipe: Recipe, step: int, device: torch.device,
     n, shape = recipe.train.batch, batch.x0.shape[1:]
     noise = torch.randn(n, *shape, generator=stream(recipe.seed, "noise", step, device=device), device=device)
     t = timesteps(n, stream(recipe.seed, "time", step, device=device), recipe.flow)
-    names = ("x0", "text", "mask", "dropped", "caption")
-    moved = {k: getattr(batch, k).to(device, non_blocking=True) for k in names}
-    return replace(batch, **moved, noise=noise[part], t=t[part])
+    return replace(moved(batch, device), noise=noise[part], t=t[part])

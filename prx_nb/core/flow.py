@@ -57,7 +57,7 @@ def _logit_normal(flow: recipes.Flow, first: Tensor, second: Tensor, which: Tens
     "Logit-normal, with a share `uniform_mix` of uniform ones; source: PRX Part 2, arXiv 2403.03206."
     least = MIN_TIME / (flow.shift - MIN_TIME * (flow.shift - 1))         # what the shift moves to MIN_TIME
     least = (torch.logit(torch.tensor(least, dtype=torch.float64)) - flow.logit_mean) / flow.logit_std
-    low = torch.special.ndtr(least).to(first.device)
+    low = torch.special.ndtr(least).item()                                           # no GPU waits
     z = flow.logit_mean + flow.logit_std * torch.special.ndtri(low + (1 - low) * first)
     times = shifted(torch.sigmoid(z), flow.shift)
     return torch.where(which < flow.uniform_mix, MIN_TIME + (1 - MIN_TIME) * second, times)

@@ -160,8 +160,8 @@ def spectra(before: dict[str, Tensor],         # matrices by name
             after: dict[str, Tensor],          # the same, later
             ) -> dict[str, Tensor]:            # name -> singular values of the difference
     "How a change is spread over directions, in shares of the largest; matrices that stayed are left out."
-    sigma = {k: torch.linalg.svdvals(after[k].float() - before[k].float()) for k in before}
-    return {k: s / s[0] for k, s in sigma.items() if s[0] > 0}
+    sigma = {k: torch.linalg.svdvals(after[k].float() - before[k].float()) for k in before}   # where they lie
+    return {k: s / s[0] for k, s in ((k, s.cpu()) for k, s in sigma.items()) if s[0] > 0}
 
 # %% ../../nbs/core/18_optimizers.ipynb #1e9cccf0
 def stable_rank(sigma: Tensor) -> float:       # singular values, largest first

@@ -56,10 +56,9 @@ class Place:
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, float]:
         "Each number averaged over all processes; waits for them."
-        if self.count == 1:
-            return {k: v.item() for k, v in values.items()}
-        every = torch.stack([v.to(self.device, torch.float64) for v in values.values()])
-        torch.distributed.all_reduce(every)
+        every = torch.stack([v.to(self.device, torch.float64) for v in values.values()])   # read at once
+        if self.count > 1:
+            torch.distributed.all_reduce(every)
         return dict(zip(values, (every / self.count).tolist()))
 
     def average_gradients(self, module: nn.Module) -> None:

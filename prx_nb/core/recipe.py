@@ -325,7 +325,8 @@ class Train(Node):
     batch: int = Field(32, ge=1)                  # images a step, of all processes together
     precision: Literal["fp32", "bf16"] = "fp32"   # of the computation
     weights: Literal["fp32", "bf16"] = "fp32"     # of the denoiser's weights and their optimizer state
-    compile: bool = False                         # torch.compile the denoiser
+    compile: bool = False                         # torch.compile the denoiser's blocks, on a GPU
+    deterministic: bool = later(True)             # a GPU gives the same bits each time; a CPU always does
     validate_every: int = Field(200, ge=1)
     validate_samples: int = Field(128, ge=1)
     checkpoint_every: int = Field(500, ge=1)
@@ -737,7 +738,7 @@ _PAPER = {
     "optimizer.lr": 1e-4, "optimizer.eps": 1e-15, "optimizer.warmup": 1000, "optimizer.cooldown": 0.0,
     "optimizer.clip": 0.2, "ema.decay": 0.0, "ema.share": None,
     "train.steps": 100_000, "train.batch": 256, "train.precision": "bf16", "train.compile": True,
-    "train.validate_every": 10_000, "train.validate_samples": 2048, "train.checkpoint_every": 10_000,
+    "train.deterministic": False, "train.validate_every": 10_000, "train.validate_samples": 2048, "train.checkpoint_every": 10_000,
     "sample.steps": 50, "sample.guidance": 3.5,
     "evaluate.samples": 10_000, "evaluate.batch": 64, "evaluate.captions": "long",
 }

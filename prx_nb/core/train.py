@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from . import average, cost, precision, processes
-from .batch import Batch, Prepared, add_noise, data_key, prepare, read_batch, summarise
+from .batch import Batch, Prepared, add_noise, data_key, hold, prepare, read_batch, summarise
 from .data import own
 from .checkpoint import CheckpointError, OtherRecipe, State, find_checkpoint, new_state, restore
 from .checkpoint import read_checkpoint, same_data, save_checkpoint, whole
-from .denoiser import PRX
+from .denoiser import PRX, compile_blocks
 from .files import atomic, read_json, require_writable, write_json
 from .flow import FlowMatching
 from .processes import Place
@@ -284,15 +284,22 @@ def _keep(s: Session, done: int) -> None:
     save_checkpoint(s.out / "checkpoint", done, s.state, s.recipe, s.clock.seconds(), s.clock.joules(),
                     s.place.main, s.data)
 
+# %% ../../nbs/core/25_train.ipynb #91cf0cab
+def _room(device: torch.device, share: float = 0.25) -> int:
+    "Bytes of a GPU's free memory that images and captions may take."
+    return int(share * torch.cuda.mem_get_info(device)[0])
+
 # %% ../../nbs/core/25_train.ipynb #9c8e9f1f
 def _loop(s: Session) -> None:
     "Steps `first` to the last."
     c, device, late = s.recipe.train, s.place.device, []
-    s.model = torch.compile(s.model) if c.compile and device.type == "cuda" else s.model
+    if c.compile and device.type == "cuda":
+        compile_blocks(s.state.model)
     fixed = validation_set(s.prepared, s.recipe, device)
     tell, tick = progress_bar(s.first, c.steps, s.progress)
     far = Progress(s.out, c.steps) if s.place.main else None
-    read = lambda step: read_batch(s.prepared, s.recipe, step, s.place.part(c.batch))
+    data = hold(s.prepared, device, _room(device)) if device.type == "cuda" else s.prepared
+    read = lambda step: read_batch(data, s.recipe, step, s.place.part(c.batch), device)
     for step, batch in enumerate(ahead(read, range(s.first, c.steps), device.type == "cuda"), s.first):
         values, done = _step(s, batch, step), step + 1
         late.append((done, values))
@@ -340,6 +347,7 @@ def _begin(s: Session) -> None:
                   seed=s.recipe.seed, git_commit=git_commit(), versions=versions(),
                   hardware=hardware(s.place.device), cost={"flops_step": cost.flops_step(s.recipe)},
                   precision={"asked": s.recipe.train.precision, "computed": _computed(s)},
+                  deterministic=s.place.device.type == "cpu" or s.recipe.train.deterministic,
                   data_summary=json.loads(json.dumps(asdict(summary))), **by_hand, **started)
 
 # %% ../../nbs/core/25_train.ipynb #d236e426
@@ -380,7 +388,7 @@ def _run(s: Session) -> None:
     if s.place.main:
         _begin(s)
     try:
-        with s.clock:
+        with s.clock, cost.in_memory(s.recipe), precision.exact(s.recipe, s.place.device):
             _loop(s)
         if s.place.main:
             _finish(s)
@@ -513,7 +521,7 @@ def _origin(source: Path, theirs: dict, out: Path) -> dict:
 
 # %% ../../nbs/core/25_train.ipynb #d5d78415
 _TRAINED = ("started", "finished", "recipe_key", "data_key", "git_commit", "versions", "hardware",
-            "precision", "data_summary")
+            "precision", "deterministic", "data_summary")
 
 
 def _take(source: Path, theirs: dict, out: Path, recipe: Recipe, data: str) -> None:

@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['failed_for_good', 'at_work', 'outdated', 'set_aside', 'equal_trainings', 'taken_over', 'queue', 'cores', 'devices',
-           'Places', 'prepare_caches', 'run', 'Question', 'questions', 'until_decided']
+           'as_many_as_fit', 'Places', 'prepare_caches', 'run', 'Question', 'questions', 'until_decided']
 
 # %% ../../nbs/lab/07_batch.ipynb #23f332b4
 import contextlib
 import fcntl
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -176,18 +179,61 @@ def devices() -> list[str]:
     names = [n.strip() for n in named.split(",")] if named else [str(i) for i in range(count)]
     return names[:count]
 
+# %% ../../nbs/lab/07_batch.ipynb #d44f2a5b
+def _processes(job: Job) -> int:
+    return job.recipe.get("train", {}).get("processes", 1)
+
+# %% ../../nbs/lab/07_batch.ipynb #441a16f2
+def _free_memory(gpu: str) -> int:        # bytes
+    "What is free on a GPU. Asked in a process of its own: this one forks, and must not open the card."
+    asks = "import torch; print(torch.cuda.mem_get_info()[0])"
+    told = subprocess.run([sys.executable, "-c", asks], env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
+                          capture_output=True, text=True)
+    if told.returncode:
+        why = (told.stderr.strip().splitlines() or [f"exit code {told.returncode}"])[-1]
+        raise AblationError(f"per-device = auto: GPU {gpu} does not say how much memory is free: {why}")
+    return int(told.stdout)
+
+# %% ../../nbs/lab/07_batch.ipynb #b3bdc034
+def as_many_as_fit(jobs: Sequence[Job], gpus: list[str],
+                   free: Callable[[str], int] = _free_memory,      # bytes of a GPU
+                   ) -> int:                                       # runs of these on each GPU; at least 1
+    "As many as find memory, keep the card busy and have two cores each."
+    from prx_nb.core import cost
+    recipes = list({json.dumps(job.recipe, sort_keys=True): parse(job.recipe) for job in jobs}.values())
+    fit = min(map(free, gpus)) // max(map(cost.gpu_memory, recipes))
+    busy = math.ceil(1 / max(map(cost.gpu_share, recipes)))
+    return max(1, min(int(fit), busy, cores() // (2 * len(gpus)) or 1))
+
 # %% ../../nbs/lab/07_batch.ipynb #f6719a66
 class Places:
     "Hands out GPUs and threads to runs, and takes them back."
 
-    def __init__(self, gpus: list[str], at_once: int | None, per_device: int = 1):
-        if per_device < 1 or (at_once is not None and at_once < 1):
-            name, value = ("jobs", at_once) if per_device >= 1 else ("per-device", per_device)
-            raise AblationError(f"{name} = {value}: at least one is needed")
-        self.gpus, self.free, self.changed = (gpus, [g for _ in range(per_device) for g in gpus],
-                                              threading.Condition())
-        self.at_once = at_once or len(self.free) or 1
+    def __init__(self, gpus: list[str], at_once: int | None,
+                 per_device: int | str | None = None,      # auto: `as_many_as_fit`; none: as at_once needs
+                 jobs: Sequence[Job] = ()):                 # that are to be run
+        for name, value in (("jobs", at_once), ("per-device", per_device)):
+            if isinstance(value, int) and value < 1:
+                raise AblationError(f"{name} = {value}: at least one is needed")
+        if per_device == "auto":
+            per_device = as_many_as_fit(jobs, gpus) if gpus and jobs else 1
+        self.per_device = per_device or math.ceil((at_once or 1) / max(1, len(gpus)))
+        self.gpus, self.changed = gpus, threading.Condition()
+        self.free = [g for _ in range(self.per_device) for g in gpus]
+        self.asked, self.at_once = at_once, at_once or len(self.free) or 1
+        if gpus:                        # no more than find a place: the threads are theirs
+            each = min(map(_processes, jobs), default=1)
+            most = len(self.free) // each
+            self.at_once = max(1, min(self.at_once, most, len(jobs) or most))
+            self.per_device = min(self.per_device, math.ceil(self.at_once * each / len(gpus)))
         self.threads = max(1, cores() // self.at_once)
+
+    def __str__(self) -> str:
+        n, cards = len(self.gpus), f", {self.per_device} on each" if self.per_device > 1 else ""
+        few = self.gpus and (self.asked or 0) > self.at_once
+        return (f"{self.at_once} at a time" + (f" (not {self.asked})" if few else "")
+                + f" with {self.threads} threads"
+                + (f" on {n} GPU{'s' * (n > 1)}{cards}" if n else ""))
 
     def check(self, job: Job) -> None:
         "Raises `AblationError` for a run that wants more GPUs than there are."
@@ -198,29 +244,29 @@ class Places:
                 f"GPU{'s' * (len(self.gpus) > 1)}"
             )
 
-    @contextlib.contextmanager
-    # what `CUDA_VISIBLE_DEVICES` shall be; none: no GPU here
-    def take(self, job: Job) -> Iterator[str | None]:
-        "Wait for as many different GPUs as the run wants."
-        wanted, mine = _processes(job) if self.gpus else 0, []
+# %% ../../nbs/lab/07_batch.ipynb #44188d4f
+@contextlib.contextmanager
+def _take(self: Places, job: Job
+          ) -> Iterator[str | None]:      # what `CUDA_VISIBLE_DEVICES` shall be; none: no GPU here
+    "Wait for as many different GPUs as the run wants."
+    wanted, mine = _processes(job) if self.gpus else 0, []
+    with self.changed:
+        # adopted: its own
+        before = (runs.read_status(job.out).get("device") or "").split(",") if at_work(job) else []
+        self.changed.wait_for(lambda: len(set(self.free)) >= wanted)
+        mine = sorted(dict.fromkeys(self.free), key=lambda g: (g not in before, self.free.index(g)))[
+            :wanted]
+        for gpu in mine:
+            self.free.remove(gpu)
+    try:
+        yield ",".join(mine) or None
+    finally:
         with self.changed:
-            # adopted: its own
-            before = (runs.read_status(job.out).get("device") or "").split(",") if at_work(job) else []
-            self.changed.wait_for(lambda: len(set(self.free)) >= wanted)
-            mine = sorted(dict.fromkeys(self.free), key=lambda g: (g not in before, self.free.index(g)))[
-                :wanted]
-            for gpu in mine:
-                self.free.remove(gpu)
-        try:
-            yield ",".join(mine) or None
-        finally:
-            with self.changed:
-                self.free += mine
-                self.changed.notify_all()
+            self.free += mine
+            self.changed.notify_all()
 
-# %% ../../nbs/lab/07_batch.ipynb #d44f2a5b
-def _processes(job: Job) -> int:
-    return job.recipe.get("train", {}).get("processes", 1)
+
+Places.take = _take
 
 # %% ../../nbs/lab/07_batch.ipynb #0db0e3f4
 def prepare_caches(recipes: Iterable[Recipe],
@@ -382,7 +428,8 @@ def _sort_out(jobs: list[Job], again: bool, say: Callable[[str], None]) -> list[
 # %% ../../nbs/lab/07_batch.ipynb #08d44c2d
 def run(jobs: list[Job],                        # from `plan`, of one group or several
         at_once: int | None = None,             # runs side by side; none: one a GPU, or one
-        per_device: int = 1,                    # runs that share a GPU
+        # runs that share a GPU, or auto; none: as many as at_once needs
+        per_device: int | str | None = None,
         # called with the recipes still to be run; none: nothing is prepared
         prepare: Callable | None = prepare_caches,
         say: Callable[[str], None] = print,     # where lines go
@@ -392,14 +439,13 @@ def run(jobs: list[Job],                        # from `plan`, of one group or s
     stopped."""
     if not jobs:
         raise AblationError("nothing to run: the plan is empty")
-    places, begin = Places(devices(), at_once, per_device), time.monotonic()
+    missing, begin = [job for job in jobs if not runs.finished(job)], time.monotonic()
+    places = Places(devices(), at_once, per_device, missing)
     for job in jobs:
         places.check(job)
     with only_driver(job.group for job in jobs), _terminate_is_interrupt():
         done = sum(map(runs.finished, jobs))
-        gpus = f" on {len(places.gpus)} GPUs" if places.gpus else ""
-        say(f"{_names(jobs)}: {len(jobs)} runs, {done} of them done already, {places.at_once} at a time with "
-            f"{places.threads} threads{gpus}; in {_where(jobs)}")
+        say(f"{_names(jobs)}: {len(jobs)} runs, {done} of them done already, {places}; in {_where(jobs)}")
         for line in outdated(jobs):
             say(line)
         todo = _sort_out(jobs, again, say)

@@ -10,7 +10,7 @@ __all__ = ['app', 'Names', 'Size', 'Seeds', 'Until', 'BaselineSeeds', 'Variants'
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -175,13 +175,24 @@ def _looks_in_words(jobs: list, at_once: int) -> str:
     return (f"{begin}\n\nthis is the first look of {looks} seeds; where it decides nothing at most "
             f"{len(later)} runs more: {time}")
 
+# %% ../../nbs/lab/21_cli.ipynb #51e1bd23
+def _per_device(text: str) -> int | str:
+    "What `--per-device` says. Raises `typer.BadParameter`."
+    if text != "auto" and not (text.isdigit() and int(text)):
+        raise typer.BadParameter(f"{text!r}: expected auto or a whole number above 0")
+    return text if text == "auto" else int(text)
+
 # %% ../../nbs/lab/21_cli.ipynb #17afc60d
 Jobs = Annotated[
     int | None,
     typer.Option(
-        min=1, help="runs side by side (default: one a GPU, or one); cores are shared out among them"),
+        min=1, help="runs side by side (default: one a GPU, or one); GPUs and cores are shared among them"),
 ]
-PerDevice = Annotated[int, typer.Option(min=1, help="runs that share a GPU")]
+PerDevice = Annotated[
+    str | None,
+    typer.Option(parser=_per_device, metavar="N|auto",
+                 help="runs that share a GPU; auto: as many as fit and keep it busy (default: as --jobs needs)"),
+]
 Executor = Annotated[str, typer.Option(metavar="local|slurm", help="where to run")]
 Partition = Annotated[str | None, typer.Option(help="slurm: partition (default: the cluster's)")]
 Minutes = Annotated[int | None, typer.Option("--time", min=1, help="slurm: minutes a task may take")]
@@ -197,12 +208,12 @@ Share = Annotated[
 WithReport = Annotated[bool, typer.Option("--report/--no-report", help="make the reports at the end")]
 
 # %% ../../nbs/lab/21_cli.ipynb #75b6f917
-def _at_once(jobs: list, executor: str, at_once: int | None, per_device: int) -> int:
+def _at_once(jobs: list, executor: str, at_once: int | None, per_device: Any) -> int:
     "How many runs go side by side. Raises `SweepError` for another executor."
     from prx_nb.lab.sweep import SweepError
     if executor == "local":
         from prx_nb.lab import batch
-        return batch.Places(batch.devices(), at_once, per_device).at_once
+        return batch.Places(batch.devices(), at_once, per_device, jobs).at_once
     if executor != "slurm":
         raise SweepError(f"--executor {executor}: expected local or slurm")
     return at_once or max(1, len(jobs))
@@ -220,7 +231,7 @@ def _answers(jobs: list) -> tuple:      # the metric that decides, {variant: dec
     return metric, results.decisions(runs, ablation, metric)
 
 # %% ../../nbs/lab/21_cli.ipynb #17d57314
-def _run(jobs: list, executor: str, at_once: int | None, per_device: int, slurm: dict, wait: bool,
+def _run(jobs: list, executor: str, at_once: int | None, per_device: Any, slurm: dict, wait: bool,
          again: bool) -> tuple:         # the jobs that were run, and their statuses; none: not waited for
     "Run jobs; those that are looked at several times, as long as it takes."
     from prx_nb.lab import batch
@@ -239,7 +250,7 @@ def _check_wait(jobs: list, executor: str, wait: bool) -> None:
                          "this command when the runs of the last one have ended")
 
 # %% ../../nbs/lab/21_cli.ipynb #164f7e17
-def _go(jobs: list, executor: str, at_once: int | None, per_device: int, dry_run: bool, with_report: bool,
+def _go(jobs: list, executor: str, at_once: int | None, per_device: Any, dry_run: bool, with_report: bool,
         slurm: dict, wait: bool, name: str, again: bool = False) -> None:
     "Run jobs, or say what would be run; the reports; exit code 1 when one is not done."
     places = _at_once(jobs, executor, at_once, per_device)
@@ -300,7 +311,7 @@ def ablate(
     set_: Set = None,
     out: Folder = None,
     jobs: Jobs = None,
-    per_device: PerDevice = 1,
+    per_device: PerDevice = None,
     timeout: Seconds = None,
     cell_timeout: CellSeconds = None,
     executor: Executor = "local",
@@ -462,7 +473,7 @@ def retry(
     out: Out = Path("outputs"),
     only: Only = None,
     jobs: Jobs = None,
-    per_device: PerDevice = 1,
+    per_device: PerDevice = None,
     timeout: SameSeconds = None,
     executor: Executor = "local",
     partition: Partition = None,
