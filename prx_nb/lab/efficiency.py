@@ -37,21 +37,22 @@ def stepper(recipe: Recipe, prepared,             # from `batch.prepare`
     import torch
     from prx_nb.core.batch import add_noise, read_batch
     from prx_nb.core.checkpoint import new_state
+    from prx_nb.core.denoiser import compile_blocks
     from prx_nb.core.flow import FlowMatching
     from prx_nb.core.precision import autocast
     from prx_nb.core.technique import build, objective
     from prx_nb.core.train import optimise
     where = torch.device(device)
     state, flow = new_state(recipe, where, build(recipe, prepared, where)), FlowMatching(recipe.flow)
-    graphed = recipe.train.compile and where.type == "cuda"
-    model = torch.compile(state.model) if graphed else state.model
+    if recipe.train.compile and where.type == "cuda":
+        compile_blocks(state.model)
 
     def step(share: float) -> None:
         number = int(share * recipe.train.steps)
         batch = read_batch(prepared, recipe, number)
         with autocast(recipe, where):
             noisy = add_noise(batch, recipe, number, where)
-            losses = objective(model, noisy, flow, state.techniques, number)
+            losses = objective(state.model, noisy, flow, state.techniques, number)
         optimise(state, losses, recipe, number)
         if where.type == "cuda":
             torch.cuda.synchronize()
