@@ -425,8 +425,10 @@ def _names(jobs: list[Job]) -> str:
     return ", ".join(f"{a}, preset {h}" for a, h in groups) if len(groups) < 4 else f"{len(groups)} groups"
 
 # %% ../../nbs/lab/07_batch.ipynb #0be9e66a
-def _where(jobs: list[Job]) -> str:
-    return os.path.commonpath([job.group for job in jobs])
+def _where(jobs: list[Job]) -> Path:
+    "The folder in which all of them are, as one would type it: below the working folder without that."
+    found = Path(os.path.commonpath([job.group for job in jobs]))
+    return found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found
 
 # %% ../../nbs/lab/07_batch.ipynb #90a18e27
 def _sum_up(
