@@ -167,5 +167,9 @@ class Acts(Node):
         "Why a whole recipe cannot have it, a line each; asked only when it is on."
         return iter(())
 
+    def notices(self, recipe: Any, path: str) -> Iterator[str]:
+        "What should be known before it is trained, though it can be, a line each; asked only when it is on."
+        return iter(())
+
     def routing(self, recipe: Any) -> "Routing | None":
         "The route that a recipe trains with; none where it sends no tokens around blocks."

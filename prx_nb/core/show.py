@@ -56,19 +56,19 @@ def picture(images: torch.Tensor, columns: int | None = None, zoom: int = 1, gap
 
 # %% ../../nbs/core/04_show.ipynb #7621f9cf
 def _written(text: str) -> bool:
-    "Whether matplotlib can write a text with its own font, from right to left too where the text asks for it."
+    "Whether matplotlib can write a text with its own font, from right to left too where it asks for it."
     import unicodedata
 
     import matplotlib
     from matplotlib import font_manager
     font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
-    shapes = matplotlib.__version_info__[:2] >= (3, 11)               # joins Arabic letters, turns lines round
+    shapes = matplotlib.__version_info__[:2] >= (3, 11)         # joins Arabic letters, turns lines round
     able = lambda sign: shapes or unicodedata.bidirectional(sign) not in ("R", "AL")
     return all(sign.isspace() or font.get_char_index(ord(sign)) and able(sign) for sign in text)
 
 # %% ../../nbs/core/04_show.ipynb #bef6a0d9
 def headings(texts: list[str],                      # what pictures are called, in order
-             ) -> tuple[list[str], list[str]]:      # what is written over them; lines to stand beside, as text
+             ) -> tuple[list[str], list[str]]:      # what is written over them; lines of text beside
     "Texts as headings: a number for one that the font cannot write, and a line that says it."
     names = [text if _written(text) else str(n) for n, text in enumerate(texts, 1)]
     return names, [f"{name}: {text}" for name, text in zip(names, texts) if name != text]

@@ -176,6 +176,16 @@ def devices() -> list[str]:
     names = [n.strip() for n in named.split(",")] if named else [str(i) for i in range(count)]
     return names[:count]
 
+# %% ../../nbs/lab/07_batch.ipynb #68220955
+def _require_memory(job: Job) -> None:
+    "Raises `RecipeError` for a run that takes more memory than this machine has. Not for GPUs."
+    import torch
+
+    from prx_nb.core import cost
+    there, processes = cost.memory_of(torch.device("cpu")), job.recipe.get("train", {}).get("processes", 1)
+    if job.memory * processes > there:
+        cost.require_memory(parse(job.recipe), there // processes)
+
 # %% ../../nbs/lab/07_batch.ipynb #f6719a66
 class Places:
     "Hands out GPUs and threads to runs, and takes them back."
@@ -190,7 +200,9 @@ class Places:
         self.threads = max(1, cores() // self.at_once)
 
     def check(self, job: Job) -> None:
-        "Raises `AblationError` for a run that wants more GPUs than there are."
+        "Raises `AblationError` for a run that wants more GPUs than there are, `RecipeError` for memory."
+        if not self.gpus:
+            _require_memory(job)
         if self.gpus and _processes(job) > len(self.gpus):
             raise AblationError(
                 f"{job.ablation} {job.name} wants train.processes = {_processes(job)}, "
