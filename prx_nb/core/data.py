@@ -528,6 +528,9 @@ def _chosen(images: Images, settings: recipe.Data) -> Images:
                   images.notes)
 
 # %% ../../nbs/core/07_data.ipynb #c9cadedb
+_WORDS = ("key", "concept", "style", "label", "group", "subgroup")       # of an item, always text
+
+
 def read_pack(settings: recipe.Data,           # source "pack", path
               ) -> Images:
     "The images of a pack. Raises `DataError`: missing, damaged, or of another size."
@@ -537,7 +540,9 @@ def read_pack(settings: recipe.Data,           # source "pack", path
     try:
         pixels, items, _ = _mapped(path)
         images = as_images(pixels, json.loads(items.tobytes()))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        if not_text := [name for i in images.items for name in _WORDS if not isinstance(getattr(i, name), str)]:
+            raise ValueError(f"the {not_text[0]} of an item is no text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise DataError(f"the pack {path} cannot be used ({error}); copy or write it again") from None
     if images.size != settings.size:
         raise DataError(f"the pack {path} holds images of {images.size} px, but data.size = {settings.size}")

@@ -27,6 +27,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..core import recipe as recipes
+from ..core.files import some_folder
 from ..core.recipe import Recipe, RecipeError
 from . import ablations
 from .ablations import AblationError
@@ -94,6 +95,13 @@ def _refuse_wide(text: str) -> None:
             if depth > _DEEPEST:
                 raise ValueError(f"line {event.start_mark.line + 1}: more than {_DEEPEST} levels deep")
 
+# %% ../../nbs/lab/09_sweep.ipynb #33ae09bd
+def _refuse_long_keys(text: str) -> None:
+    "The same for TOML: a dotted key makes a table a dot. Raises `ValueError`."
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.count(".") > _DEEPEST and max(p.count(".") for p in re.split("[,=]", line)) > _DEEPEST:
+            raise ValueError(f"line {number}: a key of more than {_DEEPEST} parts")
+
 # %% ../../nbs/lab/09_sweep.ipynb #fba3be87
 def _tree(path: Path) -> Any:
     "What a file holds, as plain values. Raises `SweepError` for one that cannot be read or parsed."
@@ -106,6 +114,7 @@ def _tree(path: Path) -> Any:
             raise SweepError(f"{path}: {found.st_size:,} bytes; a sweep file may have {_LARGEST:,}")
         text = path.read_text(encoding="utf-8")
         if path.suffix.lower() == ".toml":
+            _refuse_long_keys(text)
             tree = tomllib.loads(text)
         else:
             _refuse_wide(text)
@@ -227,6 +236,10 @@ class Sweep(BaseModel):
     @field_validator("seeds")
     def _check_seeds(cls, value):
         return _seeds(value)
+
+    @field_validator("out")
+    def _check_out(cls, value):
+        return str(some_folder(value, "out"))
 
     @field_validator("runs")
     def _check_runs(cls, value):
