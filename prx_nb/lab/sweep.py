@@ -239,7 +239,10 @@ class Sweep(BaseModel):
 
     @field_validator("out")
     def _check_out(cls, value):
-        return str(some_folder(value, "out"))
+        try:
+            return str(some_folder(value, "out"))
+        except OSError as error:
+            raise ValueError(str(error)) from None
 
     @field_validator("runs")
     def _check_runs(cls, value):
