@@ -540,8 +540,9 @@ def read_pack(settings: recipe.Data,           # source "pack", path
     try:
         pixels, items, _ = _mapped(path)
         images = as_images(pixels, json.loads(items.tobytes()))
-        if not_text := [name for i in images.items for name in _WORDS if not isinstance(getattr(i, name), str)]:
-            raise ValueError(f"the {not_text[0]} of an item is no text")
+        bad = [name for i in images.items for name in _WORDS if not isinstance(getattr(i, name), str)]
+        if bad:
+            raise ValueError(f"the {bad[0]} of an item is no text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise DataError(f"the pack {path} cannot be used ({error}); copy or write it again") from None
     if images.size != settings.size:
