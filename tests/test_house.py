@@ -70,6 +70,8 @@ def test_notebook_is_tidy(notebook):
             assert len(line) <= 110, f"a code line of {len(line)} characters: {line[:80]}"
     for place in (str(ROOT), str(Path.home()) + "/"):
         assert place not in text, f"names a place on one machine: {place}"
+    shown = json.dumps([cell.get("outputs") for cell in nb["cells"]])
+    assert not (places := re.findall(r"/tmp/tmp\w+|/var/folders/\w+", shown)), f"outputs name places of one machine: {places}"
 
 
 def exported_cells():

@@ -72,7 +72,11 @@ def mixed_up(texts: list[list[str]],      # the captions of each image
              train: Tensor,               # numbers of the images that are trained on
              share: float,                # of these
              ) -> list[list[str]]:
-    "Some images with each other's captions, handed on in a ring; the same images for every seed."
+    """Some images with each other's captions, handed on in a ring; the same images for every seed. Raises
+    `DataError` for a share of which none is one image that could hand its captions on."""
+    if share and round(share * len(train)) < 2:
+        raise data.DataError(f"captions.wrong = {share} of {len(train)} images is fewer than the two that "
+                             "can swap their captions, so it would do nothing; take a larger share, or 0")
     order = torch.randperm(len(train), generator=stream(0, "wrong captions"))
     some, found = train[order[:round(share * len(train))]].tolist(), list(texts)
     for image, other in zip(some, some[1:] + some[:1]):

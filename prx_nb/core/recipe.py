@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KNOWN', 'PRESETS', 'Data', 'Captions', 'Text', 'Latents', 'Flow', 'Denoiser', 'register', 'packaged', 'known',
            'settings_of', 'Techniques', 'Muon', 'Optimizer', 'Ema', 'Train', 'Sample', 'Evaluate', 'from_a_run', 'use',
-           'Recipe', 'fields', 'explain', 'parse', 'flatten', 'replace', 'diff', 'routing', 'in_steps', 'save', 'load',
-           'preset', 'Acts', 'Node', 'RecipeError', 'Routing', 'stretch']
+           'Recipe', 'fields', 'explain', 'parse', 'flatten', 'replace', 'diff', 'routing', 'image_tokens', 'in_steps',
+           'notices', 'save', 'load', 'preset', 'Acts', 'Node', 'RecipeError', 'Routing', 'stretch']
 
 # %% ../../nbs/core/01_recipe.ipynb #6181f4d4
 import codecs
@@ -669,12 +669,29 @@ def routing(r: Recipe) -> Routing | None:
     "The route that a recipe trains with; none for plain training."
     return next((node.routing(r) for node in r.techniques.on.values() if node.routes), None)
 
+# %% ../../nbs/core/01_recipe.ipynb #15475978
+def image_tokens(r: Recipe) -> int:
+    "How many tokens an image is cut into."
+    return (r.data.size // r.latents.factor // r.denoiser.patch_size) ** 2
+
 # %% ../../nbs/core/01_recipe.ipynb #619e6ed3
 def in_steps(r: Recipe) -> Recipe:
     "The same recipe with the techniques' `start` and `stop` as steps, where they are shares."
     spans = {name: node.span(r.train.steps) for name, node in r.techniques.given.items()}
     return r.replace({f"techniques.{name}.{when}": step for name, span in spans.items()
                       for when, step in zip(("start", "stop"), span)})
+
+# %% ../../nbs/core/01_recipe.ipynb #924e446e
+def notices(r: Recipe) -> list[str]:
+    "What should be known before training, though it can be done, a line each."
+    lines = []
+    for name, node in r.techniques.on.items():
+        path, (first, _) = f"techniques.{name}", node.span(r.train.steps)
+        if first >= r.train.steps:
+            lines.append(f"{path}.start = {node.start} is after the last of train.steps = {r.train.steps}: "
+                         "it never acts")
+        lines += node.notices(r, path)
+    return lines
 
 # %% ../../nbs/core/01_recipe.ipynb #d9cce23b
 def save(self: Recipe, path: str | Path) -> None:

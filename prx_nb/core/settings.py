@@ -24,6 +24,14 @@ class Node(BaseModel):
     "A branch of the recipe: frozen, and closed to unknown fields."
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
+    @field_validator("*", check_fields=False)
+    @classmethod
+    def _in_64_bits(cls, value: Any) -> Any:
+        "What torch and numpy count with has 64 bits; a larger number would only be noticed there."
+        if isinstance(value, int) and not -2**63 <= value < 2**63:
+            raise ValueError("should be a number of at most 64 bits")
+        return value
+
 # %% ../../nbs/core/00_settings.ipynb #235a2156
 def later(default: Any, **rules: Any) -> Any:      # rules as of pydantic's Field, e.g. gt=0
     "A field that older recipes do not have: at its default it does not count in a run's key."
@@ -165,6 +173,10 @@ class Acts(Node):
 
     def refuse(self, recipe: Any, path: str) -> Iterator[str]:
         "Why a whole recipe cannot have it, a line each; asked only when it is on."
+        return iter(())
+
+    def notices(self, recipe: Any, path: str) -> Iterator[str]:
+        "What should be known before it is trained, though it can be, a line each; asked only when it is on."
         return iter(())
 
     def routing(self, recipe: Any) -> "Routing | None":

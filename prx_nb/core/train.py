@@ -33,7 +33,7 @@ from .denoiser import PRX, compile_blocks
 from .files import atomic, read_json, require_writable, write_json
 from .flow import FlowMatching
 from .processes import Place
-from .recipe import Recipe, RecipeError, flatten, from_a_run
+from .recipe import Recipe, flatten, from_a_run, notices
 from .record import Curves, Progress, git_commit, hardware, now, peak_memory, update_record
 from .record import read_record, versions
 from .seeds import stream
@@ -327,6 +327,8 @@ def _tell_head(s: Session, summary: str) -> None:
         return
     if own(s.prepared.images) or os.environ.get("PRX_NB_HERE"):  # in a batch: its log
         print(summary, flush=True)
+    for line in notices(s.recipe):
+        print(line, flush=True)
     if (computed := _computed(s)) != s.recipe.train.precision:
         print(
             f"train.precision = '{s.recipe.train.precision}', but on {s.place.device.type} all is done in "
@@ -423,34 +425,6 @@ def _check_trackers(names: Sequence[str]) -> None:
             raise ValueError(f"trackers = {name!r}: should be one of {', '.join(LOGGER_TYPE_TO_CLASS)}")
         if str(name) not in there:
             raise ValueError(f"trackers = {name!r}: its package is not installed: pip install {name}")
-
-# %% ../../nbs/core/25_train.ipynb #ae470c12
-def _least_memory(recipe: Recipe) -> int:
-    "Bytes that training takes at least, in each process: of a batch, and of the weights."
-    r, side = recipe, recipe.data.size // recipe.latents.factor
-    image = 4 * r.latents.channels * side ** 2
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in PRX(**r.denoiser.model_dump()).parameters())
-    share = r.train.batch // r.train.processes
-    return 3 * image * share + 4 * r.text.tokens * r.denoiser.context_in_dim * share + 16 * weights
-
-# %% ../../nbs/core/25_train.ipynb #800dd908
-def _refuse_memory(recipe: Recipe, there: int) -> None:
-    "Raise `RecipeError` for a recipe that needs more memory than the device has."
-    if (least := _least_memory(recipe)) > there:
-        raise RecipeError(
-            f"train.batch = {recipe.train.batch} with {recipe.denoiser.hidden_size} wide tokens takes "
-            f"at least {least / 2**30:.1f} GiB in each process, and there are {there / 2**30:.1f}: "
-            "take a smaller train.batch, denoiser or data.size"
-        )
-
-# %% ../../nbs/core/25_train.ipynb #738d18ce
-def _memory(device: torch.device) -> int:
-    "Bytes that a device has."
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    pages, page = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
-    return os.sysconf(pages) * os.sysconf(page) if pages in os.sysconf_names else 2**62
 
 # %% ../../nbs/core/25_train.ipynb #4eee24f6
 def _with_hand(recipe: Recipe, techniques: Sequence[Technique]) -> Recipe:
@@ -635,7 +609,7 @@ def train(recipe: Recipe,
     if recipe.train.processes > 1 and not processes.launched():
         return _launch(recipe, out, progress, prepared, device, trackers)
     place = processes.join(device, recipe.train.processes)
-    _refuse_memory(recipe, _memory(place.device))
+    cost.require_memory(recipe, cost.memory_of(place.device))
     _run(_session(recipe, out, place, prepared, progress and place.main, trackers, techniques))
     return place.after_main(lambda: Run.load(out, place.device))   # when all is written
 

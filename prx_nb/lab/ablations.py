@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['Published', 'AblationError', 'Ablation', 'shift', 'trained_seed', 'changes', 'Scaled', 'in_numbers', 'sets_itself',
-           'recipe', 'from_notebook', 'folder', 'names', 'known', 'find', 'get', 'as_data', 'from_data', 'of_run']
+           'whole_paths', 'recipe', 'from_notebook', 'folder', 'names', 'known', 'find', 'get', 'as_data', 'from_data',
+           'of_run']
 
 # %% ../../nbs/lab/02_ablations.ipynb #8928d282
 import contextlib
 import difflib
 import math
+import os
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -163,12 +165,27 @@ def sets_itself(ablation: Ablation) -> set[str]:
     each = (changes(ablation, name) for name in ablation.variants)
     return {path for c in each for path, value in c.items() if not _is_factor(value)}
 
+# %% ../../nbs/lab/02_ablations.ipynb #3eb09279
+def whole_paths(given: Mapping[str, Any],        # {recipe path: value}
+                home: str | Path | None = None,  # none: the folder of the command, else the working folder
+                ) -> dict[str, Any]:
+    "Settings in which a file or folder below `home` has its whole path; names stay names."
+    home = Path(home or os.environ.get("PRX_NB_FROM") or ".").absolute()
+    found = dict(given)
+    for name, value in given.items():
+        able = name in ("data.path", "latents.autoencoder") or name.endswith((".encoder", ".teacher"))
+        if able and isinstance(value, str) and (name == "data.path" or "/" in value):
+            path = home / Path(value).expanduser()
+            found[name] = str(path) if path.exists() else value
+    return found
+
 # %% ../../nbs/lab/02_ablations.ipynb #014606ee
 def recipe(ablation: Ablation,
            variant: str,                                # one of `ablation.variants`
            preset: str = "smoke",                       # smoke, cpu, gpu or paper
            seed: int = 0,                               # 0 or more; `seed_shift` is added here
            overrides: Mapping[str, Any] | None = None,  # {recipe path: value}, for every variant alike
+           home: str | Path | None = None,              # what paths are relative to, see `whole_paths`
            ) -> Recipe:
     "The validated recipe of one run. Raises `AblationError` or `RecipeError`."
     ours, overrides = changes(ablation, variant), dict(overrides or {})
@@ -176,7 +193,7 @@ def recipe(ablation: Ablation,
         raise AblationError(f"'{clash[0]}' is what the ablation '{ablation.name}' sets itself; "
                             "it cannot be overridden")
     base = recipes.preset(preset)
-    ours = in_numbers(ours, base, overrides)
+    ours, overrides = whole_paths(in_numbers(ours, base, overrides), home), whole_paths(overrides, home)
     return base.replace(overrides | ours | {"seed": trained_seed(ablation, variant, seed)})
 
 # %% ../../nbs/lab/02_ablations.ipynb #f656055b

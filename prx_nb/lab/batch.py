@@ -179,6 +179,16 @@ def devices() -> list[str]:
     names = [n.strip() for n in named.split(",")] if named else [str(i) for i in range(count)]
     return names[:count]
 
+# %% ../../nbs/lab/07_batch.ipynb #68220955
+def _require_memory(job: Job) -> None:
+    "Raises `RecipeError` for a run that takes more memory than this machine has. Not for GPUs."
+    import torch
+
+    from prx_nb.core import cost
+    there, processes = cost.memory_of(torch.device("cpu")), job.recipe.get("train", {}).get("processes", 1)
+    if job.memory * processes > there:
+        cost.require_memory(parse(job.recipe), there // processes)
+
 # %% ../../nbs/lab/07_batch.ipynb #d44f2a5b
 def _processes(job: Job) -> int:
     return job.recipe.get("train", {}).get("processes", 1)
@@ -236,7 +246,9 @@ class Places:
                 + (f" on {n} GPU{'s' * (n > 1)}{cards}" if n else ""))
 
     def check(self, job: Job) -> None:
-        "Raises `AblationError` for a run that wants more GPUs than there are."
+        "Raises `AblationError` for a run that wants more GPUs than there are, `RecipeError` for memory."
+        if not self.gpus:
+            _require_memory(job)
         if self.gpus and _processes(job) > len(self.gpus):
             raise AblationError(
                 f"{job.ablation} {job.name} wants train.processes = {_processes(job)}, "
@@ -471,8 +483,10 @@ def _names(jobs: list[Job]) -> str:
     return ", ".join(f"{a}, preset {h}" for a, h in groups) if len(groups) < 4 else f"{len(groups)} groups"
 
 # %% ../../nbs/lab/07_batch.ipynb #0be9e66a
-def _where(jobs: list[Job]) -> str:
-    return os.path.commonpath([job.group for job in jobs])
+def _where(jobs: list[Job]) -> Path:
+    "The folder in which all of them are, as one would type it: below the working folder without that."
+    found = Path(os.path.commonpath([job.group for job in jobs]))
+    return found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found
 
 # %% ../../nbs/lab/07_batch.ipynb #90a18e27
 def _sum_up(

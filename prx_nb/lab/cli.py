@@ -209,11 +209,14 @@ WithReport = Annotated[bool, typer.Option("--report/--no-report", help="make the
 
 # %% ../../nbs/lab/21_cli.ipynb #75b6f917
 def _at_once(jobs: list, executor: str, at_once: int | None, per_device: Any) -> int:
-    "How many runs go side by side. Raises `SweepError` for another executor."
+    "How many runs go side by side. Raises `SweepError` for another executor, and what `Places.check` raises."
     from prx_nb.lab.sweep import SweepError
     if executor == "local":
         from prx_nb.lab import batch
-        return batch.Places(batch.devices(), at_once, per_device, jobs).at_once
+        places = batch.Places(batch.devices(), at_once, per_device, jobs)
+        for job in jobs:
+            places.check(job)
+        return places.at_once
     if executor != "slurm":
         raise SweepError(f"--executor {executor}: expected local or slurm")
     return at_once or max(1, len(jobs))
@@ -249,12 +252,20 @@ def _check_wait(jobs: list, executor: str, wait: bool) -> None:
         raise SweepError("--until decided with --executor slurm: add --wait, since the next look is taken by "
                          "this command when the runs of the last one have ended")
 
+# %% ../../nbs/lab/21_cli.ipynb #328b164e
+def _tell_notices(jobs: list, executor: str) -> None:
+    "What should be known before any of it is run."
+    from prx_nb.lab import batch, plan
+    for line in plan.known_before(jobs, executor == "local" and not batch.devices()):
+        typer.echo(f"note: {line}")
+
 # %% ../../nbs/lab/21_cli.ipynb #164f7e17
 def _go(jobs: list, executor: str, at_once: int | None, per_device: Any, dry_run: bool, with_report: bool,
         slurm: dict, wait: bool, name: str, again: bool = False) -> None:
     "Run jobs, or say what would be run; the reports; exit code 1 when one is not done."
     places = _at_once(jobs, executor, at_once, per_device)
     _check_wait(jobs, executor, wait)
+    _tell_notices(jobs, executor)
     if dry_run:
         typer.echo(_looks_in_words(jobs, places))
         return

@@ -287,8 +287,11 @@ def _strip(images: np.ndarray, gap: int = 2) -> np.ndarray:    # (N, 3, H, W) ->
 
 # %% ../../nbs/lab/15_figures.ipynb #b98f632c
 def samples_figure(runs: pd.DataFrame, ablation: Ablation, seed: int = 0, count: int = 8, first: int = 0):
-    "One row a variant, one column a prompt: a matplotlib figure, `None` without samples."
+    """One row a variant, one column a prompt: a matplotlib figure, `None` without samples. Its `beside` are
+    lines for prompts that the font cannot write, which have a number instead."""
     import matplotlib.pyplot as plt
+
+    from prx_nb.core.show import headings
     chosen = runs[runs.seed == seed].set_index("variant").folder
     found = {v: s for v in variant_order(runs, ablation) if v in chosen and (s := read_samples(chosen[v]))}
     if not found:
@@ -297,8 +300,8 @@ def samples_figure(runs: pd.DataFrame, ablation: Ablation, seed: int = 0, count:
     rows = ([("held out", any_["reference"])] if "reference" in any_ else []) + [
         (v, s["images"]) for v, s in found.items()]
     count = min(count, len(any_["images"]) - first)
-    prompts = [
-        textwrap.fill(p, 20, max_lines=4, placeholder=" ...") for p in any_["prompts"][first : first + count]]
+    prompts, beside = headings(any_["prompts"][first:first + count])
+    prompts = [textwrap.fill(p, 20, max_lines=4, placeholder=" ...") for p in prompts]
     top = 0.1 + 0.14 * max((p.count("\n") + 1 for p in prompts), default=0)          # inches for the words
     fig, axes = plt.subplots(
         len(rows), figsize=(1.25 * count + 0.4, 1.25 * len(rows) + top), dpi=DOTS, squeeze=False)
@@ -311,6 +314,7 @@ def samples_figure(runs: pd.DataFrame, ablation: Ablation, seed: int = 0, count:
     for i, words in enumerate(prompts):
         axes[0, 0].text(
             i * width + width / 2 - 1, -2, words, fontsize=7, ha="center", va="bottom", parse_math=False)
+    fig.beside = beside
     fig.subplots_adjust(
         left=0.3 / fig.get_figwidth(), right=1, bottom=0.01, top=1 - top / fig.get_figheight(), hspace=0.04)
     return fig

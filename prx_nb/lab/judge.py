@@ -255,7 +255,7 @@ def bounds(prepared: Prepared, recipe: Recipe) -> dict[str, dict[str, float]]:
 def complete(run: Run,
              ablation: str | ablations.Ablation, variant: str, preset: str,
              measured: dict[str, float],
-             begin: float,                          # `time.time()` when the notebook began
+             begin: float,                          # `time.monotonic()` when the notebook began
              **more: dict,                          # further parts of the record, e.g. a diagnostic
              ) -> dict:
     "Finish the record of a run. Returns it."
@@ -263,7 +263,8 @@ def complete(run: Run,
         more = {"exam": read_json(run.dir / "exam.json")} | more
     seed = run.recipe.seed - ablations.shift(ablation, variant)
     name = ablation if isinstance(ablation, str) else ablation.name
-    seconds = time.time() - begin + (run.record.get("trained") or {}).get("seconds", 0)   # another run's
+    clock = time.monotonic if begin <= time.monotonic() else time.time     # the latter: as notebooks did once
+    seconds = clock() - begin + (run.record.get("trained") or {}).get("seconds", 0)      # another run's
     return train.update_record(run.dir, ablation=name, variant=variant, preset=preset, seed=seed,
                                metrics=measured, cost={"total_seconds": round(seconds, 2)}, **more)
 

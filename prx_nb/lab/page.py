@@ -86,17 +86,20 @@ def frame(self: Page, rows: pd.DataFrame, about: str, cards: bool = False) -> No
 @patch
 def figures(self: Page, *drawn: tuple, colours: int | None = 64, wide: bool = False) -> None:
     """Figures side by side where there is room; `wide` ones are not made smaller than can be read.
-    Written as <name>.png."""
+    Written as <name>.png. Lines that a figure has `beside` it follow as text."""
     import matplotlib.pyplot as plt
-    names = []
+    names, beside = [], []
     for fig, name, alt in drawn:
         if fig is not None:
             with atomic(self.folder / f"{name}.png") as part:
                 part.write_bytes(_png(fig, colours))
             plt.close(fig)
             names.append((name, alt))
+            beside += getattr(fig, "beside", [])
     if names:
         self.parts.append(("figures", names, wide))
+    for line in beside:
+        self.text(line, "li")
 
 # %% ../../nbs/lab/16_page.ipynb #a9609bed
 @patch

@@ -390,6 +390,7 @@ def execute(notebook: str | Path,             # is copied, then run in the copy
             scratch: str,                     # short private folder for sockets
             cell_timeout: float | None = None,
             kernel: warm.Waiting | None = None,   # that was forked for it; none: a fresh one is started
+            home: str = "",                       # the folder of the command, which paths are relative to
             ) -> None:
     """Run a notebook by papermill over IPC sockets; what its cells print goes to log.txt beside it. Modules
     are not looked for in its folder."""
@@ -399,6 +400,7 @@ def execute(notebook: str | Path,             # is copied, then run in the copy
         shutil.copyfile(notebook, part)
     os.environ["PRX_NB_HERE"] = str(Path(notebook).absolute().parent)      # what its `uses` are relative to
     os.environ |= {"IPYTHONDIR": f"{scratch}/ipython", "JUPYTER_DATA_DIR": f"{scratch}/jupyter",
+                   "PRX_NB_FROM": home,
                    "JUPYTER_RUNTIME_DIR": f"{scratch}/runtime"}
     with open_unlinked(Path(copy).parent / "log.txt") as log:
         papermill.execute_notebook(
@@ -439,7 +441,8 @@ def _run_job(path: str | Path) -> int:
         try:
             copy = Path(job.out) / "notebook.ipynb"
             state, more = _outcome(
-                job, lambda: execute(job.notebook, copy, job.parameters, scratch, job.cell_timeout, kernel))
+                job, lambda: execute(job.notebook, copy, job.parameters, scratch, job.cell_timeout, kernel,
+                                     job.home))
             kill_tree()
             reporter.finish(state, **more)
         finally:

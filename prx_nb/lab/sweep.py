@@ -7,6 +7,7 @@ __all__ = ['SweepError', 'word', 'label', 'Entry', 'Sweep', 'Point', 'axes', 'po
            'wall_clock', 'in_words', 'estimate']
 
 # %% ../../nbs/lab/09_sweep.ipynb #0bef6407
+import contextlib
 import difflib
 import hashlib
 import heapq
@@ -26,6 +27,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..core import recipe as recipes
+from ..core.files import some_folder
 from ..core.recipe import Recipe, RecipeError
 from . import ablations
 from .ablations import AblationError
@@ -78,6 +80,28 @@ def _unfolded(tree: Any, known: dict[int, int] | None = None) -> int:
         raise ValueError("an anchor is used within itself")
     return known[id(tree)]
 
+# %% ../../nbs/lab/09_sweep.ipynb #fde7997d
+_PIECES, _DEEPEST = 50_000, 50     # keys, values and brackets of a file in YAML; brackets within brackets
+
+
+def _refuse_wide(text: str) -> None:
+    "Count before a tree is made, which takes long. Raises `ValueError` for what no sweep can be."
+    depth, starts, ends = 0, yaml.CollectionStartEvent, yaml.CollectionEndEvent
+    with contextlib.suppress(yaml.YAMLError):      # who makes the tree says it in better words
+        for count, event in enumerate(yaml.parse(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)), 1):
+            depth += isinstance(event, starts) - isinstance(event, ends)
+            if count > _PIECES:
+                raise ValueError(f"more than {_PIECES:,} keys and values; a sweep file may hold as many")
+            if depth > _DEEPEST:
+                raise ValueError(f"line {event.start_mark.line + 1}: more than {_DEEPEST} levels deep")
+
+# %% ../../nbs/lab/09_sweep.ipynb #33ae09bd
+def _refuse_long_keys(text: str) -> None:
+    "The same for TOML: a dotted key makes a table a dot. Raises `ValueError`."
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.count(".") > _DEEPEST and max(p.count(".") for p in re.split("[,=]", line)) > _DEEPEST:
+            raise ValueError(f"line {number}: a key of more than {_DEEPEST} parts")
+
 # %% ../../nbs/lab/09_sweep.ipynb #fba3be87
 def _tree(path: Path) -> Any:
     "What a file holds, as plain values. Raises `SweepError` for one that cannot be read or parsed."
@@ -89,7 +113,12 @@ def _tree(path: Path) -> Any:
         if found.st_size > _LARGEST:
             raise SweepError(f"{path}: {found.st_size:,} bytes; a sweep file may have {_LARGEST:,}")
         text = path.read_text(encoding="utf-8")
-        tree = tomllib.loads(text) if path.suffix.lower() == ".toml" else yaml.load(text, _Yaml)
+        if path.suffix.lower() == ".toml":
+            _refuse_long_keys(text)
+            tree = tomllib.loads(text)
+        else:
+            _refuse_wide(text)
+            tree = yaml.load(text, _Yaml)
         if (values := _unfolded(tree)) > _LARGEST:
             raise SweepError(f"{path}: unfolds to {values:,} values; a sweep file may hold {_LARGEST:,}")
         return tree
@@ -207,6 +236,13 @@ class Sweep(BaseModel):
     @field_validator("seeds")
     def _check_seeds(cls, value):
         return _seeds(value)
+
+    @field_validator("out")
+    def _check_out(cls, value):
+        try:
+            return str(some_folder(value, "out"))
+        except OSError as error:
+            raise ValueError(str(error)) from None
 
     @field_validator("runs")
     def _check_runs(cls, value):

@@ -427,13 +427,13 @@ def replan(folders: Iterable[str | Path],     # runs' folders
     for folder in map(Path, folders):
         old, group = read_job(folder / "job.json"), folder.absolute().parent
         same = (group, old.ablation, old.preset, json.dumps(old.overrides, sort_keys=True), old.timeout,
-                old.cell_timeout)
+                old.cell_timeout, old.home)
         groups.setdefault(same, []).append(old)
-    for (group, _, preset, overrides, timeout, cell_timeout), olds in groups.items():
+    for (group, _, preset, overrides, timeout, cell_timeout, home), olds in groups.items():
         label, names = group.name.removeprefix(preset).removeprefix("@"), {old.name for old in olds}
         ablation = of_run(group / olds[0].name, run=True)
         jobs = plan(ablation, preset, sorted({o.seed for o in olds}), {o.variant: 0 for o in olds},
-                    json.loads(overrides), group.parents[1], label, timeout, cell_timeout)
+                    json.loads(overrides), group.parents[1], label, timeout, cell_timeout, home=home)
         planned += [job for job in jobs if job.name in names]
     return planned
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..core.flow import FlowMatching, coefficients, convert, spread
-from ..core.recipe import Recipe
+from ..core.recipe import Recipe, RecipeError
 from ..core.batch import Batch, Prepared
 from ..core.settings import Acts
 from ..core.technique import Step, Technique
@@ -61,6 +61,11 @@ class Settings(Acts):
                    f"(train.batch = {recipe.train.batch}, train.processes = {recipe.train.processes}): "
                    "there is no other sample to be a negative, so it would do nothing")
 
+    def notices(self, recipe, path):
+        if (n := recipe.train.processes) > 1:
+            yield (f"{path}: negatives are looked for among the {recipe.train.batch // n} images that each "
+                   f"of train.processes = {n} has of a batch, so the result is not that of one process")
+
 # %% ../../nbs/techniques/03_contrastive.ipynb #42bd99a4
 NEGATIVES = ("other_caption", "roll")
 
@@ -80,7 +85,14 @@ class Contrastive(Technique, name="contrastive", settings=Settings):
     @classmethod
     def of(cls, recipe: Recipe, prepared: Prepared | None = None, device: str | torch.device = "cpu",
            built: Mapping[str, Technique] = MappingProxyType({})) -> "Contrastive":
+        "As a recipe asks. Raises `RecipeError` for images of which all have one caption."
         c = recipe.techniques.contrastive
+        if prepared and c.negatives == "other_caption":
+            words = {text for i in prepared.split.train.tolist() for text in prepared.texts[i]}
+            if len(words) == 1:
+                raise RecipeError(f"techniques.contrastive.weight = {c.weight}, but all images have the same "
+                                  f"caption ({words.pop()[:60]!r}): there is no negative, so it would do "
+                                  "nothing; set the weight to 0")
         return cls(c.weight, c.negatives, c.start, c.stop)
 
     @classmethod

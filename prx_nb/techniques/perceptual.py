@@ -84,6 +84,9 @@ class Settings(Acts):
                 f"train.processes = {recipe.train.processes} has of a batch: others would be compared than "
                 "in one process"
             )
+        elif self.one_in > share:
+            yield (f"{path}.one_in = {self.one_in} is more than the {share} images of a batch: "
+                   f"one in {share} would be compared")
 
 # %% ../../nbs/techniques/07_perceptual.ipynb #25f92429
 class Perceptual(Technique, name="perceptual", settings=Settings):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.encoders import feature_maps
 from ..core.flow import FlowMatching
-from ..core.recipe import Recipe, RecipeError
+from ..core.recipe import Recipe
 from ..core.seeds import stream
 from ..core.batch import Batch, Prepared
 from ..core.settings import Acts
@@ -127,6 +127,9 @@ class Settings(Acts):
             yield (f"{path}.weight = {self.weight} with data.augment = {list(recipe.data.augment)}: "
                    "the teacher's maps are computed once, from the images as they are; "
                    "set data.augment to [], or the weight to 0")
+        if (share := recipe.train.batch // recipe.train.processes) % self.one_in:
+            yield (f"{path}.one_in = {self.one_in} does not divide "
+                   f"the {share} images that a process has of a batch")
 
 # %% ../../nbs/techniques/01_repa.ipynb #59c400ab
 class REPA(Technique, name="repa", settings=Settings):
@@ -175,12 +178,9 @@ def _projector(settings: Settings, width: int, channels: int, grid: tuple[int, i
 @classmethod
 def of(cls, recipe: Recipe, prepared: Prepared, device: str | torch.device = "cpu",
        built: Mapping[str, Technique] = MappingProxyType({})) -> "REPA":
-    "As `techniques.repa` asks for; maps not on disk are made. Raises `EncoderError`, `RecipeError`."
+    "As `techniques.repa` asks for; maps not on disk are made. Raises `EncoderError`."
     from prx_nb.techniques.irepa import normaliser             # read after this: its two parts fit in here
-    r, share = recipe.techniques.repa, recipe.train.batch // recipe.train.processes
-    if share % r.one_in:
-        raise RecipeError(f"techniques.repa.one_in = {r.one_in} does not divide "
-                          f"the {share} images that a process has of a batch")
+    r = recipe.techniques.repa
     side = recipe.data.size // recipe.latents.factor // recipe.denoiser.patch_size
     maps = feature_maps(r.teacher, prepared.images, r.tap, (side, side), device, progress=True)
     projector = _projector(r, recipe.denoiser.hidden_size, maps.channels, maps.grid)

@@ -87,6 +87,10 @@ class Settings(Acts):
             yield (f"{me} with train.processes = {recipe.train.processes}: "
                    f"the autoencoder is trained in one process; set train.processes = 1, {off}")
 
+    def notices(self, recipe, path):
+        if recipe.train.batch == 1:
+            yield f"{path}: train.batch = 1, so latents are normalised by the statistics of one image"
+
 # %% ../../nbs/techniques/08_repa_e.ipynb #0a2f3dcb
 class REPAE(Technique, name="repa_e", settings=Settings):
     "Alignment that also trains the autoencoder (arXiv 2504.10483)."

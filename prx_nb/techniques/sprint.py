@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..core.denoiser import Route, choose
-from ..core.recipe import Recipe, routing
+from ..core.denoiser import Route, choose, kept
+from ..core.recipe import Recipe, image_tokens, routing
 from ..core.batch import Batch, Prepared
 from ..core.settings import Acts, Routing, stretch
 from ..core.technique import Needs, Technique
@@ -41,6 +41,8 @@ class Settings(Acts):
         if not recipe.denoiser.fusion:
             yield (f"{path}.rate = {self.rate} needs denoiser.fusion, the first and last block of the sparse "
                    f"stream; set it, e.g. to [1, {max(1, recipe.denoiser.depth - 2)}], or the rate to 0")
+        if (tokens := image_tokens(recipe)) == kept(tokens, self.rate):
+            yield f"{path}.rate = {self.rate} of an image's {tokens} tokens is none; take a larger one, or 0"
 
     def routing(self, recipe):
         blocks = stretch(*recipe.denoiser.fusion, recipe.denoiser.depth)

@@ -15,9 +15,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..core.denoiser import Route, choose, patchify, unpatchify
+from ..core.denoiser import Route, choose, kept, patchify, unpatchify
 from ..core.flow import FlowMatching
-from ..core.recipe import Recipe, routing
+from ..core.recipe import Recipe, image_tokens, routing
 from ..core.batch import Batch, Prepared
 from ..core.settings import Acts, Routing, stretch
 from ..core.technique import Needs, Technique
@@ -48,6 +48,8 @@ class Settings(Acts):
             stretch(self.first, self.last, recipe.denoiser.depth)
         except ValueError as why:
             yield f"{path}: {why}"
+        if (tokens := image_tokens(recipe)) == kept(tokens, self.rate):
+            yield f"{path}.rate = {self.rate} of an image's {tokens} tokens is none, so it would do nothing"
 
     def routing(self, recipe):
         blocks = stretch(self.first, self.last, recipe.denoiser.depth)
