@@ -2,8 +2,9 @@
 #   make ablate            train the first ablation at preset cpu, three seeds, and make its report
 #   make ablate NAME=prediction_target PRESET=smoke SEEDS=1
 #   make test              everything that must hold
-#   make lab               JupyterLab on the notebooks
-#   make docs              README.md and HTML pages in _docs/
+#   make lab               JupyterLab on the checkout, from nbs/index.ipynb on (ARGS=--no-browser)
+#   make docs              README.md, and a site of all notebooks in _docs/
+#   make clean-nbs         notebooks without counts and widgets, as git has them
 #   make export            notebooks -> package, and clean the notebooks
 
 VENV   ?= .venv
@@ -20,7 +21,7 @@ JOBS   ?= 2
 WORKERS ?= 2
 ARGS   ?=
 
-.PHONY: help setup ablate test lab docs export clean
+.PHONY: help setup ablate test lab docs export clean clean-nbs
 .DEFAULT_GOAL := help
 
 help:
@@ -37,6 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  && $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' \
 	  && touch $(STAMP) \
 	  && echo "$(VENV) is ready after $$(( $$(date +%s) - begin )) s."
+	@$(BIN)/python -m prx_nb.lab.desk filter || echo "Notebooks are not cleaned on their way into git; make clean-nbs does it by hand."
 
 ablate: $(STAMP)
 	@$(BIN)/prx-nb ablate $(NAME) --preset $(PRESET) --seeds $(SEEDS) --jobs $(JOBS) $(ARGS)
@@ -45,10 +47,13 @@ test: $(STAMP)
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lab: $(STAMP)
-	@$(BIN)/jupyter lab nbs $(ARGS)
+	@$(BIN)/python -m prx_nb.lab.desk $(ARGS)
 
 docs: $(STAMP)
 	@$(BIN)/python -m prx_nb.lab.docs $(ARGS)
+
+clean-nbs: $(STAMP)
+	@$(BIN)/python -m prx_nb.lab.desk clean
 
 export: $(STAMP)
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && echo "The package is in step with the notebooks."
