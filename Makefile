@@ -5,7 +5,7 @@
 #   make lab               JupyterLab on the checkout, from nbs/index.ipynb on (ARGS=--no-browser)
 #   make docs              README.md, and a site of all notebooks in _docs/
 #   make clean-nbs         notebooks without counts and widgets, as git has them
-#   make export            notebooks -> package, and clean the notebooks
+#   make export            notebooks -> package, clean and linked notebooks
 
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -56,7 +56,7 @@ clean-nbs: $(STAMP)
 	@$(BIN)/python -m prx_nb.lab.desk clean
 
 export: $(STAMP)
-	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && echo "The package is in step with the notebooks."
+	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python -m prx_nb.lab.docs links && echo "The package is in step with the notebooks."
 
 clean:
 	@rm -rf _docs _proc build dist .pytest_cache .ruff_cache *.egg-info
