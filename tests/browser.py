@@ -97,7 +97,8 @@ class Lab:
         where = f"/lab/tree/{notebook}?reset&token={self.token}" if notebook else f"/?token={self.token}"
         self.page.goto(self.address + where)
         self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-        self.page.wait_for_selector('.jp-Toolbar-kernelStatus[title*="Idle"], .jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=60_000, state="attached")
+        # what is run before the kernel is there asks which one it shall be
+        self.page.wait_for_selector('.jp-StatusBar-TextItem:text-is("PRX Workbook | Idle")', timeout=60_000)
 
     def menu(self, name: str, item: str) -> None:
         self.page.click(f'.lm-MenuBar-itemLabel:text-is("{name}")')
