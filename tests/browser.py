@@ -65,8 +65,9 @@ def running_lab(home: Path, user: Path):
     token, log = secrets.token_hex(16), user / "lab.log"
     user.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "prx_nb.lab.desk", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"]
+    own = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "PRX_NB_OUT")}          # what tests set is no reader's
     with open(log, "w") as out:
-        server = subprocess.Popen(command, cwd=home, stdout=out, stderr=out, env=os.environ | settings_of_a_new_user(user) | {"PYTHONPATH": str(home)})
+        server = subprocess.Popen(command, cwd=home, stdout=out, stderr=out, env=own | settings_of_a_new_user(user) | {"PYTHONPATH": str(home)})
     try:
         end = time.monotonic() + 90
         while True:

@@ -14,6 +14,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def surroundings(home: Path) -> dict[str, str]:        # environment variables
         "PRX_NB_OUT": os.environ.get("PRX_NB_OUT") or str(home / "outputs")}
 
 # %% ../../nbs/lab/23_desk.ipynb #13158282
-def lab_command(home: Path, more: list[str] = [], root: bool = False) -> list[str]:
+def lab_command(home: Path, more: Sequence[str] = (), root: bool = False) -> list[str]:
     "JupyterLab on a checkout: its index first; for the root user only when that is said."
     settings = [f"--ServerApp.root_dir={home}", "--LabApp.default_url=/lab/tree/nbs/index.ipynb",
                 "--FileContentsManager.pre_save_hook=prx_nb.lab.desk.before_save", "--LabApp.news_url=None",

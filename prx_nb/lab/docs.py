@@ -379,10 +379,11 @@ def _for_sphinx(text: str) -> str:
 def _apart(cell) -> list:
     "A cell, and the Markdown among its outputs as if it stood below: tables and links work there."
     from nbformat.v4 import new_markdown_cell
-    written = [o.data["text/markdown"] for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})]
+    says = lambda output: output.get("data", {}).get("text/markdown")
+    written = list(filter(None, map(says, cell.get("outputs", []))))
     if not written:
         return [cell]
-    cell.outputs = [o for o in cell.outputs if "text/markdown" not in o.get("data", {})]
+    cell.outputs = [output for output in cell.outputs if not says(output)]
     below = new_markdown_cell("\n\n".join(written), id=f"{cell.id}-says")
     return [below] if cell.metadata.get("transient") and not cell.outputs else [cell, below]
 
