@@ -4,9 +4,10 @@
 #   make test              everything that must hold
 #   make test-gpu          what must hold on a GPU
 #   make bench-gpu         seconds and memory on a GPU, beside diffusers; leaves outputs/bench_gpu/
-#   make lab               JupyterLab on the notebooks
-#   make docs              README.md and HTML pages in _docs/
-#   make export            notebooks -> package, and clean the notebooks
+#   make lab               JupyterLab on the checkout, from nbs/index.ipynb on (ARGS=--no-browser)
+#   make docs              README.md, and a site of all notebooks in _docs/
+#   make clean-nbs         notebooks without counts and widgets, as git has them
+#   make export            notebooks -> package, clean and linked notebooks
 
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -22,7 +23,7 @@ JOBS   ?= 2
 WORKERS ?= 2
 ARGS   ?=
 
-.PHONY: help setup ablate test test-gpu bench-gpu lab docs export clean
+.PHONY: help setup ablate test test-gpu bench-gpu lab docs export clean clean-nbs
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  && $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]' \
 	  && touch $(STAMP) \
 	  && echo "$(VENV) is ready after $$(( $$(date +%s) - begin )) s."
+	@$(BIN)/python -m prx_nb.lab.desk filter || echo "Notebooks are not cleaned on their way into git; make clean-nbs does it by hand."
 
 ablate: $(STAMP)
 	@$(BIN)/prx-nb ablate $(NAME) --preset $(PRESET) --seeds $(SEEDS) --jobs $(JOBS) $(ARGS)
@@ -55,13 +57,16 @@ bench-gpu: $(STAMP)
 	  --cwd nbs/benchmarks -p out "$(CURDIR)/outputs/bench_gpu" $(ARGS)
 
 lab: $(STAMP)
-	@$(BIN)/jupyter lab nbs $(ARGS)
+	@$(BIN)/python -m prx_nb.lab.desk $(ARGS)
 
 docs: $(STAMP)
 	@$(BIN)/python -m prx_nb.lab.docs $(ARGS)
 
+clean-nbs: $(STAMP)
+	@$(BIN)/python -m prx_nb.lab.desk clean
+
 export: $(STAMP)
-	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && echo "The package is in step with the notebooks."
+	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python -m prx_nb.lab.docs links && echo "The package is in step with the notebooks."
 
 clean:
 	@rm -rf _docs _proc build dist .pytest_cache .ruff_cache *.egg-info

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from slurm import slurm  # noqa: F401  (a fixture)
 
-from prx_nb.lab import watch
+from prx_nb.lab import cli, watch
 
 PRX = str(Path(sys.executable).parent / "prx-nb")
 ROOT = Path(__file__).parents[1]
@@ -412,3 +412,29 @@ def test_status_on_a_terminal_has_colours_and_watches_to_the_end(tmp_path):
 def test_status_of_nothing():
     code, out, _ = prx("status", "sweeps")
     assert code == 0 and out.startswith("no runs in")
+
+
+def test_runs_land_in_the_checkouts_outputs_from_any_of_its_folders(tmp_path, monkeypatch, capsys):
+    home = tmp_path / "checkout"
+    (home / "nbs" / "core").mkdir(parents=True)
+    (home / "settings.ini").touch()
+    monkeypatch.chdir(home / "nbs" / "core")
+    monkeypatch.delenv("PRX_NB_OUT", raising=False)
+    pretend = watch.pretend_runs(home / "outputs")
+
+    def said(*words):
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(word) for word in words])
+        return end.value.code, *capsys.readouterr()
+
+    (home / "sweep.yaml").write_text("runs: [{ablation: prediction_target, preset: smoke, seeds: 1}]")
+    for words in (["prediction_target", "--preset", "smoke", "--seeds", "1"], ["../../sweep.yaml"]):
+        code, out, err = said("ablate", *words, "--dry-run")
+        assert code == 0 and f"3 runs in {home / 'outputs'}: " in out, out + err
+    folders = lambda *words: [row["folder"] for row in json.loads(said("status", "--json", *words)[1])]
+    every = folders("--out", pretend)
+    for words in ([], ["prediction_target"], ["outputs/prediction_target"]):
+        assert folders(*words) == every != []
+    assert not (home / "nbs" / "core" / "outputs").exists()
+    monkeypatch.setenv("PRX_NB_OUT", str(tmp_path / "none"))
+    assert f"3 runs in {tmp_path / 'none'}: " in said("ablate", "prediction_target", "--preset", "smoke", "--seeds", "1", "--dry-run")[1]

@@ -1,7 +1,11 @@
 "README and pages are made from the notebooks, and say what the published files say."
+import json
+import os
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pandas as pd
 import pytest
@@ -11,20 +15,52 @@ from prx_nb.lab import docs, report, results
 ROOT = Path(__file__).parents[1]
 
 
-def test_readme_is_the_index():
-    made, written = docs.as_markdown(ROOT / "nbs" / "index.ipynb"), (ROOT / "README.md").read_text()
+def test_readme_is_the_first_part_of_the_index():
+    made, written = docs.as_markdown(ROOT / "nbs" / "index.ipynb", docs.EVERYTHING) + docs.MORE, (ROOT / "README.md").read_text()
     assert made == written, "out of step: run `make docs`"
+    assert len(re.sub(r"<!--.*?-->", "", written).split()) < 900
 
 
-def test_readme_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / "README.md").read_text()):
+@pytest.mark.parametrize("page", ["README.md", "nbs/index.ipynb", "nbs/results.ipynb", "nbs/usage.ipynb"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text().replace('\\"', '"')
+    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'<img [^>]*src="([^"]+)', text)
+    assert len(found) > 10
+    for target in found:
         if not target.startswith(("http", "#")):
-            assert (ROOT / target).exists(), target
+            assert ((ROOT / page).parent / target.split("#")[0]).exists(), target
 
 
-def test_readme_shows_the_commands_first():
+def test_readme_explains_a_word_before_it_uses_it_and_names_a_command_for_each_way_in():
     text = (ROOT / "README.md").read_text()
-    assert 0 < text.index("make ablate") < text.index("make test") < text.index("The first ablation") < text.index("Three ways in")
+    assert 0 < text.index("The **error** is") < text.index("effect on the error") < text.index("make lab") < text.index("| minutes | what you do there |")
+    for command in ("make lab", "make ablate", "from prx_nb.techniques", "--set data.source=folder", "mine/idea.ipynb"):
+        assert text.count(command) >= 1, command
+    assert not re.search(r"MMD|KID|FD\[", text)
+
+
+def test_the_short_table_begins_with_what_was_decided_and_is_as_long_as_the_whole_one():
+    text = (ROOT / "README.md").read_text()
+    rows = text[text.index("| technique | effect"):].split("\n\n")[0].splitlines()[2:]
+    place = [("better", "worse", "equivalent", "undecided").index(re.search(r"\*\*(\w+)\*\*", row)[1]) for row in rows]
+    assert place == sorted(place) and all(row.count("|") == 4 for row in rows)
+
+
+def test_the_path_has_eight_stops_and_every_notebook_links_on_and_back():
+    assert len(docs.stops(ROOT)) == 8
+    order = [path for path in docs.way(ROOT) if path.name != "report_template.ipynb"]
+    assert order[:8] == docs.stops(ROOT)
+    for path in order:
+        nb = json.loads(path.read_text())
+        assert nb["cells"][-1] == docs.signpost(path, order, ROOT), f"{path.name}: run `make export`"
+    for before, after in zip(order, order[1:]):
+        assert os.path.relpath(after, before.parent) in docs.signpost(before, order, ROOT)["source"][1]
+
+
+def test_pictures_of_the_techniques_are_those_of_their_notebooks():
+    for path in (ROOT / "nbs" / "techniques").glob("*.ipynb"):
+        picture = ROOT / "nbs" / "pictures" / f"{path.stem}.png"
+        assert picture.read_bytes() == docs._first_picture(path), f"{path.name}: run `make docs`"
 
 
 def test_published_result_is_read_from_its_files(tmp_path):
@@ -47,41 +83,61 @@ def test_published_result_is_read_from_its_files(tmp_path):
 class Links(HTMLParser):
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.found, self.pictures = [], []
 
     def handle_starttag(self, tag, attrs):
-        self.found += [v for k, v in attrs if k == "href" and v]
+        named = dict(attrs)
+        self.found += [named[k] for k in ("href", "src") if named.get(k)]
+        self.pictures += [named] if tag == "img" else []
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    out = tmp_path_factory.mktemp("docs")
-    for path in [ROOT / "nbs" / "index.ipynb", *docs.notebooks(ROOT)]:
-        docs.write_page(path, ROOT, out)
-    docs.index_page(ROOT, out)
-    return out
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site")
+    docs.build(ROOT, out / "_docs", out / "work")
+    return out / "_docs"
 
 
-def test_every_notebook_has_a_page_and_links_between_pages_hold(pages):
-    broken = []
-    for page in pages.rglob("*.html"):
-        links = Links()
-        links.feed(page.read_text())
-        for target in links.found:
-            target = target.split("#")[0]
-            if target.endswith(".html") and "://" not in target and not (page.parent / target).exists():
-                broken.append(f"{page.relative_to(pages)} -> {target}")
-    assert broken == []
-    assert len(list(pages.rglob("*.html"))) == len(docs.notebooks(ROOT)) + 2
+def read(page):
+    links = Links()
+    links.feed(page.read_text())
+    return links
 
 
-def test_pages_show_code_and_hide_directives(pages):
-    text = (pages / "lab" / "02_ablations.html").read_text()
-    assert "from_notebook" in text and "#| export" not in text and "#|" not in re.sub(r"<[^>]+>", "", text)
+@pytest.mark.slow
+def test_every_notebook_and_report_has_a_page_whose_links_and_pictures_are_there(site):
+    for path in [*docs.way(ROOT), *(ROOT / "outputs/published").rglob("report.md")]:
+        assert (site / path.relative_to(ROOT)).with_suffix(".html").exists(), path
+    broken, silent = [], []
+    for page in site.rglob("*.html"):
+        links = read(page)
+        broken += [f"{page.relative_to(site)} -> {t}" for t in links.found
+                   if not re.match(r"[a-z]+:|#|//", t) and not (page.parent / unquote(t.split("#")[0].split("?")[0])).exists()]
+        silent += [page.relative_to(site) for picture in links.pictures if not picture.get("alt")]
+    assert broken == [] and silent == []
 
 
-def test_formulas_are_drawn_without_a_network(pages):
-    text = re.sub(r"<script.*?</script>", "", (pages / "core" / "13_flow.html").read_text(), flags=re.DOTALL)
-    assert text.count("<math") > 20 and "$$" not in text and "\\alpha_t" not in re.sub(r"<annotation.*?</annotation>", "", text)
-    for page in pages.rglob("*.html"):
-        assert not re.search(r"<(script|link)[^>]+(src|href)=.https?:", page.read_text()), f"{page.name} loads something"
+@pytest.mark.slow
+def test_pages_need_no_network_and_show_formulas_and_no_directives(site):
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        assert not re.search(r"<(script|link|img)[^>]+(src|href)=.(https?:)?//", text), f"{page.name} loads something"
+        assert not re.search(r"In(&nbsp;| )\[[\d ]*\]:|^#\| ", re.sub(r"<[^>]+>", "", text), re.M), page
+    flow = (site / "nbs/core/13_flow.html").read_text()
+    assert flow.count("<math") > 20 and "$$" not in flow and "\\alpha_t" not in re.sub(r"<annotation.*?</annotation>", "", flow)
+
+
+@pytest.mark.slow
+def test_pages_follow_the_path_and_a_second_build_makes_only_what_changed(site):
+    first, second = docs.stops(ROOT)[:2]
+    there = lambda path: Path(path.relative_to(ROOT)).with_suffix(".html")
+    assert os.path.relpath(there(second), there(first).parent) in read(site / there(first)).found
+    before = {p: p.stat().st_mtime_ns for p in (site.parent / "work" / "html").rglob("*.html")}
+    begin = time.process_time()
+    docs.build(ROOT, site, site.parent / "work")
+    again = [p for p, when in before.items() if p.stat().st_mtime_ns != when]
+    assert len(again) < 10 and time.process_time() - begin < 60, again
+
+
+def test_own_notebooks_are_not_looked_at():
+    assert not any("mine" in path.relative_to(ROOT).parts for path in docs.way(ROOT))

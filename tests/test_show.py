@@ -1,10 +1,18 @@
 """Bytes and floating point, once each; grids."""
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
 from PIL import Image
 
 from prx_nb.core.show import from_uint8, picture, show_images, tile, to_uint8
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_every_byte_survives_and_twice_is_refused():
@@ -40,3 +48,43 @@ def test_tiles_lie_row_by_row():
 def test_figures_have_a_title_an_image():
     fig = show_images(torch.zeros(5, 3, 8, 8), [f"caption {i}" for i in range(5)], columns=3)
     assert [a.get_title() for a in fig.axes][:5] == [f"caption {i}" for i in range(5)] and len(fig.axes) == 6
+
+
+CONTROLS = """
+%matplotlib inline
+import matplotlib.pyplot as plt
+from prx_nb.core.show import interact
+def figure(slope=1):
+    fig, ax = plt.subplots(figsize=(1, 1))
+    ax.plot([0, slope])
+    return fig
+"""
+
+
+CALLS = ["interact(figure, slope=(0, 2));", "interact(lambda slope=1: figure(slope).axes, slope=(0, 2));",
+         "interact(lambda slope=1: (figure(slope), None)[1], slope=(0, 2));",
+         "moved = interact(figure, slope=(0, 2)); moved.widget.children[0].value = 2",
+         "import ipywidgets; ipywidgets.interact(figure, slope=(0, 2));"]
+
+
+@pytest.mark.slow
+def test_a_control_shows_its_picture_once_in_a_real_kernel():
+    nb = new_notebook(cells=[new_code_cell(source) for source in (CONTROLS, *CALLS)])
+    NotebookClient(nb, timeout=120, kernel_name="python3").execute()
+    state = nb.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"].values()
+    kinds = lambda outputs: ["picture" if "image/png" in o.get("data", {}) else "text" for o in outputs
+                             if not any("widget" in kind for kind in o.get("data", {}))]
+    areas = [kinds(w["state"]["outputs"]) for w in state if w["model_name"] == "OutputModel"]
+    shown = [area + kinds(cell.outputs) for area, cell in zip(areas, nb.cells[1:], strict=True)]
+    assert shown[:4] == [["picture"]] * 4
+    assert shown[4] == ["picture"] * 2, "ipywidgets alone; where this has changed, ours is no longer needed"
+
+
+def test_every_control_is_the_one_that_shows_a_picture_once():
+    found = []
+    for path in (ROOT / "nbs").rglob("*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "code" and re.search(r"^(from ipywidgets import .*\binteract\b|.*widgets\.interact\()", source, re.M):
+                found.append((path.name, cell["id"]))
+    assert [name for name, _ in found] == ["04_show.ipynb"], "from prx_nb.core.show import interact"

@@ -35,7 +35,7 @@ Start here:
   prx-nb ablate prediction_target --preset cpu       minutes on two cores
   prx-nb ablate sweeps/weekend.yaml --dry-run        many at once: the plan
   prx-nb status --watch                              how it all stands
-  jupyter lab nbs                                    read and play
+  make lab                                           read and play
 
 Every error is one line; add --debug to any command to see where it came
 from. Exit codes: 0 done, 1 something failed, 2 not possible as given,
@@ -91,9 +91,9 @@ def planned(names: list[str],                    # ablations and sweep files
             size = "cpu" if preset is None else preset
             limit = _LIMITS.get(size) if timeout is None else timeout
             number = _seeds(("8" if until else "2") if seeds is None else seeds)
-            jobs += plan.plan(name, size, number, _words(variants), settings(pairs), out or "outputs",
-                              timeout=limit, cell_timeout=cell_timeout, until=until is not None,
-                              baseline_seeds=baseline_seeds)
+            jobs += plan.plan(name, size, number, _words(variants), settings(pairs),
+                              out or plan.out_folder(), timeout=limit, cell_timeout=cell_timeout,
+                              until=until is not None, baseline_seeds=baseline_seeds)
         if len(jobs) > plan.MOST:
             raise sweep.SweepError(
                 f"{len(jobs):,} runs and more: {plan.MOST:,} is the most at once; ask for fewer")
@@ -200,7 +200,9 @@ Gpus = Annotated[int, typer.Option(min=0, help="slurm: GPUs of a task")]
 Cpus = Annotated[int, typer.Option(min=1, help="slurm: cores of a task")]
 Memory = Annotated[float | None, typer.Option(help="slurm: GB of a task")]
 Wait = Annotated[bool, typer.Option("--wait", help="slurm: wait for the end and make the reports")]
-Out = Annotated[Path, typer.Option(parser=_out, metavar="PATH", help="folder of all runs")]
+Out = Annotated[
+    Path | None,
+    typer.Option(parser=_out, metavar="PATH", help="folder of all runs (default: the checkout's outputs)")]
 OnlyPlan = Annotated[
     bool, typer.Option("--dry-run", help="print the plan and the estimated time; write nothing")]
 Share = Annotated[
@@ -306,7 +308,8 @@ BaselineSeeds = Annotated[
     int | None, typer.Option(min=1, help="seeds of the baseline (default: as many as the variants)")]
 Variants = Annotated[str | None, typer.Option(help="some variants only, e.g. v,x")]
 Folder = Annotated[
-    Path | None, typer.Option(parser=_out, metavar="PATH", help="folder of all runs (default: outputs)")]
+    Path | None,
+    typer.Option(parser=_out, metavar="PATH", help="folder of all runs (default: the checkout's outputs)")]
 Seconds = Annotated[
     float | None, typer.Option(help="seconds a run may take (default: 900 smoke, 3600 cpu, 7200 gpu)")]
 CellSeconds = Annotated[float | None, typer.Option(help="seconds a cell of its notebook may take")]
@@ -389,17 +392,17 @@ def _reports(groups: list[Path], name: str) -> bool:
     return whole
 
 # %% ../../nbs/lab/21_cli.ipynb #656c29c1
-def _groups(names: list[str], preset: str, out: Path) -> list[Path]:
+def _groups(names: list[str], preset: str, out: Path | None) -> list[Path]:
     "The folders of runs that names stand for: a folder, a sweep file's, or an ablation's at a preset."
-    from prx_nb.lab import watch
+    from prx_nb.lab import plan, watch
     found = []
     for name in names:
         if name.lower().endswith(_ENDINGS):
-            found += [job.group for job in planned([name], out=None if out == Path("outputs") else out)]
-        elif Path(name).is_dir():
-            found += [run.parent for run in watch.run_folders(name)] or [Path(name)]
+            found += [job.group for job in planned([name], out=out)]
+        elif (folder := plan.from_anywhere(name)).is_dir():
+            found += [run.parent for run in watch.run_folders(folder)] or [folder]
         else:
-            mine = Path(out) / name
+            mine = (out or plan.out_folder()) / name
             found += [p for p in sorted(mine.glob(f"{preset}*"))
                       if p.name == preset or p.name.startswith(f"{preset}@")] or [mine / preset]
     return list(dict.fromkeys(_from_here(group.absolute()) for group in found))
@@ -410,7 +413,7 @@ def report(
     names: Annotated[
         list[str], typer.Argument(metavar="NAME", help="ablations, folders of runs, or sweep files")],
     preset: Preset = "cpu",
-    out: Out = Path("outputs"),
+    out: Out = None,
     publish: Annotated[
         bool, typer.Option(help="also copy tables, figures and records to OUT/published")] = False,
 ) -> None:
@@ -426,10 +429,11 @@ def report(
       prx-nb report sweeps/weekend.yaml
     """
     from prx_nb.lab import report as reports
+    from prx_nb.lab.plan import out_folder
     groups = _groups(names, preset, out)
     whole = _reports(groups, _name(names))
     for group in groups if publish else ():
-        typer.echo(f"published: {reports.publish(group, out)}")
+        typer.echo(f"published: {reports.publish(group, out or out_folder())}")
     if not whole:
         raise typer.Exit(1)
 
@@ -441,7 +445,7 @@ Some = Annotated[
 @app.command()
 def status(
     names: Some = None,
-    out: Out = Path("outputs"),
+    out: Out = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="look again every two seconds, until all has ended")] = False,
     everything: Annotated[
@@ -462,6 +466,8 @@ def status(
     from dataclasses import asdict
 
     from prx_nb.lab import watch as watching
+    from prx_nb.lab.plan import out_folder
+    out = out or out_folder()
     folders = watching.places(names or [], out)
     if as_json:
         rows = watching.survey(*folders, out=out)
@@ -481,7 +487,7 @@ SameSeconds = Annotated[float | None, typer.Option(help="seconds a run may take 
 @app.command()
 def retry(
     names: Some = None,
-    out: Out = Path("outputs"),
+    out: Out = None,
     only: Only = None,
     jobs: Jobs = None,
     per_device: PerDevice = None,
@@ -510,6 +516,8 @@ def retry(
     from dataclasses import replace
 
     from prx_nb.lab import watch
+    from prx_nb.lab.plan import out_folder
+    out = out or out_folder()
     rows = watch.chosen(watch.survey(*watch.places(names or [], out), out=out), only or [])
     if not rows:
         typer.echo("nothing to repeat: no run " + (f"is {' or '.join(only)}" if only else "has failed"))
@@ -526,7 +534,7 @@ def retry(
 @app.command()
 def clean(
     names: Some = None,
-    out: Out = Path("outputs"),
+    out: Out = None,
     failed: Annotated[
         bool,
         typer.Option(
@@ -549,9 +557,10 @@ def clean(
       prx-nb clean prediction_target --failed --dry-run
     """
     from prx_nb.lab import watch
+    from prx_nb.lab.plan import out_folder
     say = lambda item: typer.echo(f"{watch.size(item.bytes):>10}  {item.kind:20} {item.path}")
-    gone, kept = watch.clean(*watch.places(names or [], out), failed=failed, checkpoints=checkpoints,
-                             dry_run=dry_run, say=say)
+    gone, kept = watch.clean(*watch.places(names or [], out or out_folder()), failed=failed,
+                             checkpoints=checkpoints, dry_run=dry_run, say=say)
     for line in kept:
         typer.echo(f"left alone: {line}")
     typer.echo(watch.freed(gone, dry_run))

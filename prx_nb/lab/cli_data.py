@@ -158,11 +158,12 @@ def sample(
     """
     from prx_nb.core import files, show, text, train
     from prx_nb.core import sample as sampling
+    from prx_nb.lab.plan import from_anywhere
 
     _check_name(out)
     _check_prompts(prompt)
     files.require_writable(out.parent)
-    trained = train.Run.load(run)
+    trained = train.Run.load(from_anywhere(run))
     wishes = {"sample.steps": steps, "sample.guidance": guidance}
     r = trained.recipe.replace({k: v for k, v in wishes.items() if v is not None})
     pack = r.data.path if r.data.source == "pack" else None
@@ -187,7 +188,8 @@ def export(run: Annotated[Path, typer.Argument(help="a run's folder")],
       .images[0].save("cat.png"))'
     """
     from prx_nb.core import interop, train
-    trained = train.Run.load(run)
+    from prx_nb.lab.plan import from_anywhere
+    trained = train.Run.load(from_anywhere(run))
     typer.echo(
         f"wrote {interop.to_diffusers(trained, folder)}, for diffusers' "
         f"{interop.pipeline_for(trained.recipe)}"

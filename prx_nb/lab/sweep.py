@@ -499,7 +499,9 @@ def jobs(self: Sweep,
          ) -> list:                            # of `prx_nb.lab.plan.Job`
     "The runs of a sweep: entry by entry, and within an entry seed by seed. Raises `AblationError`."
     from prx_nb.core.data import looked_at_once
-    from prx_nb.lab.plan import plan
+    from prx_nb.lab.plan import out_folder, plan
+    # what the file says, unless that is what goes without saying
+    out = out or (self.out if self.out != "outputs" else out_folder())
     found = []
     for entry in self.runs:
         ablation = ablations.get(entry.ablation)
@@ -508,7 +510,7 @@ def jobs(self: Sweep,
                 job
                 for point in points(entry)
                 for job in plan(ablation, entry.preset, entry.last, entry.variants, point.overrides,
-                                out or self.out, point.label,
+                                out, point.label,
                                 entry.timeout or (limits.get(entry.preset) if timeout is None else timeout),
                                 entry.cell_timeout or cell_timeout, entry.until is not None,
                                 entry.baseline_seeds)

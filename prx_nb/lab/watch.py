@@ -26,7 +26,7 @@ from typing import Any
 from ..core.files import discard, is_file, lies_in, open_unlinked, read_json, some_folder
 from . import run as runs
 from .ablations import AblationError, of_run
-from .plan import plan, read_job
+from .plan import from_anywhere, plan, read_job
 from .sweep import in_words
 
 # %% ../../nbs/lab/10_watch.ipynb #5e6896d4
@@ -57,7 +57,7 @@ def places(names: Iterable[str | Path],          # folders, or names of ablation
     `NotOurs` for the whole disk."""
     found, out = [], some_folder(out)
     for name in names or [out]:
-        options = [path for path in (Path(name), Path(out) / name) if path.is_dir()]
+        options = [path for path in (Path(name), Path(out) / name, from_anywhere(name)) if path.is_dir()]
         if not options:
             either = f" and none in {out}" if Path(name) != Path(out) else ""
             raise AblationError(f"no folder {name}{either}: nothing was run there")

@@ -1,0 +1,124 @@
+"JupyterLab in Debian's chromium, by the command of `make lab` on a copy of the checkout."
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("nbs", "prx_nb", "outputs/published", "sweeps", "settings.ini", "pyproject.toml", "README.md", ".gitignore", ".gitattributes")
+# every cell is drawn, not only those in sight; nothing asks or tells in a corner
+SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"}, "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+            "docmanager-extension/plugin": {"autosave": False}}
+
+
+def chromium() -> str | None:
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def missing() -> str:
+    "What keeps the browser tests from running here; empty if nothing does."
+    try:
+        import playwright.sync_api  # noqa: F401
+    except ImportError:
+        return "playwright is not installed (pip install -e '.[dev]')"
+    return "" if chromium() else "no chromium here (apt-get install chromium)"
+
+
+def git(home: Path, *words: str) -> str:
+    return subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(home), *words], capture_output=True, text=True, check=True).stdout
+
+
+def copy_of_the_checkout(home: Path) -> Path:
+    for name in COPIED:
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, home / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        else:
+            shutil.copy(ROOT / name, home / name)
+    git(home, "init", "-q")
+    git(home, "add", ".")
+    git(home, "commit", "-qm", "as it is")
+    return home
+
+
+def settings_of_a_new_user(folder: Path) -> dict[str, str]:
+    for name, values in SETTINGS.items():
+        (path := folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings").parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    return {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"), "JUPYTER_CONFIG_DIR": str(folder / "config"),
+            "JUPYTER_DATA_DIR": str(folder / "data"), "JUPYTER_RUNTIME_DIR": str(folder / "runtime"), "IPYTHONDIR": str(folder / "ipython")}
+
+
+@contextmanager
+def running_lab(home: Path, user: Path):
+    "The address of JupyterLab with its token, and what it said until it was there."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token, log = secrets.token_hex(16), user / "lab.log"
+    user.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "prx_nb.lab.desk", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"]
+    own = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "PRX_NB_OUT")}          # what tests set is no reader's
+    with open(log, "w") as out:
+        server = subprocess.Popen(command, cwd=home, stdout=out, stderr=out, env=own | settings_of_a_new_user(user) | {"PYTHONPATH": str(home)})
+    try:
+        end = time.monotonic() + 90
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}", timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}", token, log
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+class Lab:
+    "A page with JupyterLab, and what a reader does in it."
+
+    def __init__(self, page, address: str, token: str):
+        self.page, self.address, self.token = page, address, token
+
+    def open(self, notebook: str = "") -> None:
+        "A notebook, alone in the window; none: what the server shows first. Until its kernel is idle."
+        where = f"/lab/tree/{notebook}?reset&token={self.token}" if notebook else f"/?token={self.token}"
+        self.page.goto(self.address + where)
+        self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+        # what is run before the kernel is there asks which one it shall be
+        self.page.wait_for_selector('.jp-StatusBar-TextItem:text-is("PRX Workbook | Idle")', timeout=60_000)
+
+    def menu(self, name: str, item: str) -> None:
+        self.page.click(f'.lm-MenuBar-itemLabel:text-is("{name}")')
+        self.page.click(f'.lm-Menu-itemLabel:text-is("{item}")')
+
+    def run_all(self, seconds: float = 120) -> None:
+        "Run > Run All Cells, until all have run."
+        begin = time.monotonic()
+        self.menu("Run", "Run All Cells")
+        self.page.wait_for_function("""() => {
+            const prompts = [...document.querySelectorAll('.jp-CodeCell')].filter(c => c.querySelector('.cm-content').innerText.trim())
+                .map(c => c.querySelector('.jp-InputPrompt').innerText);
+            const failed = document.querySelector('[data-mime-type="application/vnd.jupyter.error"]');
+            return failed || prompts.every(p => /\\d/.test(p)); }""", timeout=1000 * seconds)
+        self.seconds = time.monotonic() - begin
+
+    def errors(self) -> list[str]:
+        return self.page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+
+    def save(self) -> None:
+        self.menu("File", "Save Notebook")
+        self.page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')", timeout=20_000)

@@ -1,0 +1,136 @@
+"The workbook as a reader meets it: JupyterLab and the site in a real browser."
+import json
+import re
+import shutil
+from pathlib import Path
+
+import browser
+import pytest
+
+from prx_nb.lab import docs
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())]
+PROBE = ["!command -v prx-nb", "!prx-nb ablate prediction_target --preset smoke --seeds 1 --dry-run", "import sys; print(sys.executable)"]
+
+
+@pytest.fixture(scope="module")
+def chrome():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as play:
+        made = play.chromium.launch(executable_path=browser.chromium(), args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield made
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return browser.copy_of_the_checkout(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture(scope="module")
+def server(home, tmp_path_factory):
+    with browser.running_lab(home, tmp_path_factory.mktemp("user") / "new") as found:
+        yield found
+
+
+@pytest.fixture
+def lab(chrome, server):
+    page = chrome.new_page(viewport={"width": 1280, "height": 900})
+    yield browser.Lab(page, *server[:2])
+    page.close()
+
+
+def test_the_index_opens_first_with_every_picture_and_link_alive(lab, server):
+    lab.open()
+    assert lab.page.url.split("?")[0].endswith("/lab/tree/nbs/index.ipynb")
+    lab.page.wait_for_function("() => { const all = [...document.querySelectorAll('.jp-Notebook img')]; return all.length > 9 && all.every(i => i.complete); }", timeout=30_000)
+    pictures = lab.page.evaluate("() => [...document.querySelectorAll('.jp-Notebook img')].map(i => [i.src, i.naturalWidth, i.alt])")
+    assert [src for src, width, alt in pictures if not width or not alt] == []
+    dead = lab.page.evaluate("""async () => {
+        const own = [...document.querySelectorAll('.jp-Notebook a[href]')].map(a => a.href).filter(h => h.startsWith(location.origin) && !h.includes('#'));
+        const found = await Promise.all([...new Set(own)].map(async h => [h, (await fetch(h)).status]));
+        return [found.length, found.filter(f => f[1] != 200)]; }""")
+    assert dead[0] > 80 and dead[1] == []
+    lab.page.click('.jp-Notebook a:text-is("Flow") >> nth=0')
+    lab.page.wait_for_selector('.lm-TabBar-tabLabel:text-is("13_flow.ipynb")', timeout=30_000)
+    assert "You are root" in server[2].read_text() or "--allow-root" not in server[2].read_text()
+
+
+def test_commands_are_on_the_path_and_runs_land_in_the_checkout(lab, home):
+    (home / "mine").mkdir(exist_ok=True)
+    cells = [{"cell_type": "code", "id": f"c{n}", "metadata": {}, "source": line, "outputs": [], "execution_count": None} for n, line in enumerate(PROBE)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    (home / "mine" / "probe.ipynb").write_text(json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
+    lab.open("mine/probe.ipynb")
+    lab.run_all()
+    said = "\n".join(lab.page.locator(".jp-OutputArea-output").all_inner_texts())
+    assert "bin/prx-nb" in said and f"runs in {home}/outputs: " in said, said
+    assert "PRX Workbook" in lab.page.locator(".jp-KernelName").first.inner_text()
+    lab.save()
+    assert json.loads((home / "mine" / "probe.ipynb").read_text())["cells"][1]["outputs"], "what is mine is kept as it ran"
+
+
+def keyboard_moves_a_picture(lab):
+    "The first control with a slider: one picture, and another one after a key."
+    cell = lab.page.locator(".jp-CodeCell:has(.noUi-handle)").first
+    picture = cell.locator(".jp-OutputArea img")
+    picture.first.wait_for(timeout=30_000, state="attached")
+    assert picture.count() == 1, "one picture"
+    before = picture.get_attribute("src")
+    cell.locator(".noUi-handle").first.focus()
+    lab.page.keyboard.press("ArrowRight")
+    for _ in range(300):
+        lab.page.wait_for_timeout(100)
+        if picture.count() == 1 and picture.get_attribute("src") != before:
+            return
+    raise AssertionError(f"{picture.count()} pictures, and none moved")
+
+
+@pytest.mark.parametrize("notebook", ["techniques/02_irepa", "techniques/05_sprint", "techniques/09_immiscible"])
+def test_a_technique_runs_its_slider_moves_by_keyboard_and_git_stays_clean(lab, home, notebook):
+    lab.open(f"nbs/{notebook}.ipynb")
+    lab.run_all()
+    assert lab.errors() == []
+    keyboard_moves_a_picture(lab)
+    lab.save()
+    assert browser.git(home, "status", "--short") == "", "read, run and saved"
+
+
+def test_what_is_changed_is_saved_and_seen(lab, home):
+    lab.open("nbs/core/03_seeds.ipynb")
+    lab.page.locator(".jp-CodeCell .cm-content").first.click()
+    lab.page.keyboard.press("Control+End")
+    lab.page.keyboard.type("  # mine")
+    lab.save()
+    assert browser.git(home, "status", "--short") == " M nbs/core/03_seeds.ipynb\n"
+    browser.git(home, "checkout", "-q", "nbs/core/03_seeds.ipynb")
+
+
+def test_a_page_of_the_site_is_searched_and_fits_a_telephone(chrome, tmp_path):
+    (nbs := tmp_path / "w" / "nbs").mkdir(parents=True)
+    for name in ("core/13_flow", "core/03_seeds"):
+        nb = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text())
+        text = re.sub(r"\]\([^)]*\)", "]", json.dumps(nb))                  # links lead out of this small site
+        (nbs / f"{name.split('/')[1]}.ipynb").write_text(text)
+    first = {"cell_type": "markdown", "id": "a", "metadata": {}, "source": "# Small\n\n![Drawings](samples.png)"}
+    shutil.copy(ROOT / "outputs/published/prediction_target/samples.png", nbs)
+    (nbs / "index.ipynb").write_text(json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [first]}))
+    start = docs.build(tmp_path / "w", tmp_path / "site")
+    page = chrome.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
+    asked = []
+    page.on("request", lambda request: asked.append(request.url) if not request.url.startswith(("file:", "data:")) else None)
+    page.goto(start.as_uri())
+    page.wait_for_url("**/nbs/index.html")
+    assert page.evaluate("() => [...document.images].every(i => i.naturalWidth > 0)")
+    dark = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
+    assert sum(map(int, re.findall(r"\d+", dark)[:3])) < 200, dark
+    page.goto((tmp_path / "site" / "nbs" / "13_flow.html").as_uri())
+    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth") and page.locator("math").count() > 20
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.fill(".sidebar-search", "velocity")
+    page.press(".sidebar-search", "Enter")
+    page.wait_for_selector('#search-results a:has-text("Flow")', timeout=20_000)
+    page.click('#search-results a:has-text("Flow") >> nth=0')
+    assert "13_flow.html" in page.url and asked == []
+    page.close()
