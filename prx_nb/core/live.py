@@ -45,15 +45,18 @@ def curve_figure(curves: Any,             # a table: step, name, value
     from matplotlib.figure import Figure
     fig = Figure(figsize=(8, 2.6), dpi=80, layout="constrained")
     axes = fig.subplots(1, 2)
-    of = lambda name: curves[curves.name == name]
-    for name, look in (("loss flow", {"lw": 0.6, "alpha": 0.7}), ("val", {"marker": "o", "ms": 3})):
-        axes[0].plot(of(name).step, of(name).value, label=name.replace("val", "validation"), **look)
-    for i, (low, high) in enumerate(zip(BINS, BINS[1:])):
-        line, colour = of(f"val t {low:.1f}-{high:.1f}"), f"C{i + 1}"
-        axes[1].plot(line.step, line.value, marker="o", ms=3, c=colour, label=f"t {low:.1f} to {high:.1f}")
+    kinds = [(axes[0], "loss flow", "loss", {"lw": 0.6, "alpha": 0.7}),
+             (axes[0], "val", "validation", {"marker": "o", "ms": 3})]
+    kinds += [(axes[1], f"val t {low:.1f}-{high:.1f}", f"t {low:.1f} to {high:.1f}", {"marker": "o", "ms": 3})
+              for low, high in zip(BINS, BINS[1:])]
+    for ax, name, label, look in kinds:
+        line = curves[curves.name == name]
+        if len(line):                                      # nothing yet: no axis on a scale of nothing
+            ax.plot(line.step, line.value, label=label, **look)
     for ax, title in zip(axes, ("mean squared error", "validation by time")):
-        ax.set(xlim=(0, steps), yscale="log", xlabel="step", title=title)
+        ax.set(xlim=(0, steps), xlabel="step", title=title)
         if ax.lines:
+            ax.set_yscale("log")
             ax.legend(fontsize=9)
     return fig
 
@@ -96,7 +99,12 @@ class Live(Onlooker):
                   f"{len(prepared.split.train)} images to train on</p>")
 
     def __call__(self, step: int, run: Run) -> None:
-        self._put(live_page(step, run, self.prompts, self.seed, self.first, time.perf_counter() - self.began))
+        seconds = time.perf_counter() - self.began
+        try:
+            page = live_page(step, run, self.prompts, self.seed, self.first, seconds)
+        except Exception as error:                     # a figure that fails must not end a training
+            page = f"<p>step {step}: no figure, {escape(f'{type(error).__name__}: {error}')}</p>"
+        self._put(page)
 
 # %% ../../nbs/core/31_live.ipynb #8e4fc716
 def live_page(step: int, run: Run, prompts: Sequence[str], seed: int = 0,

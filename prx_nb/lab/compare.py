@@ -80,10 +80,13 @@ def curves_figure(runs: Mapping[str, Run]) -> Any:     # a matplotlib figure
             continue
         for ax, what in zip(axes, ("loss flow", "val")):
             line = curves[curves.name == what]
-            ax.plot(line.step, line.value, c=f"C{i}", lw=1, label=name, marker="o" if what == "val" else None, ms=3)
+            mark = "o" if what == "val" else None
+            if len(line):
+                ax.plot(line.step, line.value, c=f"C{i}", lw=1, label=name, marker=mark, ms=3)
     for ax, title in zip(axes, ("loss", "validation")):
-        ax.set(xlabel="step", yscale="log", title=title)
+        ax.set(xlabel="step", title=title)
         if ax.lines:
+            ax.set_yscale("log")
             ax.legend(fontsize=9)
     return fig
 
