@@ -631,7 +631,7 @@ def _taken(s: Session) -> bool:
     return s.first == s.recipe.train.steps and record.exists() and "trained" in read_json(record)
 
 # %% ../../nbs/core/25_train.ipynb #a4764e87
-SMALL = 4e9           # operations of a step, below which two threads are no faster than one
+SMALL = 1e9           # operations of a step, below which one thread does it
 
 
 @contextlib.contextmanager
