@@ -4,10 +4,18 @@ import re
 import time
 
 import pytest
+import torch
+import torch.nn.functional as F
 from jupyter_client.manager import start_new_kernel
 
-from prx_nb.core.recipe import preset
-from prx_nb.core.train import Run
+from prx_nb.core import denoiser, live
+from prx_nb.core.checkpoint import CheckpointError
+from prx_nb.core.denoiser import PRX
+from prx_nb.core.interop import to_diffusers
+from prx_nb.core.live import Live
+from prx_nb.core.recipe import RecipeError, preset
+from prx_nb.core.train import Run, continue_, train, weights_of
+from prx_nb.lab import explore
 
 PREPARE = """
 from prx_nb.core.recipe import preset
@@ -102,3 +110,59 @@ def test_a_preset_of_another_length_looks_and_saves_in_proportion():
     longer = preset("smoke", 300).train
     assert (longer.steps / longer.checkpoint_every, longer.steps / longer.validate_every) == (2, 2)
     assert preset("smoke").replace("train.steps", 300).train.checkpoint_every == 6, "what is said one by one is taken at its word"
+
+
+def test_two_processes_begin_with_the_weights_of_a_folder(tmp_path):
+    short = preset("smoke", 3).replace("optimizer.cooldown", 0.0)
+    quiet = {"progress": False, "device": "cpu"}
+    first = train(short, tmp_path / "first", **quiet)
+    one, two = (train(short.replace("train.processes", n), tmp_path / f"of{n}", init=tmp_path / "first", **quiet) for n in (1, 2))
+    losses = lambda run: run.curves[run.curves.name == "loss flow"].value.tolist()
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4) and losses(two)[0] != pytest.approx(losses(first)[0], rel=1e-4)
+    assert two.record["init"] == one.record["init"] == weights_of(first).told()
+    longer = continue_(two, 2, **quiet)
+    assert longer.record["init"]["step"] == 3 and losses(longer)[:3] == losses(two) and len(losses(longer)) == 5
+
+
+def test_weights_come_from_a_folder_for_diffusers(tmp_path):
+    recipe = preset("smoke", 2).replace({"flow.prediction": "x", "flow.noise_scale": 2.0, "sample.grid": "diffusers"})
+    first = train(recipe, tmp_path / "first", progress=False, device="cpu")
+    to_diffusers(first, tmp_path / "pipe")
+    tuned = train(recipe.replace("seed", 1), tmp_path / "tuned", init=tmp_path / "pipe", progress=False, device="cpu")
+    assert tuned.recipe.init == weights_of(first).mark and tuned.record["init"]["from"] == str(tmp_path / "pipe")
+    with pytest.raises(RecipeError, match="init does not fit the recipe's denoiser: .* is .* there, .* here"):
+        train(recipe.replace("denoiser.hidden_size", 64), tmp_path / "wide", init=tmp_path / "pipe", progress=False)
+
+
+def test_the_way_through_a_fused_network_is_followed():
+    net = PRX(**preset("smoke").replace({"denoiser.depth": 4, "denoiser.fusion": (1, 2)}).denoiser.model_dump())
+    for p in net.parameters():
+        torch.nn.init.normal_(p, float(p.ndim == 1), 0.1, generator=torch.Generator().manual_seed(1))
+    x_t, t, text = torch.randn(1, 3, 16, 16), torch.tensor([0.4]), torch.randn(1, 5, 384)
+    with torch.no_grad():
+        taps = net(x_t, t, text, taps=(0, 1, 2, 3)).taps
+        vec, turn = F.silu(denoiser._time_vector(net, t, 16, 16)), denoiser.rotary(4, 4, net.config["axes_dim"], 1e4)
+        for i, x in enumerate(explore.entering(net, x_t, taps)):
+            torch.testing.assert_close(net.blocks[i](x, net.txt_in(text), None, vec, turn), taps[i])
+
+
+def test_the_shipped_run_puts_things_on_the_ground_that_is_asked_for():
+    run = Run.load(explore.shipped())
+    grounds = {"red": (224, 60, 60), "green": (75, 175, 80), "blue": (65, 110, 220), "yellow": (245, 220, 95)}
+    images = run.sample([f"noto on {name}: tiger face" for name in grounds], seed=3).images
+    border = torch.cat((images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]), 2).median(2).values
+    wanted = torch.tensor(list(grounds.values())) / 127.5 - 1
+    assert torch.cdist(border, wanted).argmin(1).tolist() == [0, 1, 2, 3], border
+    with pytest.raises(CheckpointError, match="keeps its weights alone, without an optimizer"):
+        continue_(run, 10)
+
+
+def test_a_figure_that_fails_ends_no_training_and_changes_no_weight(tmp_path, monkeypatch):
+    recipe, quiet = preset("smoke", 4), {"progress": False, "device": "cpu"}
+    alone = train(recipe, tmp_path / "alone", **quiet)
+    seen = train(recipe, tmp_path / "seen", watch=Live(["a cat"]), every=1, **quiet)
+    monkeypatch.setattr(live, "live_page", lambda *a: 1 / 0)
+    failed = train(recipe, tmp_path / "failed", watch=(figure := Live(["a cat"])), every=1, **quiet)
+    assert "no figure, ZeroDivisionError" in figure.page
+    for run in (seen, failed):
+        assert all(v.equal(alone.model.state_dict()[k]) for k, v in run.model.state_dict().items())

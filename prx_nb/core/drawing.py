@@ -167,8 +167,8 @@ class Film:
     def _repr_html_(self) -> str:
         lines = []
         for name, images in (("x_t", self.noisy), ("estimate of x_0", self.clean)):
-            alt = lambda i: f"{name} at t = {self.times[i]:.2f} on the way to: {self.prompt}"
-            made = [figure_html(images[i], f"t = {self.times[i]:.2f}", alt(i), 72) for i in self.stops()]
+            made = [figure_html(images[i], t := f"t = {self.times[i]:.2f}",
+                                f"{name} at {t} on the way to: {self.prompt}", 72) for i in self.stops()]
             lines.append(f"<p style='margin:4px 0'>{name}</p>{row_html(made)}")
         return "".join(lines)
 

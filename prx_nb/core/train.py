@@ -153,13 +153,16 @@ def sample(self: Run,
     return _room("drawing").sample(self, prompts, guidance, steps, seed, size)
 
 
+Run.sample = sample
+
+# %% ../../nbs/core/25_train.ipynb #5504fc76
 def film(self: Run, prompt: str, guidance: float | None = None, steps: int | None = None, seed: int = 0,
          ) -> Any:                               # a `Film`: `.noisy` and `.clean`, (steps + 1, 3, H, W)
     "The way from noise to one picture: x_t, and the estimate of x_0, at every stop of the sampler."
     return _room("drawing").film(self, prompt, guidance, steps, seed)
 
 
-Run.sample, Run.film = sample, film
+Run.film = film
 
 # %% ../../nbs/core/25_train.ipynb #3d88f920
 def _repr_html_(self: Run) -> str:
@@ -436,7 +439,7 @@ def _with_init(recipe: Recipe, start: Start | None) -> Recipe:
 @torch.no_grad()
 def _begin_with(state: State, start: Start, recipe: Recipe) -> None:
     "Put weights in place of the fresh ones, in the network and in its averages."
-    for model in (state.model, *(average.module for average in state.averages())):
+    for model in (state.model, *(mean.module for mean in state.averages())):
         model.load_state_dict(start.tensors)
     precision.store(state.model, recipe)
 

@@ -91,9 +91,9 @@ def ship(run: Run | str | Path, to: str | Path,
 def entering(model: PRX, x_t: Tensor, taps: dict[int, Tensor]) -> list[Tensor]:
     "The tokens (B, N, hidden) that enter each block of an unrouted pass, from what its blocks gave."
     first, last = model.config.get("fusion", (None, None))
-    x, found = model.img_in(patchify(x_t, model.config["patch_size"])), []
+    x, early, found = model.img_in(patchify(x_t, model.config["patch_size"])), None, []
     for i in range(len(model.blocks)):
-        early = x if i == first else (early if i else None)
+        early = x if i == first else early
         found.append(x)
         x = model.fusion(early, taps[i]) if i == last else taps[i]
     return found
@@ -191,7 +191,7 @@ def _teacher(name: str) -> Any:
     "A vision encoder, kept in memory."
     return load_vision_encoder(name)
 
-
+# %% ../../nbs/lab/24_explore.ipynb #20c27e20
 @torch.no_grad()
 def teacher_maps(images: Tensor,                 # (B, 3, H, W) in [-1, 1]
                  name: str = "effnet-lite0", tap: str = "tap4",
@@ -228,7 +228,7 @@ def samples_view(run: Run, wish: Wish) -> str:
     return row_html([figure_html(image, f"noise {wish.seed}, {i}", alt(i), 128)
                      for i, image in enumerate(made.images)])
 
-
+# %% ../../nbs/lab/24_explore.ipynb #a98dce86
 def film_view(run: Run, wish: Wish) -> str:
     "The way to the first of them."
     return run.film(wish.prompt, wish.guidance, wish.steps, wish.seed)._repr_html_()
@@ -249,7 +249,7 @@ def words_view(run: Run, wish: Wish) -> str:
     alt = f"attention from the image to each word of '{wish.prompt}', by block, at t = {wish.t:.2f}"
     return row_html([figure_html(seen[0], wish.prompt, f"drawn for: {wish.prompt}", 128), figure_img(fig, alt)])
 
-
+# %% ../../nbs/lab/24_explore.ipynb #fb5719d5
 def layer_view(run: Run, wish: Wish) -> str:
     "What a block and a teacher see in the pictures."
     seen, there = _in_space(run, wish, wish.count)
