@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VIEWS', 'shipped', 'runs_in', 'shipped_recipe', 'raw', 'ship', 'entering', 'shares', 'pieces', 'word_maps',
            'words_figure', 'principal', 'layer_maps', 'teacher_maps', 'Wish', 'drawn', 'samples_view', 'film_view',
-           'words_view', 'layer_view', 'Views', 'Playground', 'explore']
+           'words_view', 'layer_view', 'Views', 'Playground', 'places', 'explore']
 
 # %% ../../nbs/lab/24_explore.ipynb #48886589
 import shutil
@@ -352,14 +352,20 @@ class Playground:
         from IPython.display import display
         display(self.box)
 
+# %% ../../nbs/lab/24_explore.ipynb #21b204eb
+def places() -> list[Path]:
+    "Where runs lie: `outputs` and `mine` of the checkout, and `outputs` of the working folder, if there."
+    root = Path(recipes.__file__).parents[2]
+    return [p for p in dict.fromkeys((root / "outputs", root / "mine", Path.cwd() / "outputs")) if p.is_dir()]
+
 # %% ../../nbs/lab/24_explore.ipynb #bb936471
-def explore(*folders: str | Path,            # in which runs are looked for; none: outputs
+def explore(*folders: str | Path,            # in which runs are looked for; none: see `places`
             ) -> Playground:
     "A playground over the runs there, the shipped one first. Raises `ValueError` where there is none."
-    found = runs_in(*(folders or ("outputs",)))
-    mine = [p for p in found if p.resolve() != shipped().resolve()]
+    where = folders or places()
+    mine = [p for p in runs_in(*where) if p.resolve() != shipped().resolve()]
     ours = [shipped()] if runs_in(shipped()) else []
     if not [*ours, *mine]:
-        raise ValueError(f"no run in {', '.join(map(str, folders)) or 'outputs'}: train one, "
+        raise ValueError(f"no run in {', '.join(map(str, where)) or 'outputs'}: train one, "
                          "train(preset('smoke'), 'outputs/mine'), or name its folder")
     return Playground([*ours, *mine])
