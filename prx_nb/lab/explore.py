@@ -348,9 +348,10 @@ class Playground:
             words = escape(str(error))
         self.status.value = f"<p role='status'>{words}</p>"
 
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
-        display(self.box)
+    def _repr_mimebundle_(self, **how: Any) -> dict:
+        "The controls and the view; in words where they cannot be shown."
+        n = len(self.controls["run"].options)
+        return self.box._repr_mimebundle_(**how) | {"text/plain": f"a playground over {n} run{'s' * (n > 1)}"}
 
 # %% ../../nbs/lab/24_explore.ipynb #21b204eb
 def places() -> list[Path]:
