@@ -138,13 +138,14 @@ def sample(run: Any,                              # a `Run`
            steps: int | None = None,
            seed: int = 0,
            size: tuple[int, int] | None = None,   # (H, W) in pixels; none: the recipe's square
+           states: tuple[Tensor, ...] | None = None,   # what `words` gives; none: the encoder is asked
            ) -> Drawing:
     "One picture a prompt. Raises `DrawingError`, `RecipeError`, `TextError`, `FetchError`."
     texts, r = asked(prompts), _how(run.recipe, guidance, steps)
     side = r.latents.factor * r.denoiser.patch_size
     if size and (min(size) < side or any(n % side for n in size)):
         raise DrawingError(f"size = {size}: height and width should be multiples of {side} pixels")
-    drawn = sampling.draw(run.model, r, *words(r, texts), seed=seed, size=size)
+    drawn = sampling.draw(run.model, r, *(states or words(r, texts)), seed=seed, size=size)
     images = _space(run).decode(drawn).clamp(-1, 1)
     return Drawing(images, texts, r.sample.guidance, r.sample.steps, seed)
 

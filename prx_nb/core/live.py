@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from . import drawing
 from .batch import Prepared
 from .drawing import DrawingError
 from .files import FetchError
@@ -77,6 +78,7 @@ class Live(Onlooker):
                  pictures: int = 6,                    # how many of these
                  seed: int = 0):                       # of their noise
         self.prompts, self.pictures, self.seed, self.handle = list(prompts), pictures, seed, None
+        self.states = None                             # of the prompts, where the training has them
         self.first, self.began, self.page = 0, time.perf_counter(), ""
 
     def _put(self, page: str) -> None:
@@ -94,6 +96,8 @@ class Live(Onlooker):
 
     def begin(self, recipe: Recipe, prepared: Prepared, first: int) -> None:
         self.prompts = self.prompts or held_out(prepared, self.pictures)
+        if all(prompt in prepared.states for prompt in self.prompts):       # no encoder beside the training
+            self.states = (*prepared.states.lookup(self.prompts), *prepared.states.null(1))
         self.first, self.began = first, time.perf_counter()
         self._put(f"<p>recipe <code>{recipe.key}</code>: step {first} of {recipe.train.steps}, "
                   f"{len(prepared.split.train)} images to train on</p>")
@@ -101,7 +105,7 @@ class Live(Onlooker):
     def __call__(self, step: int, run: Run) -> None:
         seconds = time.perf_counter() - self.began
         try:
-            page = live_page(step, run, self.prompts, self.seed, self.first, seconds)
+            page = live_page(step, run, self.prompts, self.seed, self.first, seconds, self.states)
         except Exception as error:                     # a figure that fails must not end a training
             page = f"<p>step {step}: no figure, {escape(f'{type(error).__name__}: {error}')}</p>"
         self._put(page)
@@ -109,6 +113,7 @@ class Live(Onlooker):
 # %% ../../nbs/core/31_live.ipynb #8e4fc716
 def live_page(step: int, run: Run, prompts: Sequence[str], seed: int = 0,
               first: int = 0, seconds: float = 0.0,    # the step this call began with, and since when
+              states: tuple | None = None,             # of the prompts; none: the encoder is asked
               ) -> str:
     "What there is to see of a run: a line, its curves, what it draws."
     steps, curves = run.recipe.train.steps, run.curves
@@ -117,7 +122,7 @@ def live_page(step: int, run: Run, prompts: Sequence[str], seed: int = 0,
     line = f"<p>step {step} of {steps}, mean of the last losses {loss:.4f}, {rest}</p>"
     seen = figure_img(curve_figure(curves, steps), f"loss and validation up to step {step}")
     try:
-        drawn = run.sample(prompts, seed=seed)._repr_html_() if prompts else ""
+        drawn = drawing.sample(run, prompts, seed=seed, states=states)._repr_html_() if prompts else ""
     except (DrawingError, FetchError, LatentsError, TextError) as error:
         drawn = f"<p>nothing is drawn: {escape(str(error))}</p>"
     return line + seen + drawn
