@@ -175,7 +175,8 @@ class Film:
 
 # %% ../../nbs/core/30_drawing.ipynb #bb4e1c81
 @torch.no_grad()
-def film(run: Any, prompt: str, guidance: float | None = None, steps: int | None = None, seed: int = 0) -> Film:
+def film(run: Any, prompt: str, guidance: float | None = None, steps: int | None = None, seed: int = 0,
+         ) -> Film:
     "The way to one picture, at every evaluation of the sampler. Raises what `sample` raises."
     (text,), r, seen = asked(prompt), _how(run.recipe, guidance, steps), []
     device = next(run.model.parameters()).device

@@ -186,7 +186,8 @@ def html_table(head: Iterable[Any], rows: Iterable[Iterable[Any]],
                caption: str = "") -> str:
     "A table for a notebook; all that is given is text."
     row = lambda kind, cells: "<tr>" + "".join(f"<{kind}>{escape(str(c))}</{kind}>" for c in cells) + "</tr>"
-    above = f"<caption style='caption-side:top;text-align:left'>{escape(caption)}</caption>" if caption else ""
+    look = "caption-side:top;text-align:left"
+    above = f"<caption style='{look}'>{escape(caption)}</caption>" if caption else ""
     body = "".join(row("td", cells) for cells in rows)
     return f"<table>{above}<thead>{row('th', head)}</thead><tbody>{body}</tbody></table>"
 

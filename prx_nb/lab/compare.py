@@ -69,7 +69,7 @@ def measured(runs: Mapping[str, Run],
 
 # %% ../../nbs/lab/23_compare.ipynb #03942a82
 def curves_figure(runs: Mapping[str, Run]) -> Any:     # a matplotlib figure
-    "Loss and validation of all runs. Losses of other spaces are other numbers; validation is the same for all."
+    "Loss and validation of all runs. Losses may be of other spaces; validation is the same for all."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(8, 2.8), dpi=80, layout="constrained")
     axes = fig.subplots(1, 2)
@@ -143,4 +143,5 @@ def compare(runs: Mapping[str, Any] | Sequence[Any],     # runs or their folders
         except (DataError, FetchError, LatentsError, TextError) as error:
             return Comparison(runs, {"samples": f"without prompts nothing is drawn: {error}"})
     how = {"seed": seed, "guidance": guidance, "steps": steps}
-    return Comparison(runs, {name: _drawn(run, prompts, **how) for name, run in runs.items()} if prompts else {})
+    found = {name: _drawn(run, prompts, **how) for name, run in runs.items()} if prompts else {}
+    return Comparison(runs, found)

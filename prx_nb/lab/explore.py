@@ -121,7 +121,7 @@ def pieces(run: Run, prompt: str) -> list[str]:
 
 # %% ../../nbs/lab/24_explore.ipynb #5057cfd2
 @torch.no_grad()
-def word_maps(run: Run, prompt: str, image: Tensor,     # (3, H, W) or latents: what is drawn, in the run's space
+def word_maps(run: Run, prompt: str, image: Tensor,     # (C, h, w): what is drawn, in the run's space
               t: float = 0.5, seed: int = 0,            # how much noise is mixed in, and which
               ) -> Tensor:                              # (blocks, word pieces, h, w), shares of attention
     "Where each word piece of a prompt acts on a noisy picture, by block; averaged over heads."
@@ -247,7 +247,8 @@ def words_view(run: Run, wish: Wish) -> str:
     names = pieces(run, wish.prompt)
     fig = words_figure(word_maps(run, wish.prompt, there[0], wish.t, wish.seed), names)
     alt = f"attention from the image to each word of '{wish.prompt}', by block, at t = {wish.t:.2f}"
-    return row_html([figure_html(seen[0], wish.prompt, f"drawn for: {wish.prompt}", 128), figure_img(fig, alt)])
+    first = figure_html(seen[0], wish.prompt, f"drawn for: {wish.prompt}", 128)
+    return row_html([first, figure_img(fig, alt)])
 
 # %% ../../nbs/lab/24_explore.ipynb #fb5719d5
 def layer_view(run: Run, wish: Wish) -> str:
