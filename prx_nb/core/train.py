@@ -513,7 +513,7 @@ def _keep(s: Session, done: int) -> None:
                     s.place.main, s.data)
 
 # %% ../../nbs/core/25_train.ipynb #91cf0cab
-def _room(device: torch.device, share: float = 0.25) -> int:
+def _spare(device: torch.device, share: float = 0.25) -> int:
     "Bytes of a GPU's free memory that images and captions may take."
     return int(share * torch.cuda.mem_get_info(device)[0])
 
@@ -553,7 +553,7 @@ def _loop(s: Session) -> None:
     fixed = validation_set(s.prepared, s.recipe, device)
     tell, tick = progress_bar(s.first, c.steps, s.progress)
     far = Progress(s.out, c.steps) if s.place.main else None
-    data = hold(s.prepared, device, _room(device)) if device.type == "cuda" else s.prepared
+    data = hold(s.prepared, device, _spare(device)) if device.type == "cuda" else s.prepared
     read = lambda step: read_batch(data, s.recipe, step, s.place.part(c.batch), device)
     for step, batch in enumerate(ahead(read, range(s.first, c.steps), device.type == "cuda"), s.first):
         values, done = _step(s, batch, step), step + 1
