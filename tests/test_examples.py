@@ -97,6 +97,7 @@ def test_an_ablation_can_be_planned(line, monkeypatch, capsys, tmp_path):
 
 def test_python_of_the_readme_runs(tmp_path):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    blocks += re.findall(r"`((?:from|import) [^`]+)`", (ROOT / "README.md").read_text())
     assert blocks
     done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -411,7 +411,8 @@ def hold(prepared: Prepared, device: torch.device | str,
     row, flags = words.gather(torch.tensor([0]))
     row = row.half()                                # as they are stored
     bytes_ = prepared.latents is None
-    image = torch.from_numpy(prepared.images.pixels[:1].copy()) if bytes_ else prepared.clean(torch.tensor([0]))
+    image = (
+        torch.from_numpy(prepared.images.pixels[:1].copy()) if bytes_ else prepared.clean(torch.tensor([0])))
     if count * image.nbytes + captions_ * (row.nbytes + flags.nbytes) > most:
         return prepared
     pixels = lambda index: torch.from_numpy(prepared.images.pixels[index.numpy()])

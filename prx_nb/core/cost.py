@@ -74,7 +74,8 @@ def flops_parts(recipe: Recipe,
 
 # %% ../../nbs/core/16_cost.ipynb #48f0e401
 def gpu_memory(recipe: Recipe) -> float:         # bytes, estimated
-    "What training takes of a GPU: weights and their memories, what the backward pass needs, a share for CUDA."
+    """What training takes of a GPU: weights and their memories, what the backward pass needs, a share for
+    CUDA."""
     d, side = recipe.denoiser, recipe.data.size // recipe.latents.factor // recipe.denoiser.patch_size
     with torch.device("meta"):
         weights = sum(p.numel() for p in PRX(**d.model_dump()).parameters())
@@ -100,9 +101,10 @@ def in_memory(recipe: Recipe) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise torch.OutOfMemoryError(
-            f"the GPU is out of memory: train.batch = {recipe.train.batch} with {recipe.denoiser.hidden_size} "
-            f"wide tokens takes about {gpu_memory(recipe) / 2**30:.0f} GiB; take a smaller train.batch, denoiser "
-            "or data.size, or fewer runs on a card (--per-device)") from None
+            f"the GPU is out of memory: train.batch = {recipe.train.batch} with tokens "
+            f"{recipe.denoiser.hidden_size} wide takes about {gpu_memory(recipe) / 2**30:.0f} GiB; take a "
+            "smaller train.batch, denoiser or data.size, or fewer runs on a card (--per-device)"
+        ) from None
 
 # %% ../../nbs/core/16_cost.ipynb #b0de8d50
 def least_memory(recipe: Recipe,

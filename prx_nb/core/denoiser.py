@@ -130,7 +130,8 @@ class Modulation(nn.Module):
 
 # %% ../../nbs/core/14_denoiser.ipynb #84426a18
 def added(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    "`x + gate * y` in one pass over memory. A compiler does that by itself, and sees better what need not be kept."
+    """`x + gate * y` in one pass over memory. A compiler does that by itself, and sees better what need not
+    be kept."""
     return x + gate * y if torch.compiler.is_compiling() else torch.addcmul(x, gate, y)
 
 # %% ../../nbs/core/14_denoiser.ipynb #be871048

@@ -25,8 +25,8 @@ def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
 # %% ../../nbs/core/19_precision.ipynb #422b50f9
 @contextlib.contextmanager
 def exact(recipe: Recipe, device: torch.device) -> Iterator[None]:
-    """A block in which a GPU computes the same bits each time, if the recipe asks for it. Raises `RecipeError`
-    for what has no such way."""
+    """A block in which a GPU computes the same bits each time, if the recipe asks for it. Raises
+    `RecipeError` for what has no such way."""
     if device.type == "cpu" or not recipe.train.deterministic:
         yield
         return

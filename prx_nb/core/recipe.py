@@ -755,21 +755,18 @@ _GPU = {
 }
 
 # %% ../../nbs/core/01_recipe.ipynb #501e7d11
-_PAPER = {
-    "data.source": "hf", "data.path": "brivangl/midjourney-v6-llava", "data.size": 256,
-    "captions.kind": "long", "text.encoder": "google/t5gemma-2b-2b-ul2", "text.tokens": 256,
-    "latents.autoencoder": "black-forest-labs/FLUX.1-dev", "latents.channels": 16, "latents.factor": 8,
-    "latents.scale": 0.3611, "latents.shift": 0.1159,
-    "denoiser.in_channels": 16, "denoiser.patch_size": 2, "denoiser.context_in_dim": 2304,
-    "denoiser.hidden_size": 1792, "denoiser.num_heads": 28, "denoiser.depth": 16,
-    "denoiser.axes_dim": (32, 32),
-    "optimizer.lr": 1e-4, "optimizer.eps": 1e-15, "optimizer.warmup": 1000, "optimizer.cooldown": 0.0,
-    "optimizer.clip": 0.2, "ema.decay": 0.0, "ema.share": None,
-    "train.steps": 100_000, "train.batch": 256, "train.precision": "bf16", "train.compile": True,
-    "train.deterministic": False, "train.validate_every": 10_000, "train.validate_samples": 2048, "train.checkpoint_every": 10_000,
-    "sample.steps": 50, "sample.guidance": 3.5,
-    "evaluate.samples": 10_000, "evaluate.batch": 64, "evaluate.captions": "long",
-}
+_PAPER = {"data.source": "hf", "data.path": "brivangl/midjourney-v6-llava", "data.size": 256,
+          "captions.kind": "long", "text.encoder": "google/t5gemma-2b-2b-ul2", "text.tokens": 256,
+          "latents.autoencoder": "black-forest-labs/FLUX.1-dev", "latents.channels": 16, "latents.factor": 8,
+          "latents.scale": 0.3611, "latents.shift": 0.1159, "denoiser.in_channels": 16,
+          "denoiser.patch_size": 2, "denoiser.context_in_dim": 2304, "denoiser.hidden_size": 1792,
+          "denoiser.num_heads": 28, "denoiser.depth": 16, "denoiser.axes_dim": (32, 32), "optimizer.lr": 1e-4,
+          "optimizer.eps": 1e-15, "optimizer.warmup": 1000, "optimizer.cooldown": 0.0, "optimizer.clip": 0.2,
+          "ema.decay": 0.0, "ema.share": None, "train.steps": 100_000, "train.batch": 256,
+          "train.precision": "bf16", "train.compile": True, "train.deterministic": False,
+          "train.validate_every": 10_000, "train.validate_samples": 2048, "train.checkpoint_every": 10_000,
+          "sample.steps": 50, "sample.guidance": 3.5, "evaluate.samples": 10_000, "evaluate.batch": 64,
+          "evaluate.captions": "long"}
 
 # %% ../../nbs/core/01_recipe.ipynb #9bbec9cc
 def _at_length(train: Train, steps: int) -> dict[str, int]:

@@ -7,6 +7,7 @@ __all__ = ['to_uint8', 'from_uint8', 'tile', 'picture', 'headings', 'show_images
            'interact']
 
 # %% ../../nbs/core/04_show.ipynb #50fe602e
+import inspect
 import math
 
 import numpy as np
@@ -149,7 +150,8 @@ def shown_once(plot):                  # a plotting function
         for figure in made:
             display(figure)
             plt.close(figure)
-        if value is not None and (not _of_matplotlib(value) or isinstance(value, Figure) and value not in made):
+        if value is not None and (
+            not _of_matplotlib(value) or isinstance(value, Figure) and value not in made):
             display(value)
 
     return once
@@ -158,4 +160,7 @@ def shown_once(plot):                  # a plotting function
 def interact(plot, **controls):        # a slider, a range, a list or `fixed(value)` for each argument
     "`ipywidgets.interact`, with one picture for each position of the sliders."
     import ipywidgets
-    return ipywidgets.interact(shown_once(plot), **controls)
+    # axes to draw on, which plots take and default to none, are not for a slider
+    plain = {name: ipywidgets.fixed(None) for name, p in inspect.signature(plot).parameters.items()
+             if p.default is None and name not in controls}
+    return ipywidgets.interact(shown_once(plot), **controls, **plain)

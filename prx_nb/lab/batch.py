@@ -16,7 +16,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -26,7 +25,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ..core.files import NotOurs, is_file, open_unlinked, read_json, require_writable, write_json
+from ..core.files import NotOurs, is_file, open_unlinked, python, read_json
+from ..core.files import require_writable, write_json
 from ..core.recipe import Recipe, parse
 from . import identity
 from . import run as runs
@@ -197,7 +197,7 @@ def _processes(job: Job) -> int:
 def _free_memory(gpu: str) -> int:        # bytes
     "What is free on a GPU. Asked in a process of its own: this one forks, and must not open the card."
     asks = "import torch; print(torch.cuda.mem_get_info()[0])"
-    told = subprocess.run([sys.executable, "-c", asks], env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
+    told = subprocess.run(python("-c", asks), env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
                           capture_output=True, text=True)
     if told.returncode:
         why = (told.stderr.strip().splitlines() or [f"exit code {told.returncode}"])[-1]
@@ -227,9 +227,10 @@ class Places:
                 raise AblationError(f"{name} = {value}: at least one is needed")
         if per_device == "auto":
             per_device = as_many_as_fit(jobs, gpus) if gpus and jobs else 1
-        self.per_device = per_device or math.ceil((at_once or 1) / max(1, len(gpus)))
+        wanted = min(at_once or 1, len(jobs) or at_once or 1)
+        self.per_device = per_device or math.ceil(wanted / max(1, len(gpus)))
         self.gpus, self.changed = gpus, threading.Condition()
-        self.free = [g for _ in range(self.per_device) for g in gpus]
+        self.free = [g for _ in range(self.per_device if gpus else 0) for g in gpus]
         self.asked, self.at_once = at_once, at_once or len(self.free) or 1
         if gpus:                        # no more than find a place: the threads are theirs
             each = min(map(_processes, jobs), default=1)

@@ -190,8 +190,9 @@ Jobs = Annotated[
 ]
 PerDevice = Annotated[
     str | None,
-    typer.Option(parser=_per_device, metavar="N|auto",
-                 help="runs that share a GPU; auto: as many as fit and keep it busy (default: as --jobs needs)"),
+    typer.Option(
+        parser=_per_device, metavar="N|auto",
+        help="runs that share a GPU; auto: as many as fit and keep it busy (default: as --jobs needs)"),
 ]
 Executor = Annotated[str, typer.Option(metavar="local|slurm", help="where to run")]
 Partition = Annotated[str | None, typer.Option(help="slurm: partition (default: the cluster's)")]
@@ -483,6 +484,11 @@ Only = Annotated[
     typer.Option(metavar="STATE", help="only runs in this state, e.g. timeout; may be repeated")]
 SameSeconds = Annotated[float | None, typer.Option(help="seconds a run may take (default: as before)")]
 
+# %% ../../nbs/lab/21_cli.ipynb #d7f159c7
+def _failures(rows: list) -> str:            # of `watch.survey`
+    "What failed and why, a line a run."
+    return "\n".join(f"{r.group}/{r.run}: {r.state}" + (f", {r.cause}" if r.cause else "") for r in rows)
+
 # %% ../../nbs/lab/21_cli.ipynb #b772502b
 @app.command()
 def retry(
@@ -526,8 +532,7 @@ def retry(
              for job in watch.replan(row.folder for row in rows)]
     wanted = {"partition": partition, "time_minutes": time, "gpus": gpus, "cpus": cpus, "memory_gb": memory}
     if dry_run:
-        lines = [f"{r.group}/{r.run}: {r.state}" + (f", {r.cause}" if r.cause else "") for r in rows]
-        typer.echo("\n".join(lines) + "\n")
+        typer.echo(_failures(rows) + "\n")
     _go(found, executor, jobs, per_device, dry_run, with_report, wanted, wait, "retry", again=True)
 
 # %% ../../nbs/lab/21_cli.ipynb #7b8e6ca6

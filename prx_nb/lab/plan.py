@@ -162,7 +162,8 @@ def out_folder() -> Path:         # as one would type it: relative where it lies
 
 # %% ../../nbs/lab/04_plan.ipynb #d279ea51
 def from_anywhere(path: str | Path) -> Path:
-    "A path as it was named; where it leads nowhere from the working folder, from the one that holds `outputs`."
+    """A path as it was named; where it leads nowhere from the working folder, from the one that holds
+    `outputs`."""
     path, other = Path(path), out_folder().absolute().parent / path
     return path if path.exists() or not other.exists() else other
 

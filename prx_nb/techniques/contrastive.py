@@ -66,6 +66,15 @@ class Settings(Acts):
             yield (f"{path}: negatives are looked for among the {recipe.train.batch // n} images that each "
                    f"of train.processes = {n} has of a batch, so the result is not that of one process")
 
+# %% ../../nbs/techniques/03_contrastive.ipynb #16f7852a
+def _need_two_captions(weight: float, prepared: Prepared) -> None:
+    "Raise `RecipeError` for training images of which all have one caption."
+    words = {text for i in prepared.split.train.tolist() for text in prepared.texts[i]}
+    if len(words) == 1:
+        raise RecipeError(f"techniques.contrastive.weight = {weight}, but all images have the same caption "
+                          f"({words.pop()[:60]!r}): there is no negative, so it would do nothing; set the "
+                          "weight to 0")
+
 # %% ../../nbs/techniques/03_contrastive.ipynb #42bd99a4
 NEGATIVES = ("other_caption", "roll")
 
@@ -88,11 +97,7 @@ class Contrastive(Technique, name="contrastive", settings=Settings):
         "As a recipe asks. Raises `RecipeError` for images of which all have one caption."
         c = recipe.techniques.contrastive
         if prepared and c.negatives == "other_caption":
-            words = {text for i in prepared.split.train.tolist() for text in prepared.texts[i]}
-            if len(words) == 1:
-                raise RecipeError(f"techniques.contrastive.weight = {c.weight}, but all images have the same "
-                                  f"caption ({words.pop()[:60]!r}): there is no negative, so it would do "
-                                  "nothing; set the weight to 0")
+            _need_two_captions(c.weight, prepared)
         return cls(c.weight, c.negatives, c.start, c.stop)
 
     @classmethod
@@ -117,7 +122,6 @@ class Contrastive(Technique, name="contrastive", settings=Settings):
         x0, noise, space = b.x0[other], b.noise[other], flow.flow.loss
         answer = flow.to(space, step.output.prediction, step.x_t, b.t)
         target = flow.to(space, flow.target(x0, noise, b.t), flow.mix(x0, noise, b.t), b.t)
-        # as the pull is weighted, so is the push
         if flow.flow.weight != "none":                # as the pull is weighted, so is the push
             answer, target = (spread(flow.weight(b.t).sqrt(), x0) * part for part in (answer, target))
         return self.weight * contrastive_loss(answer, target, other)
