@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.files import atomic
+from ..core.files import atomic, python
 from . import ablations, overview, results, warm
 from .overview import in_cells, root
 from .run import scratch_folder
@@ -486,8 +486,8 @@ def build(home: Path, out: Path, work: Path | None = None) -> Path:     # the fi
     for left in {path for path in (work / "pages").rglob("*") if path.is_file()} - written:
         left.unlink()
     done = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d",
-         str(work / "doctrees"), str(work / "pages"), str(work / "html")], capture_output=True, text=True)
+        python("-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-d", str(work / "doctrees"),
+               str(work / "pages"), str(work / "html")), capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"the site cannot be made:\n{done.stderr.replace(str(work / 'pages') + '/', '')}")
     shutil.copytree(work / "html", out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "_sources"))
