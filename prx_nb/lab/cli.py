@@ -510,8 +510,7 @@ def retry(
 ) -> None:
     """Run again what failed, whatever the cause.
 
-    The same runs, with the notebook and the source as they are now. One that
-    has a checkpoint of the same run goes on from it.
+    The same runs, with the notebook and source as they are now, from their last checkpoint on.
 
     \b
       prx-nb retry
@@ -531,8 +530,7 @@ def retry(
     found = [replace(job, timeout=job.timeout if timeout is None else timeout)
              for job in watch.replan(row.folder for row in rows)]
     wanted = {"partition": partition, "time_minutes": time, "gpus": gpus, "cpus": cpus, "memory_gb": memory}
-    if dry_run:
-        typer.echo(_failures(rows) + "\n")
+    None if not dry_run else typer.echo(_failures(rows) + "\n")
     _go(found, executor, jobs, per_device, dry_run, with_report, wanted, wait, "retry", again=True)
 
 # %% ../../nbs/lab/21_cli.ipynb #7b8e6ca6

@@ -86,9 +86,9 @@ class Contrastive(Technique, name="contrastive", settings=Settings):
                  start: int = 0, stop: int | None = None):             # steps
         super().__init__()
         if not 0 <= weight < 1 or negatives not in NEGATIVES:
-            raise ValueError(f"contrastive weight = {weight}, negatives = {negatives!r}: "
-                             "a weight from 0 to below 1 (from 1 on the loss has no minimum), "
-                             f"negatives one of {', '.join(NEGATIVES)}")
+            raise ValueError(f"contrastive weight = {weight}, negatives = {negatives!r}: a weight from 0 to "
+                             "below 1 (from 1 on the loss has no minimum), negatives one of "
+                             f"{', '.join(NEGATIVES)}")
         self.weight, self.negatives, self.start, self.stop = weight, negatives, start, stop
 
     @classmethod
@@ -112,9 +112,8 @@ class Contrastive(Technique, name="contrastive", settings=Settings):
         "Who is whose negative."
         if batch.caption is None:
             raise ValueError("contrastive needs batch.caption: a number for each different caption")
-        if self.negatives == "roll":
-            return rolled(batch.caption)
-        return other_caption(batch.caption, batch.dropped, batch.random("contrastive"))
+        return (rolled(batch.caption) if self.negatives == "roll"
+                else other_caption(batch.caption, batch.dropped, batch.random("contrastive")))
 
     def loss(self, step: Step) -> Tensor:
         "A scalar, `weight` included; another's image and noise are put at this sample's time."
