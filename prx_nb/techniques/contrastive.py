@@ -67,13 +67,15 @@ class Settings(Acts):
                    f"of train.processes = {n} has of a batch, so the result is not that of one process")
 
 # %% ../../nbs/techniques/03_contrastive.ipynb #16f7852a
-def _need_two_captions(weight: float, prepared: Prepared) -> None:
-    "Raise `RecipeError` for training images of which all have one caption."
+def _need_two_captions(asked: Settings, prepared: Prepared | None) -> None:
+    "Raise `RecipeError` where negatives are of other captions and all training images have the same."
+    if prepared is None or asked.negatives != "other_caption":
+        return
     words = {text for i in prepared.split.train.tolist() for text in prepared.texts[i]}
     if len(words) == 1:
-        raise RecipeError(f"techniques.contrastive.weight = {weight}, but all images have the same caption "
-                          f"({words.pop()[:60]!r}): there is no negative, so it would do nothing; set the "
-                          "weight to 0")
+        raise RecipeError(f"techniques.contrastive.weight = {asked.weight}, but all images have the same "
+                          f"caption ({words.pop()[:60]!r}): there is no negative, so it would do nothing; "
+                          "set the weight to 0")
 
 # %% ../../nbs/techniques/03_contrastive.ipynb #42bd99a4
 NEGATIVES = ("other_caption", "roll")
@@ -96,8 +98,7 @@ class Contrastive(Technique, name="contrastive", settings=Settings):
            built: Mapping[str, Technique] = MappingProxyType({})) -> "Contrastive":
         "As a recipe asks. Raises `RecipeError` for images of which all have one caption."
         c = recipe.techniques.contrastive
-        if prepared and c.negatives == "other_caption":
-            _need_two_captions(c.weight, prepared)
+        _need_two_captions(c, prepared)
         return cls(c.weight, c.negatives, c.start, c.stop)
 
     @classmethod
