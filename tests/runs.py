@@ -16,6 +16,18 @@ from prx_nb.core.technique import Technique
 from prx_nb.core.train import Run
 
 CPU = torch.device("cpu")
+TECHNIQUES = {                   # what a recipe says to have one technique or choice on, smoke-sized
+    "repa": {"techniques.repa.weight": 0.5},
+    "irepa": {"techniques.repa.weight": 0.5, "techniques.repa.projector": "conv", "techniques.repa.spatial_norm": "scalar"},
+    "contrastive": {"techniques.contrastive.weight": 0.05},
+    "x": {"flow.prediction": "x", "denoiser.bottleneck_size": 16},
+    "tread": {"techniques.tread.rate": 0.5},
+    "sprint": {"techniques.sprint.rate": 0.75, "denoiser.fusion": [1, None]},
+    "perceptual": {"techniques.perceptual.weight": 0.1, "techniques.perceptual.size": 32},
+    "muon": {"optimizer.name": "muon"},
+    "bf16": {"train.weights": "bf16"},
+    "average": {"ema.decay": None, "ema.half_life": 3.0, "ema.also": [1.0, 8.0]},
+}
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from runs import weights
+from runs import TECHNIQUES, weights
 
 from prx_nb.core import autoencoder, interop, sample
 from prx_nb.core.checkpoint import find_checkpoint
@@ -14,19 +14,7 @@ from prx_nb.core.train import train
 
 SMOKE = preset("smoke").replace({"train.steps": 4, "train.checkpoint_every": 2, "train.validate_every": 4, "train.validate_samples": 8,
                                  "optimizer.warmup": 1, "data.limit": 64, "sample.steps": 2})
-ON = {
-    "repa": {"techniques.repa.weight": 0.5},
-    "irepa": {"techniques.repa.weight": 0.5, "techniques.repa.projector": "conv", "techniques.repa.spatial_norm": "scalar"},
-    "contrastive": {"techniques.contrastive.weight": 0.05},
-    "x": {"flow.prediction": "x", "denoiser.bottleneck_size": 16},
-    "tread": {"techniques.tread.rate": 0.5},
-    "sprint": {"techniques.sprint.rate": 0.75, "denoiser.fusion": [1, None]},
-    "perceptual": {"techniques.perceptual.weight": 0.1, "techniques.perceptual.size": 32},
-    "muon": {"optimizer.name": "muon"},
-    "bf16": {"train.weights": "bf16"},
-    "average": {"ema.decay": None, "ema.half_life": 3.0, "ema.also": [1.0, 8.0]},
-    "repa_e": {"techniques.repa.weight": 0.5, "techniques.repa_e.weight": 1.5},
-}
+ON = TECHNIQUES | {"repa_e": {"techniques.repa.weight": 0.5, "techniques.repa_e.weight": 1.5}}
 LATENT = {"latents.channels": 4, "latents.factor": 4, "denoiser.in_channels": 4, "denoiser.patch_size": 1}   # where there is an autoencoder to train
 REFUSED = {("tread", "sprint"): "both route tokens and only one can", ("perceptual", "repa_e"): "it compares images, and latents are none"}
 SAME = {("repa", "irepa"), ("repa", "repa_e")}         # one is the other, and more

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from runs import Stops, plain, same, weights
+from runs import TECHNIQUES, Stops, plain, same, weights
 from torch.testing import assert_close
 
 from prx_nb.core import batch, cost, interop, precision, sample
@@ -28,21 +28,7 @@ BACKEND = "inductor" if GPU.type == "cuda" else "eager"
 SMOKE = preset("smoke").replace({"train.steps": 20, "train.checkpoint_every": 10, "train.validate_every": 10, "train.validate_samples": 8,
                                  "optimizer.warmup": 2, "data.limit": 64, "denoiser.depth": 4})
 BF16 = SMOKE.replace({"train.precision": "bf16", "train.compile": True})
-ON = {
-    "plain": {},
-    "repa": {"techniques.repa.weight": 0.5},
-    "irepa": {"techniques.repa.weight": 0.5, "techniques.repa.projector": "conv", "techniques.repa.spatial_norm": "scalar"},
-    "contrastive": {"techniques.contrastive.weight": 0.05},
-    "x": {"flow.prediction": "x", "denoiser.bottleneck_size": 16},
-    "tread": {"techniques.tread.rate": 0.5},
-    "sprint": {"techniques.sprint.rate": 0.75, "denoiser.fusion": [1, None]},
-    "perceptual": {"techniques.perceptual.weight": 0.1, "techniques.perceptual.size": 32},
-    "muon": {"optimizer.name": "muon"},
-    "bf16": {"train.weights": "bf16"},
-    "average": {"ema.decay": None, "ema.half_life": 3.0, "ema.also": [1.0, 8.0]},
-    "flip": {"data.augment": ["flip"]},
-    "immiscible": {"techniques.immiscible.group": 8},
-}
+ON = {"plain": {}} | TECHNIQUES | {"flip": {"data.augment": ["flip"]}, "immiscible": {"techniques.immiscible.group": 8}}
 CURVE = 2e-3         # relative, of a loss in float32 on both, over 20 steps
 COARSE = 0.05        # the same where one of them computes or keeps weights in bfloat16
 
