@@ -530,7 +530,8 @@ def retry(
     found = [replace(job, timeout=job.timeout if timeout is None else timeout)
              for job in watch.replan(row.folder for row in rows)]
     wanted = {"partition": partition, "time_minutes": time, "gpus": gpus, "cpus": cpus, "memory_gb": memory}
-    None if not dry_run else typer.echo(_failures(rows) + "\n")
+    if dry_run:
+        typer.echo(_failures(rows) + "\n")
     _go(found, executor, jobs, per_device, dry_run, with_report, wanted, wait, "retry", again=True)
 
 # %% ../../nbs/lab/21_cli.ipynb #7b8e6ca6
