@@ -362,7 +362,7 @@ class Evaluate(Node):
     samples: int = Field(256, ge=2)               # that are judged, drawn at the setting chosen for the run
     choose: int = later(48, ge=2)                 # drawn at each setting, for other prompts, to choose it
     guidance: tuple[float, ...] = later((0.5, 1.0, 1.5))    # times sample.guidance: what is tried ...
-    stretch: tuple[float, ...] = later((1.0, 1.15, 1.3))    # ... with each of these times sample.stretch
+    stretch: tuple[float, ...] = later((1.0, 1.2, 1.44))    # ... with each of these times sample.stretch
     batch: int = Field(64, ge=1)
     captions: Literal["short", "long", "dense"] = "dense"   # of held-out images, whatever was trained on
     features: named_in("prx_nb.core.encoders:ENCODERS", "effnet-lite0", "vit-s14") = "effnet-lite0"

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .ablations import Ablation
-from .results import better_up, by_seed, dial, main_metrics, pareto, parts, variant_order
+from .results import better_up, by_seed, chosen, dial, main_metrics, pareto, parts, variant_order
 from .statistics import Interval, mean_interval
 
 # %% ../../nbs/lab/15_figures.ipynb #834914a2
@@ -199,13 +199,19 @@ def pareto_figure(runs: pd.DataFrame, ablation: Ablation, metric: str, cost: str
 
 # %% ../../nbs/lab/15_figures.ipynb #3a24d6b2
 def _trade(ax, found: pd.DataFrame, x: str, y: str, drawn: dict[str, tuple[str, str]]) -> None:
-    "Means over seeds, a line along the stretch for each guidance; the setting chosen most often has a ring."
+    "Means over seeds, a line along the stretch for each guidance."
     styles = dict(zip(sorted(found.guidance.unique()), ("-", "--", ":", "-.")))
     for (variant, guidance), c in found.groupby(["variant", "guidance"], sort=False):
         colour, mark = drawn[variant]
-        m = c.groupby("stretch").agg(**{"x": (x, "mean"), "y": (y, "mean"), "n": ("chosen", "sum")})
+        m = c.groupby("stretch").agg(**{"x": (x, "mean"), "y": (y, "mean")})
         ax.plot(m.x, m.y, styles.get(guidance, "-"), color=colour, marker=mark, ms=4, lw=1.2)
-        ax.scatter(m.x[m.n > 0], m.y[m.n > 0], s=90, facecolors="none", edgecolors=colour)
+
+# %% ../../nbs/lab/15_figures.ipynb #30d81189
+def _mark_chosen(ax, runs: pd.DataFrame, drawn: dict[str, tuple[str, str]]) -> None:
+    "A short line at the foot for the factor that was chosen for each run."
+    for variant, some in chosen(runs).groupby("variant", sort=False):
+        ax.plot(some.stretch, [0.02] * len(some), "|", color=drawn[variant][0], ms=12, mew=1.5,
+                transform=ax.get_xaxis_transform())
 
 # %% ../../nbs/lab/15_figures.ipynb #b0d44ad4
 def dial_figure(runs: pd.DataFrame, ablation: Ablation, metric: str):
@@ -218,6 +224,7 @@ def dial_figure(runs: pd.DataFrame, ablation: Ablation, metric: str):
     fig, axes = plt.subplots(1, 2 if len(apart) == 2 else 1, figsize=(8.4 if len(apart) == 2 else 4.4, 3.2),
                              dpi=DOTS, constrained_layout=True, squeeze=False)
     _trade(axes[0, 0], found, "stretch", metric, drawn)
+    _mark_chosen(axes[0, 0], runs, drawn)
     axes[0, 0].set(xlabel="factor on the velocity", ylabel=metric, yscale="log")
     if len(apart) == 2:
         _trade(axes[0, 1], found, apart[1], apart[0], drawn)

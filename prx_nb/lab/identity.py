@@ -192,10 +192,11 @@ def key(parts: Mapping[str, str]) -> str:
 # %% ../../nbs/lab/03_identity.ipynb #dede04f9
 def training(recipe: Recipe,
              root: Path | None = None,    # of the package; none: the installed one
+             also: Iterable[str] = (),    # further modules that decide what is asked for, e.g. an exam's
              ) -> str:                    # a hash
     "One key of everything that can change a trained network: recipe, source, libraries, data, what is used."
     used = {name: _used(name) for name in recipe.uses}
-    names = ["prx_nb.core.train", *(f"prx_nb.techniques.{name}" for name in recipe.techniques.on),
+    names = ["prx_nb.core.train", *also, *(f"prx_nb.techniques.{name}" for name in recipe.techniques.on),
              *(m for name, (_, more) in used.items() for m in (name, *more))]
     modules = _reached(tuple(dict.fromkeys(names)), root, int(time.monotonic()))
     marks = {f"use {name}": mark for name, (mark, _) in used.items()}

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'SPOILED', 'Exam', 'exam', 'rehearsal', 'reworded', 'correction', 'chosen', 'draw', 'keep', 'settings',
-           'tried', 'best', 'rehearse', 'take', 'lengths', 'judge', 'spoiled', 'border_of', 'bounds', 'complete',
-           'plot_training', 'tell']
+           'tried', 'surface', 'best', 'rehearse', 'take', 'lengths', 'judge', 'spoiled', 'border_of', 'bounds',
+           'complete', 'plot_training', 'tell']
 
 # %% ../../nbs/lab/11_judge.ipynb #48516918
 import contextlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,7 @@ from ..core.show import picture, to_uint8
 from ..core.batch import Prepared
 from ..core.technique import CLASSES
 from ..core.train import Run
-from . import ablations
+from . import ablations, identity
 
 # %% ../../nbs/lab/11_judge.ipynb #ae1d2a74
 @dataclass(frozen=True)
@@ -148,31 +150,100 @@ def tried(run: Run, prepared: Prepared) -> list[dict[str, float]]:
     return rows
 
 # %% ../../nbs/lab/11_judge.ipynb #5f1b2993
+_DIALS = ("guidance", "stretch")
+
+
+def _terms(rows: np.ndarray,               # (n, 2): logarithms of both dials
+           degree: tuple[int, int]) -> np.ndarray:
+    "Columns of a polynomial in both dials, their product among them if both have moved."
+    a, b = rows.T
+    powers = [a**k for k in range(degree[0] + 1)] + [b**k for k in range(1, degree[1] + 1)]
+    return np.stack(powers + ([a * b] if min(degree) else []), 1)
+
+# %% ../../nbs/lab/11_judge.ipynb #c352a58a
+def surface(rows: list[dict[str, float]], by: str) -> Callable[[np.ndarray], np.ndarray] | None:
+    """A quadratic surface through what settings gave: from logarithms of both dials (n, 2) to the metric, or
+    to its logarithm where all are above 0. None where they are too few, or not finite, to say so much."""
+    known = [row for row in rows if math.isfinite(row[by])]
+    x = np.log([[row[d] for d in _DIALS] for row in known]).reshape(-1, 2)
+    y = np.array([row[by] for row in known])
+    degree = tuple(min(2, len(set(column)) - 1) for column in x.T)
+    if not known or (columns := _terms(x, degree)).shape[1] > len(known):
+        return None
+    factors, _, rank, _ = np.linalg.lstsq(columns, np.log(y) if (y > 0).all() else y, rcond=None)
+    return (lambda at: _terms(at, degree) @ factors) if rank == columns.shape[1] else None
+
+# %% ../../nbs/lab/11_judge.ipynb #e2d552af
 def best(rows: list[dict[str, float]], by: str) -> dict[str, float]:     # guidance, stretch
-    "The setting that is chosen, by a metric. Raises `MetricError` where none gave a finite number."
+    """The setting that is chosen by a metric: the surface's best point within what was tried, or the best
+    that was tried where there is no surface. Raises `MetricError` where none gave a finite number."""
     known = [row for row in rows if math.isfinite(row[by])]
     if not known:
         raise metrics.MetricError(f"{by} is not finite at any setting of the sampler")
-    row = (max if metrics.higher_is_better(by) else min)(known, key=lambda row: row[by])
-    return {name: row[name] for name in ("guidance", "stretch")}
+    sign = -1 if metrics.higher_is_better(by) else 1
+    height = surface(known, by)
+    if height is None:
+        row = min(known, key=lambda row: sign * row[by])
+        return {d: row[d] for d in _DIALS}
+    axes = [np.linspace(*np.log([f(row[d] for row in known) for f in (min, max)]), 61) for d in _DIALS]
+    points = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
+    found = np.exp(points[np.argmin(sign * height(points))])
+    return {d: round(float(v), 3) for d, v in zip(_DIALS, found)}
+
+# %% ../../nbs/lab/11_judge.ipynb #18064024
+def _decides(ablation: ablations.Ablation | None, measured: dict[str, float]) -> str:
+    "The metric that chooses a sampler's setting."
+    return (ablation.decides(measured) if ablation else None) or next(
+        m for m in measured if m.startswith("joint"))
+
+# %% ../../nbs/lab/11_judge.ipynb #26d523b5
+def _exam_key(run: Run) -> str:
+    "A key of all that decides how a run's samples come out: its training, and the code of this room."
+    return identity.training(run.recipe, also=["prx_nb.lab.judge"])
+
+# %% ../../nbs/lab/11_judge.ipynb #ddd350e1
+def _trainer(folder: Path) -> Path:
+    """The folder in which a run's weights were trained: its own, or that of the equal run it took them over
+    from."""
+    trained = read_json(folder / "record.json").get("trained") or {"by": "."}
+    return (folder / trained["by"]).resolve()
+
+# %% ../../nbs/lab/11_judge.ipynb #85f3fe7c
+def _chosen_there(run: Run, ablation: ablations.Ablation | None) -> dict | None:
+    """What was tried and chosen for the very same weights, by the same code and metric, in an equal run's
+    folder."""
+    if "trained" not in run.record:
+        return None
+    theirs, key = _trainer(run.dir), _exam_key(run)
+    offered = read_json(run.dir / "shared.json")["from"] if (run.dir / "shared.json").is_file() else []
+    for folder in dict.fromkeys([theirs, *(run.dir / name for name in offered)]):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            found = read_json(folder / "exam.json")
+            same = found["key"] == key and _trainer(folder) == theirs and found["tried"]
+            if same and found["by"] == _decides(ablation, found["tried"][0]):
+                return found | {"of": found.get("of") and os.path.relpath(folder / found["of"], run.dir)
+                                or os.path.relpath(folder, run.dir)}
+    return None
 
 # %% ../../nbs/lab/11_judge.ipynb #31afea4a
 def rehearse(run: Run, prepared: Prepared,
              ablation: ablations.Ablation | None = None,     # whose primary metric chooses; none: joint
              ) -> dict:                    # chosen, by, tried; also in the run's exam.json
-    "Choose the sampler's setting for a run. Where there is only one it is taken, and nothing is drawn."
-    only, by, rows = settings(run.recipe), None, []
+    """Choose the sampler's setting for a run. Where there is only one it is taken, and nothing is drawn; a
+    run that took over an equal training takes over what was chosen for it too."""
+    begin, only, by, rows = time.monotonic(), settings(run.recipe), None, []
     if len(only) > 1 and not len(_held(prepared, run.recipe)[1]):
         print(f"{len(prepared.heldout)} held-out images are too few to choose a setting of the sampler by: "
               "pictures are drawn as the recipe says")
         only = [run.recipe]
-    if len(only) > 1:
-        rows = tried(run, prepared)
-        by = (ablation.decides(rows[0]) if ablation else None) or next(
-            m for m in rows[0] if m.startswith("joint"))
-    found = best(rows, by) if rows else {k: getattr(only[0].sample, k) for k in ("guidance", "stretch")}
-    exam = {"chosen": found, "by": by, "tried": rows}
-    write_json(run.dir / "exam.json", exam)
+    exam = _chosen_there(run, ablation) if len(only) > 1 else None
+    if not exam:
+        if len(only) > 1:
+            rows = tried(run, prepared)
+            by = _decides(ablation, rows[0])
+        found = best(rows, by) if rows else {d: getattr(only[0].sample, d) for d in _DIALS}
+        exam = {"chosen": found, "by": by, "tried": rows, "seconds": round(time.monotonic() - begin, 2)}
+    write_json(run.dir / "exam.json", exam | {"key": _exam_key(run)})
     return exam
 
 # %% ../../nbs/lab/11_judge.ipynb #f80d0277
@@ -264,7 +335,9 @@ def complete(run: Run,
     seed = run.recipe.seed - ablations.shift(ablation, variant)
     name = ablation if isinstance(ablation, str) else ablation.name
     clock = time.monotonic if begin <= time.monotonic() else time.time     # the latter: as notebooks did once
-    seconds = clock() - begin + (run.record.get("trained") or {}).get("seconds", 0)      # another run's
+    exam = more.get("exam") or {}
+    theirs = [run.record.get("trained") or {}, exam if "of" in exam else {}]      # done by another run
+    seconds = clock() - begin + sum(part.get("seconds", 0) for part in theirs)
     return train.update_record(run.dir, ablation=name, variant=variant, preset=preset, seed=seed,
                                metrics=measured, cost={"total_seconds": round(seconds, 2)}, **more)
 

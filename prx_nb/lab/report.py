@@ -161,15 +161,17 @@ def _dial(page: Page, f: Findings) -> None:
     metric, limits = results.primary(f.ablation, f.table.metric.unique()), bounds(f.runs)
     if len(results.dial(f.runs)):
         page.text("How it was sampled", "h2")
-        page.text("Every run is drawn at each of these settings for prompts it is not judged by; the best is "
-                  "chosen, and the run is judged there, on other prompts.")
+        page.text(
+            "Every run is drawn at each of these settings for prompts it is not judged by; the best point of "
+            "a surface fitted to them is chosen, and the run is judged there, on other prompts."
+        )
         page.frame(results.sampled(f.runs, f.ablation),
-                   "What was chosen, by how many runs; the length of the "
+                   "What was chosen, on average and from run to run; the length of the "
                    "predicted velocity beside the true one (1: as long); noise left in the pictures",)
         page.figures(
             (figures.dial_figure(f.runs, f.ablation, metric), "dial",
              f"{metric} of {in_list(f.variants)} at every setting of the sampler, and the trade between "
-             "distance and prompt error; rings: chosen",),
+             "distance and prompt error; short lines at the foot: what was chosen for each run",),
             wide=True,
         )
         for line in results.dial_words(f.runs, f.table, f.ablation):

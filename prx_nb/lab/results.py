@@ -7,10 +7,10 @@ __all__ = ['COLUMNS', 'ORDER', 'pretend_runs', 'ReportError', 'collect', 'point'
            'odd_data', 'odd_runs', 'in_list', 'better_up', 'by_seed', 'variant_order', 'main_metrics', 'bounds',
            'at_chance', 'primary', 'parts', 'log_scatter', 'published_scatter', 'scatter_beside', 'decisions',
            'from_records', 'answered', 'table', 'kin', 'agreement', 'answer', 'published_table', 'agreement_words',
-           'published_lines', 'in_words', 'direction', 'misranked', 'known_pictures', 'dial', 'sampled', 'same_sign',
-           'flags', 'p_words', 'verdicts', 'means', 'readable', 'declared', 'control_words', 'plan_words', 'dial_words',
-           'sentences', 'curves', 'at_moment', 'verdict_words', 'equal_time', 'costs', 'cost_words', 'pareto', 'chance',
-           'command']
+           'published_lines', 'in_words', 'direction', 'misranked', 'known_pictures', 'dial', 'chosen', 'sampled',
+           'same_sign', 'flags', 'p_words', 'verdicts', 'means', 'readable', 'declared', 'control_words', 'plan_words',
+           'dial_words', 'sentences', 'curves', 'at_moment', 'verdict_words', 'equal_time', 'costs', 'cost_words',
+           'pareto', 'chance', 'command']
 
 # %% ../../nbs/lab/13_results.ipynb #70ec2628
 import contextlib
@@ -65,10 +65,10 @@ for _kind, _value in {"blurred": 0.3, "mosaic": 1.4, "flat ground": 2.2, "noise 
 
 
 def _pretend_exam(base: float) -> dict:
-    "Four settings of a sampler; the third is best."
+    "Four settings of a sampler; near the third is the best."
     tried = [{"guidance": g, "stretch": s, "joint[invented]": base * (1 + abs(g - 3) / 9 + abs(s - 1.15)),
               "prompt-error": 0.4 * s, "MMD[invented]": 2 / s} for g in (1.5, 3.0) for s in (1.15, 1.3)]
-    return {"chosen": {"guidance": 3.0, "stretch": 1.15}, "by": "joint[invented]", "tried": tried}
+    return {"chosen": {"guidance": 2.8, "stretch": 1.15}, "by": "joint[invented]", "tried": tried}
 
 # %% ../../nbs/lab/13_results.ipynb #f8fdf634
 def _pretend(
@@ -261,8 +261,12 @@ def trained_elsewhere(runs: pd.DataFrame) -> list[str]:
     "Runs that took over the training of another, one line each."
     lines = []
     for folder in map(Path, runs.folder):
-        if by := (record(folder).get("trained") or {}).get("by"):
-            lines.append(f"{folder.name} was not trained anew: it took over the equal training of {by}")
+        kept = record(folder)
+        if by := (kept.get("trained") or {}).get("by"):
+            lines.append(
+                f"{folder.name} was not trained anew: it took over the equal training of {by}"
+                + (", and what was tried of the sampler" if "of" in (kept.get("exam") or {}) else "")
+            )
     return lines
 
 # %% ../../nbs/lab/13_results.ipynb #a6634edc
@@ -395,14 +399,14 @@ def _numbers_of(path: Path, changed: int) -> tuple | None:
 def _scatter_of(records: Iterable[tuple[str, Path]],      # (what is compared with each other, a record)
                 metric: str, preset: str, seen: int,
                 ) -> dict[tuple[float, ...], tuple[float, int]]:
-    """As `log_scatter` gives it, by the values of a group of seeds, of records of this preset and length
-    within a factor of two."""
+    """As `log_scatter` gives it, by the values of a group of seeds, of records of this preset and of nearly
+    this length: at half of it scatter is several times as large."""
     groups: dict[str, dict[int, float]] = {}
     for group, path in records:
         if found := _numbers_of(path, path.stat().st_mtime_ns):
             size, images, variant, seed, metrics = found
             number = metrics.get(metric)
-            if size == preset and 0.5 <= images / seen <= 2 and isinstance(number, int | float):
+            if size == preset and 0.8 <= images / seen <= 1.25 and isinstance(number, int | float):
                 groups.setdefault(f"{group} {variant}", {})[seed] = float(number)
     # one baseline may stand in several ablations: the same numbers count once
     kept = {tuple(sorted(g.values())): log_scatter(g.values()) for g in groups.values()}
@@ -416,7 +420,7 @@ def published_scatter(
     seen: int,  # images that a run was trained on
     folder: Path | None = None,  # none: outputs/published of the checkout
 ) -> dict[tuple[float, ...], tuple[float, int]]:  # as `log_scatter` gives it, by the values of a group
-    "Scatter of a metric in published records of this preset whose length is the same within a factor of two."
+    "Scatter of a metric in published records of this preset and of nearly this length."
     folder = folder or Path(ablations.__file__).parents[2] / "outputs" / "published"
     paths = sorted(folder.rglob("records/*.json"))
     return _scatter_of([(str(path.parents[1]), path) for path in paths], metric, preset, seen)
@@ -658,28 +662,52 @@ def known_pictures(limits: Mapping[str, Mapping[str, float]], metrics: Iterable[
     return pd.DataFrame(rows, columns=["metric", *kinds, "ranks wrongly"])
 
 # %% ../../nbs/lab/13_results.ipynb #b3dac20b
-def dial(runs: pd.DataFrame) -> pd.DataFrame:     # variant, seed, guidance, stretch, chosen, and every metric
-    "What each setting of the sampler gave on the prompts that choose; empty where nothing was tried."
-    rows = []
+def _exams(runs: pd.DataFrame) -> Iterable[tuple[dict, dict]]:     # variant and seed, and what was tried
+    "The exams of runs for which settings of the sampler were tried."
     for run in runs.itertuples():
         exam = record(run.folder).get("exam") or {}
-        for row in exam.get("tried", ()):
-            chosen = all(row[k] == v for k, v in exam["chosen"].items())
-            rows.append({"variant": run.variant, "seed": run.seed, "chosen": chosen} | row)
-    return pd.DataFrame(rows, columns=None if rows else ["variant", "seed", "chosen", "guidance", "stretch"])
+        if exam.get("tried"):
+            yield {"variant": run.variant, "seed": run.seed}, exam
+
+# %% ../../nbs/lab/13_results.ipynb #09219457
+def dial(runs: pd.DataFrame) -> pd.DataFrame:     # variant, seed, guidance, stretch, and every metric
+    "What each setting of the sampler gave on the prompts that choose; empty where nothing was tried."
+    rows = [who | row for who, exam in _exams(runs) for row in exam["tried"]]
+    return pd.DataFrame(rows, columns=None if rows else ["variant", "seed", "guidance", "stretch"])
+
+# %% ../../nbs/lab/13_results.ipynb #140d9be4
+def chosen(runs: pd.DataFrame) -> pd.DataFrame:   # variant, seed, guidance, stretch; whether each is an end
+    "The sampler's setting of every run for which several were tried, and whether it lies at the end of them."
+    rows = []
+    for who, exam in _exams(runs):
+        taken = {d: exam["chosen"][d] for d in ("guidance", "stretch")}
+        values = {d: {row[d] for row in exam["tried"]} for d in taken}
+        at_end = {f"{d} ends": len(values[d]) > 1 and not min(values[d]) < taken[d] < max(values[d])
+                  for d in taken}
+        rows.append(who | taken | at_end)
+    names = ["variant", "seed", "guidance", "stretch", "guidance ends", "stretch ends"]
+    return pd.DataFrame(rows, columns=names)
 
 # %% ../../nbs/lab/13_results.ipynb #8ed7739f
+def _range_words(values: pd.Series, ends: pd.Series) -> str:
+    "What was chosen of one dial, and how often it was the last value tried."
+    if not len(values):
+        return ""
+    low, high = values.min(), values.max()
+    words = f"{low:.3g}" if low == high else f"{values.mean():.3g} ({low:.3g} to {high:.3g})"
+    return words + (f", at an end in {ends.sum()} of {len(ends)}" if ends.any() else "")
+
+# %% ../../nbs/lab/13_results.ipynb #e77ce1c7
 def sampled(runs: pd.DataFrame, ablation: Ablation) -> pd.DataFrame:
     """Variant, chosen guidance and stretch, length of the velocity beside the true one, left-over noise. In
     words."""
-    rows, found = [], dial(runs)
+    rows, found = [], chosen(runs)
     for variant in variant_order(runs, ablation):
-        mine = found[(found.variant == variant) & found.chosen.astype(bool)] if len(found) else found
-        usual = lambda name, mine=mine: ", ".join(f"{v:g} ({n} of {len(mine)})" for v, n in
-                                       mine[name].round(3).value_counts().sort_index().items())
+        mine = found[found.variant == variant]
         mean = lambda metric, variant=variant: in_words(
             float(np.mean(list(by_seed(runs, variant, metric).values()) or [math.nan])))
-        rows.append((variant, usual("guidance"), usual("stretch"), mean("length"), mean("residual-noise")))
+        rows.append((variant, *(_range_words(mine[d], mine[f"{d} ends"]) for d in ("guidance", "stretch")),
+                     mean("length"), mean("residual-noise")))
     names = ["variant", "guidance", "stretch", "length of v", "left-over noise"]
     return pd.DataFrame(rows, columns=names)
 
@@ -837,9 +865,19 @@ def plan_words(runs: pd.DataFrame, results: pd.DataFrame, ablation: Ablation) ->
             f"{seeds or 'more than 1000'} seeds of each: its scatter from seed to seed is {scatter:.1%} "
             f"({prior.groups} groups of seeds)."]
 
+# %% ../../nbs/lab/13_results.ipynb #daf1204d
+def _at_ends(runs: pd.DataFrame) -> list[tuple[str, str, pd.Series]]:
+    "Dials at whose lower or upper end at least a third of the runs stopped: name, which end, of which runs."
+    found, tried = chosen(runs), dial(runs)
+    rows = [(d, end, found[d].eq(getattr(tried[d], f)()) & found[f"{d} ends"])
+            for d in ("guidance", "stretch") for end, f in (("least", "min"), ("largest", "max"))
+            if len(found)]
+    return [row for row in rows if 3 * row[2].sum() >= len(found)]
+
 # %% ../../nbs/lab/13_results.ipynb #444eda07
 def dial_words(runs: pd.DataFrame, results: pd.DataFrame, ablation: Ablation) -> list[str]:
-    "Whether the sign of a difference turns with the dial: one sentence a variant."
+    """Whether the sign of a difference turns with the dial, one sentence a variant; and whether the grid was
+    too short."""
     metric, lines = primary(ablation, results.metric.unique()), []
     for variant in variant_order(runs, ablation):
         count = (
@@ -852,7 +890,11 @@ def dial_words(runs: pd.DataFrame, results: pd.DataFrame, ablation: Ablation) ->
                 f"{variant} has the better {metric} at {better} of the {many} settings, alike for both: "
                 f"{turns}."
             )
-    return lines
+    return lines + [
+        f"**{int(at_end.sum())} of {len(at_end)} runs chose the {where} {name} that was tried**: better ones "
+        f"may lie beyond; `evaluate.{name}` lists what is tried."
+        for name, where, at_end in _at_ends(runs)
+    ]
 
 # %% ../../nbs/lab/13_results.ipynb #836548c2
 def sentences(results: pd.DataFrame, ablation: Ablation) -> list[str]:
