@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'SPOILED', 'Exam', 'exam', 'rehearsal', 'reworded', 'correction', 'chosen', 'draw', 'keep', 'settings',
-           'tried', 'surface', 'best', 'rehearse', 'take', 'lengths', 'judge', 'spoiled', 'border_of', 'bounds',
-           'complete', 'plot_training', 'tell']
+           'tried', 'surface', 'best', 'rehearse', 'take', 'lengths', 'judge', 'spoiled', 'bounds', 'complete',
+           'plot_training', 'tell']
 
 # %% ../../nbs/lab/11_judge.ipynb #48516918
 import contextlib
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..core import captions, metrics, text, train
 from ..core import sample as sampling
-from ..core.images import Item
+from ..core.images import Item, border_of
 from ..core.files import atomic, read_json, write_json
 from ..core.flow import FlowMatching
 from ..core.recipe import Recipe
@@ -299,14 +299,6 @@ def spoiled(images: Tensor,                # (N, 3, H, W) in [-1, 1], square
 
 
 SPOILED = ("blurred", "mosaic", "flat ground", "noise in its colours", "noise")
-
-# %% ../../nbs/lab/11_judge.ipynb #cb902eed
-def border_of(images: Tensor) -> Tensor:   # (N, 3, H, W), of one colour each
-    "The median of a picture's corners, everywhere."
-    n = max(1, images.shape[-1] // 8)
-    corners = torch.cat([images[..., y, x].flatten(2) for y in (slice(n), slice(-n, None))
-                         for x in (slice(n), slice(-n, None))], 2)
-    return corners.median(2).values[:, :, None, None].expand_as(images).contiguous()
 
 # %% ../../nbs/lab/11_judge.ipynb #b5977974
 def bounds(prepared: Prepared, recipe: Recipe) -> dict[str, dict[str, float]]:
