@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['EVERYTHING', 'MORE', 'notebooks', 'heading', 'processed', 'moved_links', 'as_markdown', 'result_table', 'published',
-           'compared', 'controls', 'in_short', 'minutes', 'walk', 'stops', 'way', 'signpost', 'link_notebooks',
-           'write_pictures', 'gallery', 'listing', 'mathml', 'page', 'contents', 'write_sources', 'build', 'main']
+           'compared', 'controls', 'Claim', 'answers', 'in_short', 'minutes', 'walk', 'stops', 'way', 'signpost',
+           'link_notebooks', 'write_pictures', 'gallery', 'listing', 'mathml', 'page', 'contents', 'write_sources',
+           'build', 'main']
 
 # %% ../../nbs/lab/19_docs.ipynb #8104ae4b
 import base64
@@ -18,7 +19,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -185,21 +187,25 @@ def compared(names: list[str],               # ablations
     return Markdown("\n\n".join(filter(None, parts)))
 
 # %% ../../nbs/lab/19_docs.ipynb #f63c3b1e
+def _decided(name: str, folder: Path, preset: str) -> dict[str, tuple[str, str]]:
+    "Variant -> word and effect of the declared question; empty where nothing is published."
+    ablation, below = ablations.get(name.partition("@")[0]), folder / overview.place(name, preset)
+    if not (below / "table.csv").exists():
+        return {}
+    rows = results.answered(pd.read_csv(below / "table.csv"), below / "records", ablation)
+    rows = rows[:0] if overview.older(rows) else rows
+    rows = rows[rows.metric == results.primary(ablation, rows.metric.unique())].set_index("variant")
+    effect = lambda v: overview.percent(*(rows[k][v] - 1 for k in ("ratio", "ratio_low", "ratio_high")))
+    return {v: (rows.decision[v], effect(v)) for v in ablation.variants
+            if v != ablation.baseline and v in rows.index}
+
+# %% ../../nbs/lab/19_docs.ipynb #9da5f690
 def _control_rows(name: str, folder: Path, preset: str) -> list[tuple]:
     "Control, variant, the right word, the word found, effect: one row a variant of a published control."
-    ablation, below = ablations.get(name), folder / overview.place(name, preset)
-    if not (below / "table.csv").exists():
-        return [(name.replace("_", " "), v, right, "not published yet", "")
-                for v, right in ablation.expected.items()]
-    rows = results.answered(pd.read_csv(below / "table.csv"), below / "records", ablation)
-    rows = rows[rows.metric == results.primary(ablation, rows.metric.unique())].set_index("variant")
+    ablation, found = ablations.get(name), _decided(name, folder, preset)
+    missing = ("not run" if found else "not published yet", "")
     return [
-        (name.replace("_", " "), v, ablation.expected.get(v, ""), rows.decision.get(v, "not run"),
-         overview.percent(*(rows[k][v] - 1 for k in ("ratio", "ratio_low", "ratio_high"))) if v in rows.index
-         else "",)
-        for v in ablation.variants
-        if v != ablation.baseline
-    ]
+        (name.replace("_", " "), v, right, *found.get(v, missing)) for v, right in ablation.expected.items()]
 
 # %% ../../nbs/lab/19_docs.ipynb #2edad99b
 def controls(names: Mapping[str, str],       # controls -> preset that they are published at
@@ -211,6 +217,53 @@ def controls(names: Mapping[str, str],       # controls -> preset that they are 
             for row in _control_rows(name, folder or root() / "outputs" / "published", preset)]
     head = ("control", "variant", "must be", "is", "effect")
     return Markdown("\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * 5, *rows)))
+
+# %% ../../nbs/lab/19_docs.ipynb #5e2e713c
+@dataclass(frozen=True)
+class Claim:
+    "A sentence of the study, and what published runs must show for it."
+    sentence: str
+    rule: str                         # differ, better, worse, none better, alike, some alike
+    of: tuple[str, ...]               # ablation, ablation@label, or ablation:variant,variant
+    where: str = ""                   # said beside the answer: what our setting cannot show
+
+    def answer(self, words: Sequence[str]) -> str:      # better, worse, equivalent, undecided
+        "Supported, contradicted, or not distinguishable at our scale. Raises `KeyError` for another rule."
+        apart, alike = [w in ("better", "worse") for w in words], [w == "equivalent" for w in words]
+        better, worse = "better" in words, "worse" in words
+        known = all(a or b for a, b in zip(apart, alike))
+        yes, no = {"differ": (any(apart), all(alike)), "alike": (all(alike), any(apart)),
+                   "better": (better, known and not better), "worse": (worse, known and not worse),
+                   "none better": (known and not better, better),
+                   "some alike": (any(alike), all(apart))}[self.rule]
+        return ("no run is published yet" if not words else "**supported**" if yes
+                else "**contradicted**" if no else "not distinguishable at our scale")
+
+# %% ../../nbs/lab/19_docs.ipynb #c03538c7
+def _figures(claim: Claim, folder: Path, preset: str) -> list[tuple[str, str, str]]:
+    "Name of ablation and variant, word, effect: of all that is published of what a sentence speaks of."
+    rows = []
+    for part in claim.of:
+        name, _, wanted = part.partition(":")
+        found = _decided(name, folder, preset)
+        rows += [(f"{name.replace('_', ' ')}, {v}", *said) for v, said in found.items()
+                 if not wanted or v in wanted.split(",")]
+    return rows
+
+# %% ../../nbs/lab/19_docs.ipynb #38bf128c
+def answers(claims: Iterable[Claim],
+            folder: Path | None = None,     # none: outputs/published of the checkout
+            preset: str = "cpu",
+            ):                              # an IPython Markdown object
+    "Each sentence with its answer, and the figures that it rests on: effects on the error, with intervals."
+    from IPython.display import Markdown
+    rows = []
+    for claim in claims:
+        figures = _figures(claim, folder or root() / "outputs" / "published", preset)
+        told = "; ".join(f"{who} {effect} ({word})" for who, word, effect in figures)
+        rows.append((claim.sentence, claim.answer([word for _, word, _ in figures]),
+                     " ".join(filter(None, (told and f"{told}.", claim.where)))))
+    return Markdown(in_cells(pd.DataFrame(rows, columns=["the study says", "our runs", "figures"])))
 
 # %% ../../nbs/lab/19_docs.ipynb #26e50373
 def _decided_first(effect: str) -> tuple[int, str]:
