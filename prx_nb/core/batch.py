@@ -19,7 +19,7 @@ from torch import Tensor
 from . import captions, data, text
 from .flow import timesteps
 from .images import Item, cut_share
-from .recipe import Recipe
+from .recipe import Denoiser, Recipe
 from .seeds import order, stream
 from .settings import Choice
 from .show import from_uint8
@@ -48,6 +48,12 @@ class Prepared:
         held = torch.cat((self.split.concepts, self.split.pairs))
         return held if len(held) else self.split.train
 
+# %% ../../nbs/core/21_batch.ipynb #1ee6cccd
+def _wanted(denoiser: Denoiser) -> str:
+    "How many numbers a word piece must have, in words."
+    return (f"denoiser.words = '{denoiser.words}' takes the 2 of a word piece's number" if denoiser.words
+            else f"denoiser.context_in_dim = {denoiser.context_in_dim}")
+
 # %% ../../nbs/core/21_batch.ipynb #246871ac
 def _states(recipe: Recipe,
             wanted: Sequence[str],        # all captions that may be asked for, in any order
@@ -55,10 +61,10 @@ def _states(recipe: Recipe,
     "The token states of some captions. Raises `TextError` where the network was made for another width."
     pack = recipe.data.path if recipe.data.source == "pack" else None
     different = sorted(set(wanted))
-    states = text.text_states(recipe.text.encoder, different, recipe.text.tokens, progress, pack=pack)
-    if states.dim != recipe.denoiser.context_in_dim:
+    states = text.text_states(recipe.text.encoder, different, recipe.text.tokens, progress, pack, recipe.text.layer)
+    if states.dim != recipe.denoiser.text_width:
         raise text.TextError(f"text encoder '{recipe.text.encoder}' gives {states.dim} numbers a token, "
-                             f"but denoiser.context_in_dim = {recipe.denoiser.context_in_dim}")
+                             f"but {_wanted(recipe.denoiser)}")
     return states
 
 # %% ../../nbs/core/21_batch.ipynb #7cfb4256
