@@ -76,6 +76,16 @@ class Captions(Node):
     kind: named_in("prx_nb.core.captions:CAPTIONS", "short", "long", "dense", "mixed") = "dense"
     dropout: float = Field(0.1, ge=0, lt=1)       # share replaced by the encoded empty caption
     wrong: float = later(0.0, ge=0, lt=1)         # share of the training images that get another's captions
+    # another kind for a last stage, and the share of all steps that it takes; none: one kind throughout
+    last: named_in("prx_nb.core.captions:CAPTIONS", "short", "long", "dense", "mixed") | None = later(None)
+    last_share: float = later(0.2, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.last == self.kind:
+            raise ValueError(f"captions.last = '{self.last}' is the kind of all steps before it, so it would "
+                             "do nothing; name another one, or null")
+        return self
 
 # %% ../../nbs/core/01_recipe.ipynb #8d569ceb
 class Text(Node):
@@ -546,8 +556,8 @@ def _refuse_words(r: "Recipe") -> None:
     "Raise `ValueError` where a network that learns its words and what it is given do not go together."
     words, encoder = r.denoiser.words, r.text.encoder
     if words and encoder in ("minilm-l6", "minilm-l3", "static"):
-        raise ValueError(f"denoiser.words = '{words}' with text.encoder = '{encoder}': what is learnt with the "
-                         "network begins at the numbers of word pieces; set text.encoder = 'pieces'")
+        raise ValueError(f"denoiser.words = '{words}' with text.encoder = '{encoder}': what is learnt with "
+                         "the network begins at the numbers of word pieces; set text.encoder = 'pieces'")
     if encoder == "pieces" and not words:
         raise ValueError("text.encoder = 'pieces' gives the numbers of word pieces and no states; "
                          "set denoiser.words to 'table' or 'transformer', or name another encoder")

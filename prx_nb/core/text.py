@@ -572,7 +572,8 @@ def _encode_missing(name: str, key: str, texts: list[str], tokens: int, folder: 
             tensors, crc = pack_states(part, encoder.ragged(part, tokens))
             shard = hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16]
             with atomic(folder / f"{shard}.safetensors") as path:
-                save_file(tensors, path, _metadata(_named(name, layer), key, tokens, crc, encoder.pieces(part)))
+                told = _metadata(_named(name, layer), key, tokens, crc, encoder.pieces(part))
+                save_file(tensors, path, told)
             bar.update(len(part))
 
 # %% ../../nbs/core/09_text.ipynb #5a2bb0ec
