@@ -41,19 +41,19 @@ def asked(prompts: str | Sequence[str]) -> list[str]:
 
 # %% ../../nbs/core/30_drawing.ipynb #ab29985c
 @lru_cache(2)
-def kept_encoder(name: str) -> TextEncoder:
+def kept_encoder(name: str, layer: int | str | None = None) -> TextEncoder:
     "A text encoder, by its name kept in memory as long as no two others are asked for."
-    return load_text_encoder(name)
+    return load_text_encoder(name, None, layer)
 
 # %% ../../nbs/core/30_drawing.ipynb #3b9c806a
 def words(recipe: Recipe, prompts: Sequence[str],
           ) -> tuple[Tensor, Tensor, Tensor, Tensor]:    # (N, L, D), (N, L); (1, L, D), (1, L)
     "States and masks of prompts, and of the empty caption, as training reads them. Raises `TextError`."
-    name, tokens = recipe.text.encoder, recipe.text.tokens
+    name, tokens, layer = recipe.text.encoder, recipe.text.tokens, recipe.text.layer
     if recipe.data.source == "pack":                     # it may hold states of an encoder that is not here
-        states = text_states(name, list(prompts), tokens, progress=False, pack=recipe.data.path)
+        states = text_states(name, list(prompts), tokens, False, recipe.data.path, layer)
         return *states.lookup(list(prompts)), *states.null(1)
-    states, mask = kept_encoder(name).encode(["", *prompts], tokens)
+    states, mask = kept_encoder(name, layer).encode(["", *prompts], tokens)
     states = states.half().float()
     return states[1:], mask[1:], states[:1], mask[:1]
 

@@ -46,7 +46,8 @@ def write_pack(r: recipe.Recipe,                              # its data, captio
     require_writable(path.parent)
     images = data.load(r.data, progress)
     texts = _captions(images.items, kinds)
-    tensors, meta = text_states(r.text.encoder, texts, r.text.tokens, progress).export(texts)
+    states = text_states(r.text.encoder, texts, r.text.tokens, progress, layer=r.text.layer)
+    tensors, meta = states.export(texts)
     more, told = _image_tensors(images)
     with atomic(path) as part:
         save_file(tensors | more, part, meta | told | {"captions.kinds": ",".join(kinds)})

@@ -116,7 +116,7 @@ def shares(block: Any, x: Tensor,             # (B, N, hidden) tokens that enter
 # %% ../../nbs/lab/25_explore.ipynb #d78139d7
 def pieces(run: Run, prompt: str) -> list[str]:
     "The word pieces of a prompt, as its text encoder cuts it."
-    kept = kept_encoder(run.recipe.text.encoder)
+    kept = kept_encoder(run.recipe.text.encoder, run.recipe.text.layer)
     return kept.tokenizer.convert_ids_to_tokens(kept.tokenize([prompt], run.recipe.text.tokens)[0])
 
 # %% ../../nbs/lab/25_explore.ipynb #5057cfd2
@@ -134,7 +134,7 @@ def word_maps(run: Run, prompt: str, image: Tensor,     # (C, h, w): what is dra
     taps = model(x_t, time, text, mask, taps=tuple(range(len(model.blocks)))).taps
     vec = F.silu(denoiser._time_vector(model, time, *x_t.shape[-2:]))
     turn = rotary(h, w, model.config["axes_dim"], float(model.config["theta"]), str(device))
-    found = [shares(block, x, model.txt_in(text), mask, vec, turn).mean(1)[0]
+    found = [shares(block, x, model.read(text, mask), mask, vec, turn).mean(1)[0]
              for block, x in zip(model.blocks, entering(model, x_t, taps))]
     count = int(mask.sum())
     return torch.stack(found)[:, :, :count].transpose(1, 2).unflatten(2, (h, w)).cpu()

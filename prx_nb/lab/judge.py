@@ -84,7 +84,8 @@ def reworded(prepared: Prepared, recipe: Recipe,
     asked = [captions.caption(item, kind) for item in prepared.images.items]
     pack = recipe.data.path if recipe.data.source == "pack" else None
     prompts = sorted({asked[i] for i in prepared.heldout.tolist()})
-    states = text.text_states(recipe.text.encoder, prompts, recipe.text.tokens, False, pack=pack)
+    t = recipe.text
+    states = text.text_states(t.encoder, prompts, t.tokens, False, pack, t.layer)
     return replace(prepared, asked=asked, states=states, texts=[], rows=torch.empty(0, 0))
 
 # %% ../../nbs/lab/11_judge.ipynb #7eaf270f
