@@ -16,6 +16,7 @@ COPIED = ("nbs", "prx_nb", "outputs/published", "sweeps", "settings.ini", "pypro
 # every cell is drawn, not only those in sight; nothing asks or tells in a corner
 SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"}, "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
             "docmanager-extension/plugin": {"autosave": False}}
+LONG = 180        # seconds to wait for anything: on a machine that others use, too, a page takes its time
 
 
 def chromium() -> str | None:
@@ -48,6 +49,15 @@ def copy_of_the_checkout(home: Path) -> Path:
     return home
 
 
+def own_notebook(home: Path, name: str, *cells: str) -> str:
+    "A reader's notebook in `mine`; what to open it by."
+    (home / "mine").mkdir(exist_ok=True)
+    made = [{"cell_type": "code", "id": f"c{n}", "metadata": {}, "source": text, "outputs": [], "execution_count": None} for n, text in enumerate(cells)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    (home / "mine" / name).write_text(json.dumps({"cells": made, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
+    return f"mine/{name}"
+
+
 def settings_of_a_new_user(folder: Path) -> dict[str, str]:
     for name, values in SETTINGS.items():
         (path := folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings").parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +79,7 @@ def running_lab(home: Path, user: Path):
     with open(log, "w") as out:
         server = subprocess.Popen(command, cwd=home, stdout=out, stderr=out, env=own | settings_of_a_new_user(user) | {"PYTHONPATH": str(home)})
     try:
-        end = time.monotonic() + 90
+        end = time.monotonic() + LONG
         while True:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}", timeout=5).close()
@@ -92,20 +102,21 @@ class Lab:
 
     def __init__(self, page, address: str, token: str):
         self.page, self.address, self.token = page, address, token
+        page.set_default_timeout(1000 * LONG)
 
     def open(self, notebook: str = "") -> None:
         "A notebook, alone in the window; none: what the server shows first. Until its kernel is idle."
         where = f"/lab/tree/{notebook}?reset&token={self.token}" if notebook else f"/?token={self.token}"
         self.page.goto(self.address + where)
-        self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+        self.page.wait_for_selector(".jp-Notebook .jp-Cell")
         # what is run before the kernel is there asks which one it shall be
-        self.page.wait_for_selector('.jp-StatusBar-TextItem:text-is("PRX Workbook | Idle")', timeout=60_000)
+        self.idle()
 
     def menu(self, name: str, item: str) -> None:
         self.page.click(f'.lm-MenuBar-itemLabel:text-is("{name}")')
         self.page.click(f'.lm-Menu-itemLabel:text-is("{item}")')
 
-    def run_all(self, seconds: float = 120) -> None:
+    def run_all(self, seconds: float = 2 * LONG) -> None:
         "Run > Run All Cells, until all have run."
         begin = time.monotonic()
         self.menu("Run", "Run All Cells")
@@ -119,6 +130,17 @@ class Lab:
     def errors(self) -> list[str]:
         return self.page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
 
+    def run(self, number: int) -> None:
+        "Run one code cell, and do not wait for it."
+        self.cell(number).locator(".cm-content").click()
+        self.page.keyboard.press("Control+Enter")
+
+    def cell(self, number: int):
+        return self.page.locator(".jp-CodeCell").nth(number)
+
+    def idle(self) -> None:
+        self.page.wait_for_selector('.jp-StatusBar-TextItem:text-is("PRX Workbook | Idle")')
+
     def save(self) -> None:
         self.menu("File", "Save Notebook")
-        self.page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')", timeout=20_000)
+        self.page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")
