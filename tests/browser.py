@@ -18,6 +18,9 @@ SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"}, "apputils-e
             "docmanager-extension/plugin": {"autosave": False}}
 LONG = 180        # seconds to wait for anything: on a machine that others use, too, a page takes its time
 
+ERRORS = """() => jupyterapp.shell.currentWidget.context.model.toJSON().cells.flatMap(c => c.outputs || [])
+    .filter(o => o.output_type == 'error').map(o => o.traceback.join('\\n'))"""
+
 
 def chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -74,7 +77,8 @@ def running_lab(home: Path, user: Path):
         port = free.getsockname()[1]
     token, log = secrets.token_hex(16), user / "lab.log"
     user.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "prx_nb.lab.desk", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"]
+    command = [sys.executable, "-m", "prx_nb.lab.desk", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+               "--expose-app-in-browser", f"--IdentityProvider.token={token}"]
     own = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "PRX_NB_OUT")}          # what tests set is no reader's
     with open(log, "w") as out:
         server = subprocess.Popen(command, cwd=home, stdout=out, stderr=out, env=own | settings_of_a_new_user(user) | {"PYTHONPATH": str(home)})
@@ -120,15 +124,15 @@ class Lab:
         "Run > Run All Cells, until all have run."
         begin = time.monotonic()
         self.menu("Run", "Run All Cells")
-        self.page.wait_for_function("""() => {
+        self.page.wait_for_function(f"""() => {{
             const prompts = [...document.querySelectorAll('.jp-CodeCell')].filter(c => c.querySelector('.cm-content').innerText.trim())
                 .map(c => c.querySelector('.jp-InputPrompt').innerText);
-            const failed = document.querySelector('[data-mime-type="application/vnd.jupyter.error"]');
-            return failed || prompts.every(p => /\\d/.test(p)); }""", timeout=1000 * seconds)
+            return ({ERRORS})().length || prompts.every(p => /\\d/.test(p)); }}""", timeout=1000 * seconds, polling=500)
         self.seconds = time.monotonic() - begin
 
     def errors(self) -> list[str]:
-        return self.page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+        "The tracebacks that cells have left. A page shows them as it shows what is printed on stderr."
+        return self.page.evaluate(ERRORS)
 
     def run(self, number: int) -> None:
         "Run one code cell, and do not wait for it."
