@@ -142,6 +142,11 @@ class Lab:
     def cell(self, number: int):
         return self.page.locator(".jp-CodeCell").nth(number)
 
+    def failed(self) -> list[str]:
+        "As soon as a cell has ended with an error: its words."
+        self.page.wait_for_function(f"() => ({ERRORS})().length", polling=200)
+        return self.errors()
+
     def idle(self) -> None:
         self.page.wait_for_selector('.jp-StatusBar-TextItem:text-is("PRX Workbook | Idle")')
 

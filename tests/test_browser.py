@@ -129,8 +129,7 @@ def test_training_is_stopped_by_the_button_and_goes_on_when_called_again(lab, ho
     live = lab.cell(1).locator(".jp-OutputArea")
     live.locator("p:has-text('mean of the last losses')").wait_for()
     lab.page.click('[data-command="notebook:interrupt-kernel"]:visible')
-    lab.idle()
-    said, stopped = lab.errors(), record()
+    said, stopped = lab.failed(), record()
     assert len(said) == 1 and (at := re.fullmatch(r"stopped at step (\d+); call again to go on", said[0])), said
     assert lab.cell(1).locator('[data-mime-type="application/vnd.jupyter.stderr"]').all_inner_texts()[-1].strip() == said[0]
     assert stopped["status"] == "interrupted" and 1 <= int(at[1]) < 400
