@@ -131,7 +131,7 @@ def test_training_is_stopped_by_the_button_and_goes_on_when_called_again(lab, ho
     lab.page.click('[data-command="notebook:interrupt-kernel"]:visible')
     said, stopped = lab.failed(), record()
     assert len(said) == 1 and (at := re.fullmatch(r"stopped at step (\d+); call again to go on", said[0])), said
-    assert lab.cell(1).locator('[data-mime-type="application/vnd.jupyter.stderr"]').all_inner_texts()[-1].strip() == said[0]
+    lab.cell(1).locator('[data-mime-type="application/vnd.jupyter.stderr"]').get_by_text(said[0], exact=True).wait_for()
     assert stopped["status"] == "interrupted" and 1 <= int(at[1]) < 400
     assert (home / f"outputs/stopped/checkpoint/step-{int(at[1]):07d}.safetensors").is_file()
     lab.run(1)
