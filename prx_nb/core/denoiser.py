@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORDS', 'VARIANTS', 'patchify', 'unpatchify', 'rotary', 'rotate', 'waves', 'Embedder', 'norm', 'Attention',
            'Modulation', 'added', 'modulate', 'Block', 'FinalLayer', 'Route', 'Output', 'kept', 'choose', 'Fusion',
-           'WordBlock', 'Words', 'PRX', 'initialise', 'forward', 'compile_blocks']
+           'WordBlock', 'Words', 'PRX', 'initialise', 'time_vector', 'forward', 'compile_blocks']
 
 # %% ../../nbs/core/14_denoiser.ipynb #5ee120fb
 import math
@@ -340,7 +340,7 @@ def initialise(self: PRX, generator: torch.Generator) -> PRX:
 PRX.initialise = initialise
 
 # %% ../../nbs/core/14_denoiser.ipynb #3bb4e969
-def _time_vector(self: PRX, t: Tensor, h: int, w: int) -> Tensor:
+def time_vector(self: PRX, t: Tensor, h: int, w: int) -> Tensor:
     "(B,) times in [0, 1] and the size of x_t -> (B, hidden), already through SiLU where blocks need it."
     c = self.config
     vec = self.time_in(waves(t.float() * c["time_factor"], 256, c["time_max_period"]))
@@ -432,7 +432,7 @@ def forward(self: PRX,
     _check(self, x_t, taps, route)
     h, w = x_t.shape[-2:]
     p, text = self.config["patch_size"], self.read(text, text_mask)
-    x, vec = self.img_in(patchify(x_t, p)), _time_vector(self, t, h, w)
+    x, vec = self.img_in(patchify(x_t, p)), time_vector(self, t, h, w)
     mask = None if text_mask is None else F.pad(text_mask.bool(), (0, x.shape[1]), value=True)[:, None, None]
     turn = rotary(h // p, w // p, self.config["axes_dim"], float(self.config["theta"]), str(x.device))
     turn = torch.view_as_real(turn) if self.compiled else turn      # compilers know no complex numbers

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EVERYTHING', 'MORE', 'notebooks', 'heading', 'processed', 'moved_links', 'as_markdown', 'result_table', 'published',
-           'compared', 'controls', 'Claim', 'answers', 'in_short', 'minutes', 'walk', 'stops', 'way', 'signpost',
-           'link_notebooks', 'write_pictures', 'gallery', 'listing', 'mathml', 'page', 'contents', 'write_sources',
-           'build', 'main']
+           'drawn', 'compared', 'controls', 'Claim', 'answers', 'in_short', 'minutes', 'walk', 'stops', 'way',
+           'signpost', 'published_line', 'link_notebooks', 'write_pictures', 'gallery', 'listing', 'mathml', 'page',
+           'contents', 'write_sources', 'build', 'main']
 
 # %% ../../nbs/lab/19_docs.ipynb #8104ae4b
 import base64
@@ -159,6 +159,28 @@ _PICTURES = {
     "samples": "Samples side by side: one row a variant, one column a prompt",
     "chance": "Share of tests that called a difference where there is none, by metric, beside the 5% "
               "expected"}
+
+# %% ../../nbs/lab/19_docs.ipynb #1dd329fb
+def drawn(name: str,                       # an ablation, or ablation@label
+          folder: Path | None = None,      # none: outputs/published of the checkout
+          preset: str = "cpu",
+          home: str = "../..",             # the way to the checkout from where this is read
+          ):                               # an IPython Markdown object
+    "What published runs drew, each variant below its baseline; in words where there is nothing to show."
+    from IPython.display import Markdown
+    below, again = overview.place(name, preset), f"`prx-nb ablate {name} --preset {preset}`"
+    try:
+        there = (folder or root() / "outputs" / "published") / below
+    except FileNotFoundError:
+        return Markdown(f"What published runs drew comes with a checkout of the workbook. Make it: {again}.")
+    if not (there / "samples.png").is_file():
+        return Markdown(f"No samples are published yet. Make some: {again}.")
+    where = f"{home}/outputs/published/{below}"
+    more = f"[report]({where}/report.md), [attributions]({home}/outputs/published/NOTICE)"
+    return Markdown(
+        f'<img src="{where}/samples.png" alt="{_PICTURES["samples"]}" width="720">\n\n'
+        "Top row: the held-out drawing that the prompt describes. Below it what each variant draws, the "
+        f"baseline first, from the same noise in a column. More: {more}.")
 
 # %% ../../nbs/lab/19_docs.ipynb #479024f8
 def _published(folder: Path | None, name: str, preset: str) -> Path:
@@ -342,15 +364,36 @@ def signpost(path: Path, order: list[Path], home: Path) -> dict:     # a Markdow
     return {"cell_type": "markdown", "id": hashlib.sha256(f"signpost of {name}".encode()).hexdigest()[:8],
             "metadata": {}, "source": ["---\n", " · ".join(parts)]}
 
+# %% ../../nbs/lab/19_docs.ipynb #92f67dcc
+def published_line(path: Path, home: Path) -> dict:           # a Markdown cell
+    "Where an ablation's published samples and report are, not of a sweep's point; or that there are none."
+    folder, name = home / "outputs" / "published" / path.stem, path.relative_to(home).as_posix()
+    reports = sorted(folder.rglob("report.md"), key=lambda report: (len(report.parts), report))
+    said = "Stored here is preset `smoke`, a few steps: what it draws is noise. "
+    there = lambda to: os.path.relpath(to, path.parent).replace(os.sep, "/")
+    named = {"samples that published runs drew": "samples.png", "their report": "report.md"}
+    links = [f"[{words}]({there(reports[0].with_name(file))})" for words, file in named.items()
+             if reports and reports[0].with_name(file).is_file()]
+    said += f"See {' and '.join(links)}." if links else "No longer runs are published yet."
+    return {"cell_type": "markdown", "id": hashlib.sha256(f"published of {name}".encode()).hexdigest()[:8],
+            "metadata": {}, "source": [said]}
+
 # %% ../../nbs/lab/19_docs.ipynb #c8b7b48e
+_SIGNPOST = re.compile(r"---\n[^\n]*\[The path\]\([^\n]*")
+
+
 def link_notebooks(home: Path) -> int:          # how many changed
-    "Write each notebook's signpost as its last cell. Not the report's template, which is run elsewhere."
+    "Write what each notebook ends with: its signpost. Not the report's template, which is run elsewhere."
     changed, order = 0, [path for path in way(home) if path.name != "report_template.ipynb"]
     for path in order:
-        nb, cell = json.loads(path.read_text()), signpost(path, order, home)
-        if nb["cells"][-1] == cell:
+        nb, last = json.loads(path.read_text()), [signpost(path, order, home)]
+        if path.parent.name == "ablations":
+            last.insert(0, published_line(path, home))
+        ids = {cell["id"] for cell in last}            # a notebook that had another name has another's, too
+        ours = lambda c: c.get("id") in ids or _SIGNPOST.fullmatch("".join(c["source"]))
+        before, nb["cells"] = nb["cells"], [c for c in nb["cells"] if not ours(c)] + last
+        if nb["cells"] == before:
             continue
-        nb["cells"] = [c for c in nb["cells"] if c.get("id") != cell["id"]] + [cell]
         with atomic(path) as part:
             part.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
         changed += 1

@@ -75,12 +75,12 @@ def ship(run: Run | str | Path, to: str | Path,
          ) -> Path:
     "Write a run's folder with the weights to draw with alone. Raises what opening the run raises."
     run, to = run if isinstance(run, Run) else Run.load(run), Path(to)
-    last = checkpoint._saves(run.dir / "checkpoint")[-1]
+    last = checkpoint.checkpoints(run.dir / "checkpoint")[-1]
     tensors, header = read_checkpoint(last)
     kept = {k: v for k, v in tensors.items() if k.startswith("ema.module.")}
     kept = kept or {k: v for k, v in tensors.items() if k.startswith("model.")}
     with atomic(to / "checkpoint" / last.name) as part:
-        save_file(kept, part, header | {"crc32": checkpoint._checksum(kept)})
+        save_file(kept, part, header | {"crc32": checkpoint.checksum(kept)})
     for name in ("recipe.json", "record.json", "curves.parquet"):
         if (run.dir / name).is_file():
             shutil.copyfile(run.dir / name, to / name)
@@ -132,7 +132,7 @@ def word_maps(run: Run, prompt: str, image: Tensor,     # (C, h, w): what is dra
     x_t = flow.mix(x0, noise(seed, range(1), tuple(image.shape)).to(device), time)
     h, w = (n // model.config["patch_size"] for n in x_t.shape[-2:])
     taps = model(x_t, time, text, mask, taps=tuple(range(len(model.blocks)))).taps
-    vec = F.silu(denoiser._time_vector(model, time, *x_t.shape[-2:]))
+    vec = F.silu(denoiser.time_vector(model, time, *x_t.shape[-2:]))
     turn = rotary(h, w, model.config["axes_dim"], float(model.config["theta"]), str(device))
     found = [shares(block, x, model.read(text, mask), mask, vec, turn).mean(1)[0]
              for block, x in zip(model.blocks, entering(model, x_t, taps))]
@@ -236,7 +236,7 @@ def film_view(run: Run, wish: Wish) -> str:
 # %% ../../nbs/lab/25_explore.ipynb #8390b06c
 def _in_space(run: Run, wish: Wish, count: int) -> tuple[Tensor, Tensor]:
     "Pictures as they are seen, and in the space that the run draws in."
-    r = drawing._how(run.recipe, wish.guidance, wish.steps)
+    r = drawing.with_sampler(run.recipe, wish.guidance, wish.steps)
     found = sampling.draw(run.model, r, *words(r, [wish.prompt] * count), seed=wish.seed)
     return run.space.decode(found).clamp(-1, 1), found
 
