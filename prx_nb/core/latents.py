@@ -99,7 +99,7 @@ def refuse_autoencoder(name: str) -> Path | None:      # the config of a folder;
                            f"'owner/name'; or use 'pixels', or {', '.join(autoencoder.NAMED)}")
     return None
 
-
+# %% ../../nbs/core/11_latents.ipynb #464c4cdb
 def find(name: str,      # one of `autoencoder.NAMED`, local folder or hub id; also of a whole pipeline
          ) -> Path:      # the autoencoder's config.json
     "Find an autoencoder without loading it; a named one is made. Raises `LatentsError`, and what that does."

@@ -383,7 +383,7 @@ def refuse_encoder(name: str) -> None:
     if name not in ENCODERS:
         folder_of(name)
 
-
+# %% ../../nbs/core/09_text.ipynb #01d040df
 def encoder_key(name: str,
                 layer: int | str | None = None,     # as in `hidden`
                 ) -> str:
@@ -559,7 +559,7 @@ def _cut(self: TextStates, texts: list[str]) -> dict[str, int]:       # caption 
     kept = {t: len(self._rows[i]) for t, i in zip(texts, self.rows(texts).tolist())}
     return {t: self._pieces[t][0] - n for t, n in kept.items() if self._pieces.get(t, (0, 0))[0] > n}
 
-
+# %% ../../nbs/core/09_text.ipynb #65cb5391
 def _unknown(self: TextStates, texts: list[str]) -> dict[str, int]:   # caption -> how many
     "Captions with signs that the encoder does not know."
     return {t: self._pieces[t][1] for t in dict.fromkeys(texts) if self._pieces.get(t, (0, 0))[1]}
