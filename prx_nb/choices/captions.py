@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from ..core.adherence import SUMMED, errors
-from ..core.captions import KINDS, _head, caption, measured
+from ..core.captions import _head, caption, measured
 from ..core.images import Item
 
 # %% ../../nbs/choices/04_captions.ipynb #92ec272e

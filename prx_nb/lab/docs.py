@@ -390,7 +390,7 @@ def link_notebooks(home: Path) -> int:          # how many changed
         if path.parent.name == "ablations":
             last.insert(0, published_line(path, home))
         ids = {cell["id"] for cell in last}            # a notebook that had another name has another's, too
-        ours = lambda c: c.get("id") in ids or _SIGNPOST.fullmatch("".join(c["source"]))
+        ours = lambda c, ids=ids: c.get("id") in ids or _SIGNPOST.fullmatch("".join(c["source"]))
         before, nb["cells"] = nb["cells"], [c for c in nb["cells"] if not ours(c)] + last
         if nb["cells"] == before:
             continue
