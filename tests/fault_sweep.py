@@ -138,7 +138,6 @@ def result(folder: Path) -> dict:
     "All that a run has left, but for times, memory and the names of broken checkpoints."
     record = read_json(folder / "record.json")
     record["cost"] = {k: v for k, v in record["cost"].items() if k not in COSTS}
-    record["exam"].pop("seconds", None)
     for name in ("started", "finished", "broken_checkpoints"):
         record.pop(name, None)
     curves = pd.read_parquet(folder / "curves.parquet").query("name != 'seconds'")

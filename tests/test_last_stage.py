@@ -68,7 +68,7 @@ def test_a_ladder_only_adds(prepared):
         rungs = choice.ladder(item)
         said = [set(prompt.replace(":", " ").replace(",", " ").replace(";", " ").split()) for prompt in rungs.values()]
         assert all(a <= b for a, b in zip(said, said[1:])), rungs
-        assert rungs["ground"] == captions._head(item) and rungs["all"].startswith(rungs["facts"])
+        assert rungs["ground"] == captions.head(item) and rungs["all"].startswith(rungs["facts"])
 
 
 def test_errors_know_which_facts_are_not_told():

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from ..core.adherence import SUMMED, errors
-from ..core.captions import _head, caption, measured
+from ..core.captions import head, caption, measured
 from ..core.images import Item
 
 # %% ../../nbs/choices/04_captions.ipynb #92ec272e
@@ -33,8 +33,8 @@ def ladder(item: Item) -> dict[str, str]:      # what was added last -> prompt, 
     if item.caption is not None:
         return {"name": short, "all": dense}
     style = f"{item.style}: {item.label}" if item.style else item.label
-    seen = ", ".join(part for part in (_head(item), measured(item)) if part)
-    return {"name": short, "style": style, "ground": _head(item), "facts": seen, "all": dense}
+    seen = ", ".join(part for part in (head(item), measured(item)) if part)
+    return {"name": short, "style": style, "ground": head(item), "facts": seen, "all": dense}
 
 # %% ../../nbs/choices/04_captions.ipynb #771ece57
 def pieces_by_rung(items: Sequence[Item], count) -> dict[str, float]:     # count: texts -> pieces of each

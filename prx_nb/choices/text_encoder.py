@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core.adherence import errors
 from ..core.images import Item
-from ..core.metrics import Reference, _features_of
+from ..core.metrics import Reference, features_of
 from ..core.seeds import stream
 from ..core.show import to_uint8
 from ..core.text import TextEncoder
@@ -80,7 +80,7 @@ def away(images: Tensor,               # (N, 3, H, W) in [-1, 1]
     "How far each picture is from one fact: OKLab, 0 or 1 for the style, 1 less a cosine for the object."
     if what in ("ground", "colour"):
         return errors(images, items)[f"{'ground' if what == 'ground' else 'palette'}-error"]
-    found = _features_of(to_uint8(images.float().cpu()), reference, None, {})
+    found = features_of(to_uint8(images.float().cpu()), reference, None, {})
     if what == "style":
         said = reference.style.predict(reference.early(found))
         return np.array([float(a != i.style) for a, i in zip(said, items)])

@@ -185,7 +185,7 @@ def film(run: Any, prompt: str, guidance: float | None = None, steps: int | None
     device = next(run.model.parameters()).device
     with precision.autocast(r, device):
         velocity, start, times = sampling.way(run.model, r, range(1), *words(r, [text]),
-                                              sampling._shape(r, None), seed)
+                                              sampling.latent_shape(r, None), seed)
 
         def noted(x: Tensor, t: Tensor) -> Tensor:
             v = velocity(x, t)

@@ -330,6 +330,7 @@ def complete(run: Run,
     clock = time.monotonic if begin <= time.monotonic() else time.time     # the latter: as notebooks did once
     exam = more.get("exam") or {}
     theirs = [run.record.get("trained") or {}, exam if "of" in exam else {}]      # done by another run
+    more |= {"exam": {k: v for k, v in exam.items() if k != "seconds"}} if exam else {}    # they are a cost
     seconds = clock() - begin + sum(part.get("seconds", 0) for part in theirs)
     return train.update_record(run.dir, ablation=name, variant=variant, preset=preset, seed=seed,
                                metrics=measured, cost={"total_seconds": round(seconds, 2)}, **more)

@@ -230,7 +230,8 @@ def _check_limits(**limits: float | None) -> None:
 def _refuse_sources(recipe: Recipe) -> None:
     "Raise `RecipeError` for encoders and autoencoders that cannot be there, as far as the disk says."
     from prx_nb.core import encoders, latents, text
-    asked = [("text.encoder", recipe.text.encoder, text.refuse_encoder),
+    packed = recipe.data.source == "pack"            # it may hold the states of an encoder that is not here
+    asked = [*([] if packed else [("text.encoder", recipe.text.encoder, text.refuse_encoder)]),
              ("latents.autoencoder", recipe.latents.autoencoder, latents.refuse_autoencoder),
              *(("evaluate.beside", name, encoders.refuse_encoder) for name in recipe.evaluate.beside)]
     for name, node in recipe.techniques.on.items():

@@ -408,7 +408,7 @@ def _scatter_of(records: Iterable[tuple[str, Path]],      # (what is compared wi
                 metric: str, preset: str, seen: int,
                 ) -> dict[tuple[float, ...], tuple[float, int]]:
     """As `log_scatter` gives it, by the values of a group of seeds, of records of this preset and of nearly
-    this length: at half of it scatter is several times as large."""
+    this length: how much seeds scatter depends on it."""
     groups: dict[str, dict[int, float]] = {}
     for group, path in records:
         if found := _numbers_of(path, path.stat().st_mtime_ns):

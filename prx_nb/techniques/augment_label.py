@@ -47,6 +47,11 @@ class Settings(Acts):
         if not recipe.data.augment:
             yield (f"{path}.words = {self.words} with data.augment = []: there is nothing to tell; name "
                    f"augmentations ({', '.join(AUGMENTATIONS)}), or set the words to 0")
+        if recipe.denoiser.words:
+            yield (
+                f"{path}.words = {self.words} with denoiser.words = '{recipe.denoiser.words}': there, words "
+                "are numbers of word pieces; set denoiser.words to null, or the words to 0"
+            )
 
 # %% ../../nbs/choices/05_augmentation.ipynb #88db335f
 class AugmentLabel(Technique, name="augment_label", settings=Settings):
