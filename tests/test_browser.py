@@ -118,7 +118,7 @@ def test_the_rooms_of_training_run(lab, notebook):
 
 TRAINING = ("""from prx_nb.core.recipe import preset
 from prx_nb.core.train import train
-recipe = preset("smoke").replace({"train.steps": 400})""", "run = train(recipe, '../outputs/stopped')", "print(run.record['status'], len(run.curves.step.unique()))")
+recipe = preset("smoke").replace({"train.steps": 200})""", "run = train(recipe, '../outputs/stopped')", "print(run.record['status'], len(run.curves.step.unique()))")
 
 
 def test_training_is_stopped_by_the_button_and_goes_on_when_called_again(lab, home):
@@ -132,12 +132,12 @@ def test_training_is_stopped_by_the_button_and_goes_on_when_called_again(lab, ho
     said, stopped = lab.failed(), record()
     assert len(said) == 1 and (at := re.fullmatch(r"stopped at step (\d+); call again to go on", said[0])), said
     lab.cell(1).locator('[data-mime-type="application/vnd.jupyter.stderr"]').get_by_text(said[0], exact=True).wait_for()
-    assert stopped["status"] == "interrupted" and 1 <= int(at[1]) < 400
+    assert stopped["status"] == "interrupted" and 1 <= int(at[1]) < 200
     assert (home / f"outputs/stopped/checkpoint/step-{int(at[1]):07d}.safetensors").is_file()
     lab.run(1)
-    live.locator("p:has-text('step 400 of 400')").wait_for()
+    live.locator("p:has-text('step 200 of 200')").wait_for()
     lab.run(2)
-    lab.cell(2).locator("text=done 400").wait_for()
+    lab.cell(2).locator("text=done 200").wait_for()
     assert lab.errors() == [] and live.locator("img").count() > 1, "curves, and what it draws"
     assert record()["started"] == stopped["started"] and record()["status"] == "done", "it began anew"
 
