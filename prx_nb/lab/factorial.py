@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from . import results
-from .ablations import Ablation, AblationError
+from .ablations import AblationError
 from .decision import Effect, word_of
 
 # %% ../../nbs/lab/27_factorial.ipynb #f3431153
