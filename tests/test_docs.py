@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 def test_readme_is_the_first_part_of_the_index():
     made, written = docs.as_markdown(ROOT / "nbs" / "index.ipynb", docs.EVERYTHING) + docs.MORE, (ROOT / "README.md").read_text()
     assert made == written, "out of step: run `make docs`"
-    assert len(re.sub(r"<!--.*?-->", "", written).split()) < 900
+    words = [w for w in re.sub(r"<!--.*?-->", "", written).split() if re.search(r"\w", w)]        # bars of tables are none
+    assert len(words) < 900
 
 
 @pytest.mark.parametrize("page,least", [("README.md", 11), ("nbs/index.ipynb", 100), ("nbs/results.ipynb", 11), ("nbs/usage.ipynb", 6)])

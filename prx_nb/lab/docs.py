@@ -295,6 +295,11 @@ def _decided_first(effect: str) -> tuple[int, str]:
     place = order.index(said[2]) if said and said[2] in order else len(order)
     return place, f"**{said[2]}**{said[3]}: {said[1]}" if said else effect
 
+# %% ../../nbs/lab/19_docs.ipynb #7be1c0a2
+def _first_cost(cost: str) -> str:
+    "What it comes to: at equal time where that is known, else the time of a step."
+    return cost.split(";")[0].split(", FLOPs")[0]
+
 # %% ../../nbs/lab/19_docs.ipynb #d0b5e67d
 def in_short(names: list[str],               # ablations
              folder: Path | None = None,     # none: outputs/published of the checkout
@@ -309,7 +314,7 @@ def in_short(names: list[str],               # ablations
         place, effect = _decided_first(row[3])
         link = f"{home}/outputs/published/{overview.place(row.ablation, preset)}/report.md"
         plain = row.ablation.replace("_", " ").replace("@", ", ")
-        rows.append((place, f"[{plain}]({link}): {row.variant}", effect, row.cost))
+        rows.append((place, f"[{plain}]({link}): {row.variant}", effect, _first_cost(row.cost)))
     table = pd.DataFrame([row[1:] for row in sorted(rows, key=lambda row: row[0])],
                          columns=["technique", "effect on the error", "cost"])
     return Markdown(in_cells(table) if len(table) else "Nothing is published yet.")
