@@ -300,24 +300,40 @@ def _first_cost(cost: str) -> str:
     "What it comes to: at equal time where that is known, else the time of a step."
     return cost.split(";")[0].split(", FLOPs")[0]
 
+# %% ../../nbs/lab/19_docs.ipynb #7be1c0a4
+def _called(row) -> str:     # of an overview
+    "The variant and its baseline, and the ablation where its name says more."
+    plain = row.ablation.replace("_", " ").replace("@", ", ")
+    said = row.variant.replace("_", " ")
+    return said if said.startswith(f"{plain} against") else f"{plain}: {said}"
+
+# %% ../../nbs/lab/19_docs.ipynb #7be1c0a6
+def _others(rest: Mapping[int, list[str]]) -> str:     # links by place: 2 equivalent, 3 undecided, 4 no word
+    "What has no row of its own, in a sentence."
+    heads = {2: "Equivalent within the margin", 3: "Undecided", 4: "Without a verdict"}
+    return " ".join(f"{heads[place]}: {'; '.join(links)}." for place, links in rest.items() if links)
+
 # %% ../../nbs/lab/19_docs.ipynb #d0b5e67d
 def in_short(names: list[str],               # ablations
              folder: Path | None = None,     # none: outputs/published of the checkout
              preset: str = "cpu",
              home: str = "..",               # the way to the checkout from where this is read
              ):                              # an IPython Markdown object
-    "Technique, effect on the declared question, cost: what `compared` says, in three columns."
+    "Technique, effect on the declared question, cost of what was told apart; the others in a sentence."
     from IPython.display import Markdown
     published = folder or root() / "outputs" / "published"
-    rows = []
+    told, rest = [], {2: [], 3: [], 4: []}
     for row in overview.overview(published, names, preset).itertuples(index=False):
         place, effect = _decided_first(row[3])
-        link = f"{home}/outputs/published/{overview.place(row.ablation, preset)}/report.md"
-        plain = row.ablation.replace("_", " ").replace("@", ", ")
-        rows.append((place, f"[{plain}]({link}): {row.variant}", effect, _first_cost(row.cost)))
-    table = pd.DataFrame([row[1:] for row in sorted(rows, key=lambda row: row[0])],
+        link = f"[{_called(row)}]({home}/outputs/published/{overview.place(row.ablation, preset)}/report.md)"
+        if place < 2:
+            told.append((place, link, effect, _first_cost(row.cost)))
+        else:
+            rest[place].append(link)
+    table = pd.DataFrame([row[1:] for row in sorted(told, key=lambda row: row[0])],
                          columns=["technique", "effect on the error", "cost"])
-    return Markdown(in_cells(table) if len(table) else "Nothing is published yet.")
+    parts = [in_cells(table)] * bool(told) + [_others(rest)] * any(rest.values())
+    return Markdown("\n\n".join(parts) or "Nothing is published yet.")
 
 # %% ../../nbs/lab/19_docs.ipynb #303f184b
 def minutes(path: Path) -> int:
