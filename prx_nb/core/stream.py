@@ -201,7 +201,7 @@ def _words(raw: bytes, encoding: str | None, where: str) -> str:
             pass
     raise DataError(f"{where} is not UTF-8 text; set data.encoding, e.g. cp1252, gbk")
 
-# %% ../../nbs/core/20b_stream.ipynb #474d31bf
+# %% ../../nbs/core/20b_stream.ipynb #aa991ce2
 class Reader:
     "Reads samples by number. Files stay open and row groups are kept, so each process has its own."
 
@@ -220,10 +220,12 @@ class Reader:
         return found
 
     def _read_group(self, shard: int, group: int):
-        "A row group of a parquet file: its picture, captions and what else is known of it."
+        "A row group of a parquet file: its picture's column, and the columns that are of use."
+        # without pyarrow's threads: a worker that is forked has none, and would wait for them for ever
         import pyarrow.parquet as pq
-        with pq.ParquetFile(self.shards.files[shard]) as file:
-            there, first = file.schema_arrow.names, next(file.iter_batches(1)).to_pylist()[0]
+        with pq.ParquetFile(self.shards.files[shard], pre_buffer=False) as file:
+            there, rows = file.schema_arrow.names, file.iter_batches(1, [group], use_threads=False)
+            first = next(rows).to_pylist()[0]
             image = data._hf_columns(first, self.settings)
             usual = {*data._CAPTION_COLUMNS, *data._KNOWN_COLUMNS}
             wanted = [c for c in there if c in (image, self.settings.caption_column) or c.lower() in usual]
@@ -393,7 +395,7 @@ def _as_it_is(taken: Taken) -> Taken:
     "What a `DataLoader` does with a batch: nothing."
     return taken
 
-# %% ../../nbs/core/20b_stream.ipynb #a66f52ab
+# %% ../../nbs/core/20b_stream.ipynb #3b396221
 def read_ahead(stream: Stream, seed: int, batch: int,
                first: int, stop: int,            # steps
                part: slice = slice(None),        # the share of one process
@@ -404,6 +406,7 @@ def read_ahead(stream: Stream, seed: int, batch: int,
     count = workers() if processes is None else processes
     loader = DataLoader(_Samples(stream), batch_size=None, sampler=places, num_workers=count,
                         collate_fn=_as_it_is, worker_init_fn=_alone, prefetch_factor=2 if count else None,
+                        timeout=600 if count else 0,          # seconds for a batch: a disk that is gone
                         generator=torch.Generator())          # else it draws from everybody's
     for taken in loader:
         if taken.fault:
