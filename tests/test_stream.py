@@ -291,3 +291,11 @@ def test_two_nodes_of_one_process_each_are_the_same_run(shards, streamed, tmp_pa
     run = Run.load(tmp_path / "run")
     assert run.record["status"] == "done" and (curves(run) - curves(streamed)).abs().max() < 1e-5
     same(run, ran(recipe, tmp_path / "one machine"))
+
+
+def test_the_command_that_describes_data_reads_shards(shards):
+    from prx_nb.lab.cli_data import _describe
+    recipe = streams(shards, **{"data.holdout_concepts": 0.25})
+    said = _describe(recipe, prepare(recipe, progress=False))
+    assert f"{COUNT} images of 16 x 16 px from shards" in said and "to train on 34, streamed from 3 shards, shuffled 8192 at a time" in said
+    assert "held out 12 images" in said and "Images from the shards" in said
