@@ -591,7 +591,8 @@ def _content_key(data: recipe.Data) -> str:
     else:
         if data.source == "folder" and not Path(data.path).expanduser().is_dir():
             raise DataError(f"data.path = {data.path!r}: there is no such folder")
-        known |= {"drawing": 5, "path": data.path, "files": _files_of(data), "column": data.caption_column, "encoding": data.encoding, "none": data.no_caption,
+        known |= {"drawing": 5, "path": data.path, "files": _files_of(data),
+                  "column": data.caption_column, "encoding": data.encoding, "none": data.no_caption,
                   "fit": data.fit}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -34,6 +34,17 @@ from .settings import html_table, later, named_in, stretch
 
 _all_ = ["Acts", "Node", "RecipeError", "Routing", "stretch"]    # who reads recipes needs no other import
 
+# %% ../../nbs/core/01_recipe.ipynb #212addb2
+def _refuse_source(d: "Data") -> None:
+    "Raise `ValueError` where a source and what is said of it do not fit each other."
+    builtin = d.source in ("emoji", "folder", "hf", "pack", "shards")
+    if builtin and (d.source == "emoji") != (d.path is None):
+        raise ValueError(f"data.path = {d.path!r} with data.source = '{d.source}': "
+                         "emoji takes no path; folder, hf, pack and shards need one")
+    if not d.stream and d.source != "shards":
+        raise ValueError(f"data.stream = False with data.source = '{d.source}': only shards are "
+                         "streamed, all else is prepared whole in any case")
+
 # %% ../../nbs/core/01_recipe.ipynb #28a3c327
 class Data(Node):
     "Which captioned images, at which size, and what is held out."
@@ -66,13 +77,7 @@ class Data(Node):
 
     @model_validator(mode="after")
     def _consistent(self):
-        builtin = self.source in ("emoji", "folder", "hf", "pack", "shards")
-        if builtin and (self.source == "emoji") != (self.path is None):
-            raise ValueError(f"data.path = {self.path!r} with data.source = '{self.source}': "
-                             "emoji takes no path; folder, hf, pack and shards need one")
-        if not self.stream and self.source != "shards":
-            raise ValueError(f"data.stream = False with data.source = '{self.source}': only shards are "
-                             "streamed, all else is prepared whole in any case")
+        _refuse_source(self)
         if not self.styles or len(set(self.styles)) != len(self.styles):
             raise ValueError(f"data.styles = {self.styles!r}: at least one style, each once")
         try:

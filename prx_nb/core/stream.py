@@ -493,7 +493,7 @@ SEEN = 1024                             # training images that are prepared, as 
 
 
 def _sides(shards: Shards, settings: recipe.Data) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict]:
-    "Numbers of samples: held out, trained on, and of these prepared; and what is left out. Raises `DataError`."
+    "Samples that are held out, trained on, and of these prepared; what is left out. Raises `DataError`."
     there, said = shards.rows["image"][:, 0] >= 0, shards.rows["text"][:, 0] >= 0
     packed = np.array([p.suffix == ".parquet" for p in shards.files])[shards.rows["shard"]]
     silent = there & ~(said | packed | (shards.rows["table"][:, 0] >= 0)) & (settings.no_caption == "skip")

@@ -629,7 +629,7 @@ def _finish(s: Session) -> None:
     source = clock.meter.source if clock.spent is not None else None
     bad = dict(s.prepared.stream.unreadable) if s.prepared.stream else {}
     if bad and s.progress:
-        print(f"{len(bad)} samples could not be read, and others were taken for them: record.json", flush=True)
+        print(f"{len(bad)} samples could not be read, others were taken: record.json", flush=True)
     unread = {"unreadable_samples": bad} if bad else {}           # of what this process has read
     update_record(s.out, status="done", **unread, finished=now(), metrics=s.curves.last("val"), cost={
         "train_seconds": clock.total, "step_seconds": clock.total / c.steps,
