@@ -16,6 +16,10 @@ COPIED = ("nbs", "prx_nb", "outputs/published", "sweeps", "settings.ini", "pypro
 # every cell is drawn, not only those in sight; nothing asks or tells in a corner
 SETTINGS = {"notebook-extension/tracker": {"windowingMode": "none"}, "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
             "docmanager-extension/plugin": {"autosave": False}}
+LONG = 180        # seconds to wait for anything: on a machine that others use, too, a page takes its time
+
+ERRORS = """() => jupyterapp.shell.currentWidget.context.model.toJSON().cells.flatMap(c => c.outputs || [])
+    .filter(o => o.output_type == 'error').map(o => o.traceback.join('\\n'))"""
 
 
 def chromium() -> str | None:
@@ -48,6 +52,15 @@ def copy_of_the_checkout(home: Path) -> Path:
     return home
 
 
+def own_notebook(home: Path, name: str, *cells: str) -> str:
+    "A reader's notebook in `mine`; what to open it by."
+    (home / "mine").mkdir(exist_ok=True)
+    made = [{"cell_type": "code", "id": f"c{n}", "metadata": {}, "source": text, "outputs": [], "execution_count": None} for n, text in enumerate(cells)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    (home / "mine" / name).write_text(json.dumps({"cells": made, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
+    return f"mine/{name}"
+
+
 def settings_of_a_new_user(folder: Path) -> dict[str, str]:
     for name, values in SETTINGS.items():
         (path := folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings").parent.mkdir(parents=True, exist_ok=True)
@@ -64,12 +77,13 @@ def running_lab(home: Path, user: Path):
         port = free.getsockname()[1]
     token, log = secrets.token_hex(16), user / "lab.log"
     user.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "prx_nb.lab.desk", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"]
+    command = [sys.executable, "-m", "prx_nb.lab.desk", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+               "--expose-app-in-browser", f"--IdentityProvider.token={token}"]
     own = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "PRX_NB_OUT")}          # what tests set is no reader's
     with open(log, "w") as out:
         server = subprocess.Popen(command, cwd=home, stdout=out, stderr=out, env=own | settings_of_a_new_user(user) | {"PYTHONPATH": str(home)})
     try:
-        end = time.monotonic() + 90
+        end = time.monotonic() + LONG
         while True:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/api?token={token}", timeout=5).close()
@@ -92,33 +106,50 @@ class Lab:
 
     def __init__(self, page, address: str, token: str):
         self.page, self.address, self.token = page, address, token
+        page.set_default_timeout(1000 * LONG)
 
     def open(self, notebook: str = "") -> None:
         "A notebook, alone in the window; none: what the server shows first. Until its kernel is idle."
         where = f"/lab/tree/{notebook}?reset&token={self.token}" if notebook else f"/?token={self.token}"
         self.page.goto(self.address + where)
-        self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+        self.page.wait_for_selector(".jp-Notebook .jp-Cell")
         # what is run before the kernel is there asks which one it shall be
-        self.page.wait_for_selector('.jp-StatusBar-TextItem:text-is("PRX Workbook | Idle")', timeout=60_000)
+        self.idle()
 
     def menu(self, name: str, item: str) -> None:
         self.page.click(f'.lm-MenuBar-itemLabel:text-is("{name}")')
         self.page.click(f'.lm-Menu-itemLabel:text-is("{item}")')
 
-    def run_all(self, seconds: float = 120) -> None:
+    def run_all(self, seconds: float = 2 * LONG) -> None:
         "Run > Run All Cells, until all have run."
         begin = time.monotonic()
         self.menu("Run", "Run All Cells")
-        self.page.wait_for_function("""() => {
+        self.page.wait_for_function(f"""() => {{
             const prompts = [...document.querySelectorAll('.jp-CodeCell')].filter(c => c.querySelector('.cm-content').innerText.trim())
                 .map(c => c.querySelector('.jp-InputPrompt').innerText);
-            const failed = document.querySelector('[data-mime-type="application/vnd.jupyter.error"]');
-            return failed || prompts.every(p => /\\d/.test(p)); }""", timeout=1000 * seconds)
+            return ({ERRORS})().length || prompts.every(p => /\\d/.test(p)); }}""", timeout=1000 * seconds, polling=500)
         self.seconds = time.monotonic() - begin
 
     def errors(self) -> list[str]:
-        return self.page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+        "The tracebacks that cells have left. A page shows them as it shows what is printed on stderr."
+        return self.page.evaluate(ERRORS)
+
+    def run(self, number: int) -> None:
+        "Run one code cell, and do not wait for it."
+        self.cell(number).locator(".cm-content").click()
+        self.page.keyboard.press("Control+Enter")
+
+    def cell(self, number: int):
+        return self.page.locator(".jp-CodeCell").nth(number)
+
+    def failed(self) -> list[str]:
+        "As soon as a cell has ended with an error: its words."
+        self.page.wait_for_function(f"() => ({ERRORS})().length", polling=200)
+        return self.errors()
+
+    def idle(self) -> None:
+        self.page.wait_for_selector('.jp-StatusBar-TextItem:text-is("PRX Workbook | Idle")')
 
     def save(self) -> None:
         self.menu("File", "Save Notebook")
-        self.page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')", timeout=20_000)
+        self.page.wait_for_function("() => !document.querySelector('.jp-mod-dirty')")

@@ -26,6 +26,7 @@ TECHNIQUES = {                   # what a recipe says to have one technique or c
     "perceptual": {"techniques.perceptual.weight": 0.1, "techniques.perceptual.size": 32},
     "muon": {"optimizer.name": "muon"},
     "bf16": {"train.weights": "bf16"},
+    "augment_label": {"data.augment": ["flip", "crop"], "techniques.augment_label.words": 1},
     "average": {"ema.decay": None, "ema.half_life": 3.0, "ema.also": [1.0, 8.0]},
 }
 

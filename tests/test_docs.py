@@ -61,8 +61,25 @@ def test_the_path_has_eight_stops_and_every_notebook_links_on_and_back():
     for path in order:
         nb = json.loads(path.read_text())
         assert nb["cells"][-1] == docs.signpost(path, order, ROOT), f"{path.name}: run `make export`"
+        assert sum("[The path](" in "".join(cell["source"][-1:]) for cell in nb["cells"]) == 1, f"{path.name} ends twice"
     for before, after in zip(order, order[1:]):
         assert os.path.relpath(after, before.parent) in docs.signpost(before, order, ROOT)["source"][1]
+
+
+def test_ablations_lead_to_what_published_runs_drew_and_techniques_show_it():
+    published = [path for path in (ROOT / "nbs/ablations").glob("*.ipynb") if [*(ROOT / "outputs/published" / path.stem).rglob("report.md")]]
+    for path in (ROOT / "nbs/ablations").glob("*.ipynb"):
+        line = json.loads(path.read_text())["cells"][-2]
+        assert line == docs.published_line(path, ROOT), f"{path.name}: run `make export`"
+        links = re.findall(r"\]\(([^)]+)\)", line["source"][0])
+        assert bool(links) == (path in published) and all((path.parent / link).is_file() for link in links)
+    assert len(published) > 10
+    for path in (ROOT / "nbs/techniques").glob("*.ipynb"):
+        shown = [o["data"]["text/markdown"] for c in json.loads(path.read_text())["cells"] if f'drawn("{path.stem[3:]}")' in "".join(c["source"])
+                 for o in c["outputs"]]
+        picture = re.search(r'src="([^"]+)"', "".join(shown[0]))
+        assert len(shown) == 1 and bool(picture) == (ROOT / "outputs/published" / path.stem[3:] / "samples.png").is_file()
+        assert picture is None or (path.parent / picture[1]).is_file()
 
 
 def test_pictures_of_the_techniques_are_those_of_their_notebooks():

@@ -141,7 +141,7 @@ def test_the_way_through_a_fused_network_is_followed():
     x_t, t, text = torch.randn(1, 3, 16, 16), torch.tensor([0.4]), torch.randn(1, 5, 384)
     with torch.no_grad():
         taps = net(x_t, t, text, taps=(0, 1, 2, 3)).taps
-        vec, turn = F.silu(denoiser._time_vector(net, t, 16, 16)), denoiser.rotary(4, 4, net.config["axes_dim"], 1e4)
+        vec, turn = F.silu(denoiser.time_vector(net, t, 16, 16)), denoiser.rotary(4, 4, net.config["axes_dim"], 1e4)
         for i, x in enumerate(explore.entering(net, x_t, taps)):
             torch.testing.assert_close(net.blocks[i](x, net.txt_in(text), None, vec, turn), taps[i])
 

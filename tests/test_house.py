@@ -55,6 +55,17 @@ def test_a_notebook_that_fails_or_says_other_words_is_noticed(tmp_path):
     assert code == 0 and [d.split("\n")[0] for d in differ] == ["cell words", "cell number"]
 
 
+@pytest.mark.parametrize("plot,says", [("plt.plot([1 / (n + 1)])", None), ("1 / n", "ZeroDivisionError"), ("None", "a control that shows nothing")])
+def test_a_control_is_built_and_one_that_fails_is_noticed(plot, says, tmp_path):
+    nb = json.loads((ROOT / "nbs/core/03_seeds.ipynb").read_text())
+    source = f"#| eval: false\nimport matplotlib.pyplot as plt\nfrom prx_nb.core.show import interact\ninteract(lambda n=0: {plot}, n=(0, 3));"
+    cell = {"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None}
+    nb["cells"] = nb["cells"][:1] + [cell | {"id": "moves", "source": [source]}, cell | {"id": "after", "source": ["assert 'plt' in globals(), 'not run'"]}]
+    (tmp_path / "moves.ipynb").write_text(json.dumps(nb))
+    code, said, _ = run_notebook(tmp_path / "moves.ipynb", tmp_path / "log.txt", LIMIT)
+    assert (code == 0) == (says is None) and (says or "Success") in said, said
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=short)
 def test_notebook_is_tidy(notebook):
     text = notebook.read_text()

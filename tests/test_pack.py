@@ -1,4 +1,5 @@
 """prx_nb.core.pack: there and back, on a machine that has nothing, and damaged files."""
+import json
 import os
 import subprocess
 import sys
@@ -143,3 +144,22 @@ def test_an_interrupted_write_leaves_the_old_pack(packed, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         write_pack(packed[0], path, progress=False)
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+@pytest.mark.parametrize("wrong, words", [({"facts": {"colours": [["nocolour", 1]]}}, r"items\.0\.facts\.colours\.0\.0 = 'nocolour'"),
+                                          ({"facts": {"centre": [None, 0.5]}}, r"items\.0\.facts\.centre\.0 = None"), ({"caption": 5}, r"items\.0\.caption = 5"),
+                                          ({"background": ["red"]}, r"items\.0\.background"), (None, "40 images, but 39 items")])
+def test_items_that_are_none_are_named(packed, tmp_path, wrong, words):
+    "A file that is whole, checksum and all, may still say nonsense of an image."
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+    with safe_open(packed[1].data.path, "np") as f:
+        meta, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+    known = json.loads(tensors["images.items"].tobytes())
+    words = words.replace("40", str(len(known["items"]))).replace("39", str(len(known["items"]) - 1))
+    known["items"] = [known["items"][0] | wrong, *known["items"][1:]] if wrong else known["items"][1:]
+    tensors["images.items"] = np.frombuffer(json.dumps(known).encode(), np.uint8)
+    crc = data.pack_crc(tensors["images.pixels"], tensors["images.items"])
+    save_file(tensors, tmp_path / "wrong.safetensors", meta | {"images.crc32": crc})
+    with pytest.raises(DataError, match=f"wrong.safetensors cannot be used .*{words}"):
+        data.load(packed[1].replace("data.path", str(tmp_path / "wrong.safetensors")).data)

@@ -16,7 +16,9 @@ SMOKE = preset("smoke").replace({"train.steps": 4, "train.checkpoint_every": 2, 
                                  "optimizer.warmup": 1, "data.limit": 64, "sample.steps": 2})
 ON = TECHNIQUES | {"repa_e": {"techniques.repa.weight": 0.5, "techniques.repa_e.weight": 1.5}}
 LATENT = {"latents.channels": 4, "latents.factor": 4, "denoiser.in_channels": 4, "denoiser.patch_size": 1}   # where there is an autoencoder to train
-REFUSED = {("tread", "sprint"): "both route tokens and only one can", ("perceptual", "repa_e"): "it compares images, and latents are none"}
+REFUSED = {("tread", "sprint"): "both route tokens and only one can", ("perceptual", "repa_e"): "it compares images, and latents are none",
+           ("repa", "augment_label"): "with data.augment", ("irepa", "augment_label"): "with data.augment",
+           ("augment_label", "repa_e"): "data.augment"}
 SAME = {("repa", "irepa"), ("repa", "repa_e")}         # one is the other, and more
 PAIRS = [pair for pair in itertools.combinations(ON, 2) if pair not in SAME]
 

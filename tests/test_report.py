@@ -206,7 +206,11 @@ def test_publishing_copies_what_is_small_and_keeps_the_notice(home, tmp_path):
     assert to == tmp_path / "published" / "prediction_target" / "smoke"
     names = {p.relative_to(to).as_posix() for p in to.rglob("*") if p.is_file()}
     assert {"table.csv", "cost.csv", "report.md", "samples.png", "curves.png", "metrics.png", "records/v-s0.json"} <= names
-    assert not any("parquet" in n or "safetensors" in n or "html" in n for n in names)
+    assert not any("parquet" in n or "safetensors" in n for n in names)
+    page, held = (to / "report.html").read_text(), (home / "report" / "report.html").read_text()
+    pictures = re.findall(r'<img [^>]*src="([^"]+)"', page)
+    assert len(pictures) == held.count("data:image/png") > 5 and all((to / name).is_file() for name in pictures)
+    assert len(page) < 150_000 and page.partition("<h1>")[2].count("<table") == held.count("<table"), "its figures lie beside it"
     report.publish(home)
     assert notice.read_text() == "Drawings by somebody.\n\nPatterns by <nobody>, CC0\n", "kept, and added once"
     for picture in re.findall(r"\]\(([^)]+\.png)\)", (to / "report.md").read_text()):

@@ -109,7 +109,7 @@ def test_checkpoints_that_are_links_stay(tmp_path, thesis):
     folder.mkdir()
     (folder / "step-0000001.safetensors").symlink_to(thesis / "step-0000001.safetensors")
     (folder / "step-mine.safetensors").write_text("mine")
-    assert checkpoint._saves(folder) == [] and len(list(folder.iterdir())) == 2
+    assert checkpoint.checkpoints(folder) == [] and len(list(folder.iterdir())) == 2
 
 
 # --- nothing is written through a link

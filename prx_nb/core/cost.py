@@ -27,7 +27,7 @@ def _batch(recipe: Recipe, text_tokens: int | None) -> tuple[torch.Tensor, ...]:
     side = recipe.data.size // recipe.latents.factor
     with torch.device("meta"):
         return (torch.empty(n, d.in_channels, side, side), torch.empty(n),
-                torch.empty(n, words, d.context_in_dim), torch.ones(n, words, dtype=torch.bool))
+                torch.empty(n, words, d.text_width), torch.ones(n, words, dtype=torch.bool))
 
 # %% ../../nbs/core/16_cost.ipynb #6cd091bf
 def _route(recipe: Recipe) -> Route:
@@ -114,7 +114,7 @@ def least_memory(recipe: Recipe,
     tokens = image_tokens(r) * (1 - (route.rate if route else 0))
     seen = tokens * d.hidden_size * d.depth * (18 + 4 * d.mlp_ratio)                # numbers, of an image
     wide = (2 if r.train.precision == "bf16" else 4) / (2 if r.train.compile else 1)
-    given = 4 * (3 * r.latents.channels * side ** 2 + r.text.tokens * d.context_in_dim)
+    given = 4 * (3 * r.latents.channels * side ** 2 + r.text.tokens * d.text_width)
     weights = d.depth * d.hidden_size ** 2 * (4 + 2 * d.mlp_ratio)
     held = 8 if r.train.weights == "bf16" else 16
     held /= r.train.processes if r.train.parallel == "fsdp2" else 1

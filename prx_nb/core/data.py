@@ -25,10 +25,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from . import recipe
 from .emoji import NAMES_PACKAGE, PACKAGES, emoji_jobs
@@ -84,7 +85,7 @@ def _words(stem: str) -> str:
     "A file's name as words."
     return stem.replace("_", " ").replace("-", " ").strip()
 
-
+# %% ../../nbs/core/07_data.ipynb #e2fe65b6
 def _says_something(stem: str) -> bool:
     "Whether a file's name is words, and not what a camera or a counter gave it."
     parts = re.split(r"[\W_]+", stem.lower())
@@ -110,7 +111,7 @@ def _printed(path: str | Path) -> str:
     "A path as text; bytes of its name that are not UTF-8 as \\xNN."
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
-
+# %% ../../nbs/core/07_data.ipynb #a032d69e
 def _key(path: Path, root: Path) -> str:
     "A file's name below a folder, with slashes, as text."
     return Path(_printed(os.path.relpath(path, root))).as_posix()
@@ -528,10 +529,44 @@ def _chosen(images: Images, settings: recipe.Data) -> Images:
     return Images(images.pixels[rows], [images.items[n] for n in rows], key, images.bad, images.notice,
                   images.notes)
 
+# %% ../../nbs/core/07_data.ipynb #093ad126
+class _Known(BaseModel):
+    "Names and values as they are written in a pack; others are refused."
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+# %% ../../nbs/core/07_data.ipynb #21c5f452
+class _Facts(_Known, extra="allow"):
+    "What is measured on a picture, where it is."
+    colours: list[tuple[Literal[tuple(NAMED)], Annotated[float, Field(ge=0, le=1)]]] = []
+    fill: Annotated[float, Field(ge=0, le=1)] = 0
+    centre: tuple[FiniteFloat, FiniteFloat] = (0.5, 0.5)
+    shape: tuple[int, int] = (1, 1)
+
+# %% ../../nbs/core/07_data.ipynb #09812f9c
+class _PackItem(_Known):
+    "An `Item`."
+    key: str
+    concept: str
+    style: str = ""
+    label: str = ""
+    tags: list[str] = []
+    group: str = ""
+    subgroup: str = ""
+    background: str | None = None
+    caption: str | None = None
+    facts: _Facts = _Facts()
+    others: list[str] = []
+
+# %% ../../nbs/core/07_data.ipynb #825c375f
+class _Pack(_Known, extra="allow"):
+    "What a pack says of its images."
+    key: str
+    bad: list[tuple[str, str]]
+    notice: str
+    items: list[_PackItem]
+    notes: dict[str, Any] = {}
+
 # %% ../../nbs/core/07_data.ipynb #c9cadedb
-_WORDS = ("key", "concept", "style", "label", "group", "subgroup")       # of an item, always text
-
-
 def read_pack(settings: recipe.Data,           # source "pack", path
               ) -> Images:
     "The images of a pack. Raises `DataError`: missing, damaged, or of another size."
@@ -540,10 +575,15 @@ def read_pack(settings: recipe.Data,           # source "pack", path
         raise DataError(f"data.path = {settings.path!r}: there is no such pack")
     try:
         pixels, items, _ = _mapped(path)
-        images = as_images(pixels, json.loads(items.tobytes()))
-        bad = [name for i in images.items for name in _WORDS if not isinstance(getattr(i, name), str)]
-        if bad:
-            raise ValueError(f"the {bad[0]} of an item is no text")
+        known = _Pack.model_validate_json(items.tobytes()).model_dump(exclude_unset=True)
+        if len(known["items"]) != len(pixels):
+            raise ValueError(f"{len(pixels)} images, but {len(known['items'])} items that say what they are")
+        images = as_images(pixels, known)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"the pack {path} cannot be used ({where} = {first['input']!r:.80}: {first['msg']}); "
+                        "copy or write it again") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise DataError(f"the pack {path} cannot be used ({error}); copy or write it again") from None
     if images.size != settings.size:

@@ -36,10 +36,14 @@ class Parts:
 
 # %% ../../nbs/core/29_interop.ipynb #f1e62ebe
 def _refuse_fusion(d: recipe.Denoiser) -> None:
+    "Raise `InteropError` for weights that diffusers' PRX does not have."
     if d.fusion:
         raise InteropError(f"denoiser.fusion = {d.fusion} cannot be exported: "
                            "diffusers' PRXTransformer2DModel has no place for the weights "
                            "that fuse two streams (denoiser.fusion)")
+    if d.words:
+        raise InteropError(f"denoiser.words = '{d.words}' cannot be exported: "
+                           "diffusers' PRXTransformer2DModel has no place for words that it learns itself")
 
 # %% ../../nbs/core/29_interop.ipynb #601040c3
 def _refuse_flow(f: recipe.Flow, autoencoder: str) -> None:
@@ -64,6 +68,9 @@ def _refuse_flow(f: recipe.Flow, autoencoder: str) -> None:
 def pipeline_for(r: recipe.Recipe) -> str:       # PRXPipeline or PRXPixelPipeline
     "The diffusers pipeline that samples from such models. Raises `InteropError` where there is none."
     _refuse_fusion(r.denoiser)
+    if r.text.layer is not None:
+        raise InteropError(f"text.layer = {r.text.layer!r} cannot be exported: "
+                           "diffusers' PRX pipelines take the last hidden state")
     if r.sample.guide != "caption":
         raise InteropError(f"sample.guide = '{r.sample.guide}' cannot be exported: "
                            "diffusers' PRX pipelines guide by the empty caption; "
@@ -82,7 +89,8 @@ def denoiser_config(d: recipe.Denoiser | dict) -> dict[str, Any]:
     config = d.model_dump(mode="json")
     head = d.hidden_size // d.num_heads
     config["axes_dim"] = list(d.axes_dim or (head // 2, head // 2))
-    for name, silent in (("bottleneck_size", None), ("resolution_embeds", False), ("fusion", None)):
+    quiet = {"bottleneck_size": None, "resolution_embeds": False, "fusion": None, "words": None}
+    for name, silent in quiet.items():
         if config[name] == silent:
             del config[name]
     return {"_class_name": "PRXTransformer2DModel", "_diffusers_version": _VERSION, **config}
@@ -326,7 +334,7 @@ def _write_denoiser(folder: Path, model: torch.nn.Module) -> None:
     from safetensors.torch import save_file
     state = {k: v.detach().float().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     with torch.device("meta"):
-        places = PRX(**model.config | {"fusion": None}).state_dict()
+        places = PRX(**model.config | {"fusion": None, "words": None}).state_dict()
     if extra := [k for k in state if k not in places]:
         more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
         raise InteropError("the denoiser has parameters that diffusers' model has no place for: "
@@ -411,7 +419,7 @@ def to_diffusers(run: Any,                                   # a `Run`, its fold
         run = Run.load(run)
     r, folder, kind = run.recipe, Path(folder), pipeline_for(run.recipe)
     with _folder(folder) as part:
-        encoder = encoder or text.load_text_encoder(r.text.encoder, "cpu")
+        encoder = encoder or text.load_text_encoder(r.text.encoder, "cpu", r.text.layer)
         if encoder.dim != r.denoiser.context_in_dim:
             raise InteropError(f"the text encoder '{encoder.name}' gives {encoder.dim} numbers a token, "
                                f"the denoiser takes {r.denoiser.context_in_dim}")

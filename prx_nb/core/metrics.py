@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MetricError', 'ImageFeatures', 'Given', 'fd', 'polynomial_total', 'kid', 'gaussian_total', 'mmd', 'concept_ranks',
            'StyleClassifier', 'border_colours', 'duplicates', 'residual_noise', 'Reference', 'retrieval', 'score',
-           'seen_in', 'joint_error', 'evaluate', 'prepare', 'prepare_beside', 'higher_is_better', 'throughput']
+           'seen_in', 'joint_error', 'features_of', 'evaluate', 'prepare', 'prepare_beside', 'higher_is_better',
+           'throughput']
 
 # %% ../../nbs/core/28_metrics.ipynb #5f7593a9
 import functools
@@ -399,7 +400,7 @@ def _checked(samples: torch.Tensor, items: list[Item]) -> torch.Tensor:
     return to_uint8(samples.detach().float().cpu())
 
 # %% ../../nbs/core/28_metrics.ipynb #5bf4fd28
-def _features_of(pixels: torch.Tensor,           # (N, 3, H, W) bytes
+def features_of(pixels: torch.Tensor,           # (N, 3, H, W) bytes
                  reference: Reference, batch: int | None, seen: dict) -> dict[str, torch.Tensor]:
     "Features by tap, (N, d); those met before are taken from `seen`, new ones added to it."
     names = [p.numpy().tobytes() for p in pixels]
@@ -424,9 +425,9 @@ def evaluate(samples: torch.Tensor,              # (N, 3, H, W) floating point i
     pixels, seen = _checked(samples, items), {} if seen is None else seen
     if few is not None and few < 2:
         raise MetricError(f"few = {few}: a further encoder must see at least 2 samples")
-    found = score(_features_of(pixels, reference, batch, seen), items, reference)
+    found = score(features_of(pixels, reference, batch, seen), items, reference)
     for other in beside:
-        found |= score(_features_of(pixels[:few], other, batch, {}), items[:few], other)
+        found |= score(features_of(pixels[:few], other, batch, {}), items[:few], other)
     plain = seen_in(from_uint8(pixels), items, reference.scale)
     joint = {m.replace("MMD[", "joint["): joint_error(v, plain.get("prompt-error"))
              for m, v in found.items() if m.startswith("MMD[")}

@@ -25,7 +25,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import ConfigDict, Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from . import settings
 from .files import vouch, vouched
@@ -93,12 +93,31 @@ class Captions(Node):
     kind: named_in("prx_nb.core.captions:CAPTIONS", "short", "long", "dense", "mixed") = "dense"
     dropout: float = Field(0.1, ge=0, lt=1)       # share replaced by the encoded empty caption
     wrong: float = later(0.0, ge=0, lt=1)         # share of the training images that get another's captions
+    # another kind for a last stage, and the share of all steps that it takes; none: one kind throughout
+    last: named_in("prx_nb.core.captions:CAPTIONS", "short", "long", "dense", "mixed") | None = later(None)
+    last_share: float = later(0.2, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.last == self.kind:
+            raise ValueError(f"captions.last = '{self.last}' is the kind of all steps before it, so it would "
+                             "do nothing; name another one, or null")
+        return self
 
 # %% ../../nbs/core/01_recipe.ipynb #8d569ceb
 class Text(Node):
     "The frozen text encoder and how many of its token states are kept."
-    encoder: str = "minilm-l6"                    # minilm-l6, minilm-l3, static, or a hub id / local folder
+    encoder: str = "minilm-l6"                    # minilm-l6, minilm-l3, static, pieces, or a hub id / folder
     tokens: int = Field(24, ge=2, le=512)
+    layer: int | str | None = later(None)         # which hidden state, 0 its table, or mean; none: the last
+
+    @field_validator("layer", mode="before")
+    @classmethod
+    def _known(cls, value):
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        if not number and value not in (None, "mean"):
+            raise ValueError("should be the number of a hidden state (0, 1, 2, ...), 'mean', or null")
+        return value
 
 # %% ../../nbs/core/01_recipe.ipynb #01f9fb68
 class Latents(Node):
@@ -181,11 +200,18 @@ class Denoiser(Node):
     resolution_embeds: bool = False
     # first and last block (none: last but one) of a sparse stream that is fused with the early one
     fusion: tuple[int, int | None] | None = None
+    # learns the states of word pieces, whose numbers it is given; none: they come from a frozen encoder
+    words: named_in("prx_nb.core.denoiser:WORDS", "table", "transformer") | None = later(None)
 
     @model_validator(mode="after")
     def _consistent(self):
         _refuse_shapes(self)
         return self
+
+    @property
+    def text_width(self) -> int:
+        "How many numbers stand for a word piece where it comes in."
+        return 2 if self.words else self.context_in_dim
 
 # %% ../../nbs/core/01_recipe.ipynb #78cfc43c
 KNOWN: dict[str, type[Acts]] = {}       # technique -> its settings; filled as techniques are imported
@@ -554,6 +580,17 @@ def _refuse_guidance(r: "Recipe") -> None:
             f"sample.guidance = {r.sample.guidance} with captions.dropout = 0: guidance needs a model that "
             "has also seen the empty caption; set sample.guidance to 1 or a dropout above 0")
 
+# %% ../../nbs/core/01_recipe.ipynb #d6153e18
+def _refuse_words(r: "Recipe") -> None:
+    "Raise `ValueError` where a network that learns its words and what it is given do not go together."
+    words, encoder = r.denoiser.words, r.text.encoder
+    if words and encoder in ("minilm-l6", "minilm-l3", "static"):
+        raise ValueError(f"denoiser.words = '{words}' with text.encoder = '{encoder}': what is learnt with "
+                         "the network begins at the numbers of word pieces; set text.encoder = 'pieces'")
+    if encoder == "pieces" and not words:
+        raise ValueError("text.encoder = 'pieces' gives the numbers of word pieces and no states; "
+                         "set denoiser.words to 'table' or 'transformer', or name another encoder")
+
 # %% ../../nbs/core/01_recipe.ipynb #83a355b4
 class Recipe(Node):
     "The whole of a run."
@@ -584,7 +621,7 @@ class Recipe(Node):
 
     @model_validator(mode="after")
     def _consistent(self):
-        for refuse in (_refuse_sizes, _refuse_pairs, _refuse_guidance, _refuse_stream):
+        for refuse in (_refuse_sizes, _refuse_pairs, _refuse_guidance, _refuse_words, _refuse_stream):
             refuse(self)
         return self
 

@@ -29,6 +29,7 @@ class Needs:
     route: Route | None = None        # only one technique can have one
     clean: Tensor | None = None       # (B, C, h, w) to be learnt instead of the batch's x0; likewise
     noise: Tensor | None = None       # (B, C, h, w) to be mixed in instead of the batch's; likewise
+    words: tuple[Tensor, Tensor] | None = None      # (B, L, D) and mask (B, L) to be asked with; likewise
 
 # %% ../../nbs/core/22_technique.ipynb #32cfdbfb
 @dataclass(frozen=True)
@@ -120,7 +121,9 @@ def _prediction(model: nn.Module, batch: Batch, flow: FlowMatching, wishes: Sequ
     route = _one([w.route for w in wishes], "route tokens")
     clean = _one([w.clean for w in wishes], "choose what is learnt")
     noise = _one([w.noise for w in wishes], "choose the noise")
-    batch = replace(batch, **{k: v for k, v in (("x0", clean), ("noise", noise)) if v is not None})
+    text, mask = _one([w.words for w in wishes], "choose the words") or (None, None)
+    wanted = {"x0": clean, "noise": noise, "text": text, "mask": mask}
+    batch = replace(batch, **{k: v for k, v in wanted.items() if v is not None})
     x_t, taps = flow.mix(batch.x0, batch.noise, batch.t), {i for w in wishes for i in w.taps}
     return batch, x_t, model(x_t, batch.t, batch.text, batch.mask, route=route, taps=tuple(sorted(taps)))
 
@@ -128,7 +131,7 @@ def _prediction(model: nn.Module, batch: Batch, flow: FlowMatching, wishes: Sequ
 def objective(model: nn.Module, batch: Batch, flow: FlowMatching, techniques: Sequence[Technique] = (),
               number: int = 0,            # of the step
               ) -> dict[str, Tensor]:     # name -> scalar: "flow", and those of techniques
-    "The losses of one step. Raises `ValueError` if two techniques want a route, or images, or noise."
+    "The losses of one step. Raises `ValueError` if two techniques want a route, images, noise or words."
     active = [k for k in techniques if k.acts(number)]
     batch, x_t, output = _prediction(model, batch, flow, [k.needs(batch, number) for k in active])
     losses = {"flow": flow.loss(output.prediction, batch.x0, batch.noise, batch.t).mean()}

@@ -167,7 +167,7 @@ def sample(
     wishes = {"sample.steps": steps, "sample.guidance": guidance}
     r = trained.recipe.replace({k: v for k, v in wishes.items() if v is not None})
     pack = r.data.path if r.data.source == "pack" else None
-    states = text.text_states(r.text.encoder, prompt, r.text.tokens, progress=False, pack=pack)
+    states = text.text_states(r.text.encoder, prompt, r.text.tokens, False, pack, r.text.layer)
     drawn = sampling.draw(trained.model, r, *states.lookup(prompt), *states.null(1), seed=seed)
     images = trained.space.decode(drawn)
     with files.atomic(out) as part:

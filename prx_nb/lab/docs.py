@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['EVERYTHING', 'MORE', 'notebooks', 'heading', 'processed', 'moved_links', 'as_markdown', 'result_table', 'published',
-           'compared', 'controls', 'in_short', 'minutes', 'walk', 'stops', 'way', 'signpost', 'link_notebooks',
-           'write_pictures', 'gallery', 'listing', 'mathml', 'page', 'contents', 'write_sources', 'build', 'main']
+           'drawn', 'compared', 'controls', 'Claim', 'answers', 'in_short', 'minutes', 'walk', 'stops', 'way',
+           'signpost', 'published_line', 'link_notebooks', 'write_pictures', 'gallery', 'listing', 'mathml', 'page',
+           'contents', 'write_sources', 'build', 'main']
 
 # %% ../../nbs/lab/19_docs.ipynb #8104ae4b
 import base64
@@ -18,7 +19,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -158,6 +160,28 @@ _PICTURES = {
     "chance": "Share of tests that called a difference where there is none, by metric, beside the 5% "
               "expected"}
 
+# %% ../../nbs/lab/19_docs.ipynb #1dd329fb
+def drawn(name: str,                       # an ablation, or ablation@label
+          folder: Path | None = None,      # none: outputs/published of the checkout
+          preset: str = "cpu",
+          home: str = "../..",             # the way to the checkout from where this is read
+          ):                               # an IPython Markdown object
+    "What published runs drew, each variant below its baseline; in words where there is nothing to show."
+    from IPython.display import Markdown
+    below, again = overview.place(name, preset), f"`prx-nb ablate {name} --preset {preset}`"
+    try:
+        there = (folder or root() / "outputs" / "published") / below
+    except FileNotFoundError:
+        return Markdown(f"What published runs drew comes with a checkout of the workbook. Make it: {again}.")
+    if not (there / "samples.png").is_file():
+        return Markdown(f"No samples are published yet. Make some: {again}.")
+    where = f"{home}/outputs/published/{below}"
+    more = f"[report]({where}/report.md), [attributions]({home}/outputs/published/NOTICE)"
+    return Markdown(
+        f'<img src="{where}/samples.png" alt="{_PICTURES["samples"]}" width="720">\n\n'
+        "Top row: the held-out drawing that the prompt describes. Below it what each variant draws, the "
+        f"baseline first, from the same noise in a column. More: {more}.")
+
 # %% ../../nbs/lab/19_docs.ipynb #479024f8
 def _published(folder: Path | None, name: str, preset: str) -> Path:
     "The folder of a published result."
@@ -185,21 +209,25 @@ def compared(names: list[str],               # ablations
     return Markdown("\n\n".join(filter(None, parts)))
 
 # %% ../../nbs/lab/19_docs.ipynb #f63c3b1e
+def _decided(name: str, folder: Path, preset: str) -> dict[str, tuple[str, str]]:
+    "Variant -> word and effect of the declared question; empty where nothing is published."
+    ablation, below = ablations.get(name.partition("@")[0]), folder / overview.place(name, preset)
+    if not (below / "table.csv").exists():
+        return {}
+    rows = results.answered(pd.read_csv(below / "table.csv"), below / "records", ablation)
+    rows = rows[:0] if overview.older(rows) else rows
+    rows = rows[rows.metric == results.primary(ablation, rows.metric.unique())].set_index("variant")
+    effect = lambda v: overview.percent(*(rows[k][v] - 1 for k in ("ratio", "ratio_low", "ratio_high")))
+    return {v: (rows.decision[v], effect(v)) for v in ablation.variants
+            if v != ablation.baseline and v in rows.index}
+
+# %% ../../nbs/lab/19_docs.ipynb #9da5f690
 def _control_rows(name: str, folder: Path, preset: str) -> list[tuple]:
     "Control, variant, the right word, the word found, effect: one row a variant of a published control."
-    ablation, below = ablations.get(name), folder / overview.place(name, preset)
-    if not (below / "table.csv").exists():
-        return [(name.replace("_", " "), v, right, "not published yet", "")
-                for v, right in ablation.expected.items()]
-    rows = results.answered(pd.read_csv(below / "table.csv"), below / "records", ablation)
-    rows = rows[rows.metric == results.primary(ablation, rows.metric.unique())].set_index("variant")
+    ablation, found = ablations.get(name), _decided(name, folder, preset)
+    missing = ("not run" if found else "not published yet", "")
     return [
-        (name.replace("_", " "), v, ablation.expected.get(v, ""), rows.decision.get(v, "not run"),
-         overview.percent(*(rows[k][v] - 1 for k in ("ratio", "ratio_low", "ratio_high"))) if v in rows.index
-         else "",)
-        for v in ablation.variants
-        if v != ablation.baseline
-    ]
+        (name.replace("_", " "), v, right, *found.get(v, missing)) for v, right in ablation.expected.items()]
 
 # %% ../../nbs/lab/19_docs.ipynb #2edad99b
 def controls(names: Mapping[str, str],       # controls -> preset that they are published at
@@ -211,6 +239,53 @@ def controls(names: Mapping[str, str],       # controls -> preset that they are 
             for row in _control_rows(name, folder or root() / "outputs" / "published", preset)]
     head = ("control", "variant", "must be", "is", "effect")
     return Markdown("\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * 5, *rows)))
+
+# %% ../../nbs/lab/19_docs.ipynb #5e2e713c
+@dataclass(frozen=True)
+class Claim:
+    "A sentence of the study, and what published runs must show for it."
+    sentence: str
+    rule: str                         # differ, better, worse, none better, alike, some alike
+    of: tuple[str, ...]               # ablation, ablation@label, or ablation:variant,variant
+    where: str = ""                   # said beside the answer: what our setting cannot show
+
+    def answer(self, words: Sequence[str]) -> str:      # better, worse, equivalent, undecided
+        "Supported, contradicted, or not distinguishable at our scale. Raises `KeyError` for another rule."
+        apart, alike = [w in ("better", "worse") for w in words], [w == "equivalent" for w in words]
+        better, worse = "better" in words, "worse" in words
+        known = all(a or b for a, b in zip(apart, alike))
+        yes, no = {"differ": (any(apart), all(alike)), "alike": (all(alike), any(apart)),
+                   "better": (better, known and not better), "worse": (worse, known and not worse),
+                   "none better": (known and not better, better),
+                   "some alike": (any(alike), all(apart))}[self.rule]
+        return ("no run is published yet" if not words else "**supported**" if yes
+                else "**contradicted**" if no else "not distinguishable at our scale")
+
+# %% ../../nbs/lab/19_docs.ipynb #c03538c7
+def _figures(claim: Claim, folder: Path, preset: str) -> list[tuple[str, str, str]]:
+    "Name of ablation and variant, word, effect: of all that is published of what a sentence speaks of."
+    rows = []
+    for part in claim.of:
+        name, _, wanted = part.partition(":")
+        found = _decided(name, folder, preset)
+        rows += [(f"{name.replace('_', ' ')}, {v}", *said) for v, said in found.items()
+                 if not wanted or v in wanted.split(",")]
+    return rows
+
+# %% ../../nbs/lab/19_docs.ipynb #38bf128c
+def answers(claims: Iterable[Claim],
+            folder: Path | None = None,     # none: outputs/published of the checkout
+            preset: str = "cpu",
+            ):                              # an IPython Markdown object
+    "Each sentence with its answer, and the figures that it rests on: effects on the error, with intervals."
+    from IPython.display import Markdown
+    rows = []
+    for claim in claims:
+        figures = _figures(claim, folder or root() / "outputs" / "published", preset)
+        told = "; ".join(f"{who} {effect} ({word})" for who, word, effect in figures)
+        rows.append((claim.sentence, claim.answer([word for _, word, _ in figures]),
+                     " ".join(filter(None, (told and f"{told}.", claim.where)))))
+    return Markdown(in_cells(pd.DataFrame(rows, columns=["the study says", "our runs", "figures"])))
 
 # %% ../../nbs/lab/19_docs.ipynb #26e50373
 def _decided_first(effect: str) -> tuple[int, str]:
@@ -289,15 +364,36 @@ def signpost(path: Path, order: list[Path], home: Path) -> dict:     # a Markdow
     return {"cell_type": "markdown", "id": hashlib.sha256(f"signpost of {name}".encode()).hexdigest()[:8],
             "metadata": {}, "source": ["---\n", " · ".join(parts)]}
 
+# %% ../../nbs/lab/19_docs.ipynb #92f67dcc
+def published_line(path: Path, home: Path) -> dict:           # a Markdown cell
+    "Where an ablation's published samples and report are, not of a sweep's point; or that there are none."
+    folder, name = home / "outputs" / "published" / path.stem, path.relative_to(home).as_posix()
+    reports = sorted(folder.rglob("report.md"), key=lambda report: (len(report.parts), report))
+    said = "Stored here is preset `smoke`, a few steps: what it draws is noise. "
+    there = lambda to: os.path.relpath(to, path.parent).replace(os.sep, "/")
+    named = {"samples that published runs drew": "samples.png", "their report": "report.md"}
+    links = [f"[{words}]({there(reports[0].with_name(file))})" for words, file in named.items()
+             if reports and reports[0].with_name(file).is_file()]
+    said += f"See {' and '.join(links)}." if links else "No longer runs are published yet."
+    return {"cell_type": "markdown", "id": hashlib.sha256(f"published of {name}".encode()).hexdigest()[:8],
+            "metadata": {}, "source": [said]}
+
 # %% ../../nbs/lab/19_docs.ipynb #c8b7b48e
+_SIGNPOST = re.compile(r"---\n[^\n]*\[The path\]\([^\n]*")
+
+
 def link_notebooks(home: Path) -> int:          # how many changed
-    "Write each notebook's signpost as its last cell. Not the report's template, which is run elsewhere."
+    "Write what each notebook ends with: its signpost. Not the report's template, which is run elsewhere."
     changed, order = 0, [path for path in way(home) if path.name != "report_template.ipynb"]
     for path in order:
-        nb, cell = json.loads(path.read_text()), signpost(path, order, home)
-        if nb["cells"][-1] == cell:
+        nb, last = json.loads(path.read_text()), [signpost(path, order, home)]
+        if path.parent.name == "ablations":
+            last.insert(0, published_line(path, home))
+        ids = {cell["id"] for cell in last}            # a notebook that had another name has another's, too
+        ours = lambda c, ids=ids: c.get("id") in ids or _SIGNPOST.fullmatch("".join(c["source"]))
+        before, nb["cells"] = nb["cells"], [c for c in nb["cells"] if not ours(c)] + last
+        if nb["cells"] == before:
             continue
-        nb["cells"] = [c for c in nb["cells"] if c.get("id") != cell["id"]] + [cell]
         with atomic(path) as part:
             part.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
         changed += 1

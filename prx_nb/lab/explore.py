@@ -75,12 +75,12 @@ def ship(run: Run | str | Path, to: str | Path,
          ) -> Path:
     "Write a run's folder with the weights to draw with alone. Raises what opening the run raises."
     run, to = run if isinstance(run, Run) else Run.load(run), Path(to)
-    last = checkpoint._saves(run.dir / "checkpoint")[-1]
+    last = checkpoint.checkpoints(run.dir / "checkpoint")[-1]
     tensors, header = read_checkpoint(last)
     kept = {k: v for k, v in tensors.items() if k.startswith("ema.module.")}
     kept = kept or {k: v for k, v in tensors.items() if k.startswith("model.")}
     with atomic(to / "checkpoint" / last.name) as part:
-        save_file(kept, part, header | {"crc32": checkpoint._checksum(kept)})
+        save_file(kept, part, header | {"crc32": checkpoint.checksum(kept)})
     for name in ("recipe.json", "record.json", "curves.parquet"):
         if (run.dir / name).is_file():
             shutil.copyfile(run.dir / name, to / name)
@@ -116,7 +116,7 @@ def shares(block: Any, x: Tensor,             # (B, N, hidden) tokens that enter
 # %% ../../nbs/lab/25_explore.ipynb #d78139d7
 def pieces(run: Run, prompt: str) -> list[str]:
     "The word pieces of a prompt, as its text encoder cuts it."
-    kept = kept_encoder(run.recipe.text.encoder)
+    kept = kept_encoder(run.recipe.text.encoder, run.recipe.text.layer)
     return kept.tokenizer.convert_ids_to_tokens(kept.tokenize([prompt], run.recipe.text.tokens)[0])
 
 # %% ../../nbs/lab/25_explore.ipynb #5057cfd2
@@ -132,9 +132,9 @@ def word_maps(run: Run, prompt: str, image: Tensor,     # (C, h, w): what is dra
     x_t = flow.mix(x0, noise(seed, range(1), tuple(image.shape)).to(device), time)
     h, w = (n // model.config["patch_size"] for n in x_t.shape[-2:])
     taps = model(x_t, time, text, mask, taps=tuple(range(len(model.blocks)))).taps
-    vec = F.silu(denoiser._time_vector(model, time, *x_t.shape[-2:]))
+    vec = F.silu(denoiser.time_vector(model, time, *x_t.shape[-2:]))
     turn = rotary(h, w, model.config["axes_dim"], float(model.config["theta"]), str(device))
-    found = [shares(block, x, model.txt_in(text), mask, vec, turn).mean(1)[0]
+    found = [shares(block, x, model.read(text, mask), mask, vec, turn).mean(1)[0]
              for block, x in zip(model.blocks, entering(model, x_t, taps))]
     count = int(mask.sum())
     return torch.stack(found)[:, :, :count].transpose(1, 2).unflatten(2, (h, w)).cpu()
@@ -236,7 +236,7 @@ def film_view(run: Run, wish: Wish) -> str:
 # %% ../../nbs/lab/25_explore.ipynb #8390b06c
 def _in_space(run: Run, wish: Wish, count: int) -> tuple[Tensor, Tensor]:
     "Pictures as they are seen, and in the space that the run draws in."
-    r = drawing._how(run.recipe, wish.guidance, wish.steps)
+    r = drawing.with_sampler(run.recipe, wish.guidance, wish.steps)
     found = sampling.draw(run.model, r, *words(r, [wish.prompt] * count), seed=wish.seed)
     return run.space.decode(found).clamp(-1, 1), found
 

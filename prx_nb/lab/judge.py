@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'SPOILED', 'Exam', 'exam', 'rehearsal', 'reworded', 'correction', 'chosen', 'draw', 'keep', 'settings',
-           'tried', 'surface', 'best', 'rehearse', 'take', 'lengths', 'judge', 'spoiled', 'border_of', 'bounds',
-           'complete', 'plot_training', 'tell']
+           'tried', 'surface', 'best', 'rehearse', 'take', 'lengths', 'judge', 'spoiled', 'bounds', 'complete',
+           'plot_training', 'tell']
 
 # %% ../../nbs/lab/11_judge.ipynb #48516918
 import contextlib
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..core import captions, metrics, text, train
 from ..core import sample as sampling
-from ..core.images import Item
+from ..core.images import Item, border_of
 from ..core.files import atomic, read_json, write_json
 from ..core.flow import FlowMatching
 from ..core.recipe import Recipe
@@ -84,7 +84,8 @@ def reworded(prepared: Prepared, recipe: Recipe,
     asked = [captions.caption(item, kind) for item in prepared.images.items]
     pack = recipe.data.path if recipe.data.source == "pack" else None
     prompts = sorted({asked[i] for i in prepared.heldout.tolist()})
-    states = text.text_states(recipe.text.encoder, prompts, recipe.text.tokens, False, pack=pack)
+    t = recipe.text
+    states = text.text_states(t.encoder, prompts, t.tokens, False, pack, t.layer)
     return replace(prepared, asked=asked, states=states, texts=[], rows=torch.empty(0, 0))
 
 # %% ../../nbs/lab/11_judge.ipynb #7eaf270f
@@ -300,14 +301,6 @@ def spoiled(images: Tensor,                # (N, 3, H, W) in [-1, 1], square
 
 SPOILED = ("blurred", "mosaic", "flat ground", "noise in its colours", "noise")
 
-# %% ../../nbs/lab/11_judge.ipynb #cb902eed
-def border_of(images: Tensor) -> Tensor:   # (N, 3, H, W), of one colour each
-    "The median of a picture's corners, everywhere."
-    n = max(1, images.shape[-1] // 8)
-    corners = torch.cat([images[..., y, x].flatten(2) for y in (slice(n), slice(-n, None))
-                         for x in (slice(n), slice(-n, None))], 2)
-    return corners.median(2).values[:, :, None, None].expand_as(images).contiguous()
-
 # %% ../../nbs/lab/11_judge.ipynb #b5977974
 def bounds(prepared: Prepared, recipe: Recipe) -> dict[str, dict[str, float]]:
     """What the same metrics give for the drawings that the prompts describe, as many as samples, for the same
@@ -337,6 +330,7 @@ def complete(run: Run,
     clock = time.monotonic if begin <= time.monotonic() else time.time     # the latter: as notebooks did once
     exam = more.get("exam") or {}
     theirs = [run.record.get("trained") or {}, exam if "of" in exam else {}]      # done by another run
+    more |= {"exam": {k: v for k, v in exam.items() if k != "seconds"}} if exam else {}    # they are a cost
     seconds = clock() - begin + sum(part.get("seconds", 0) for part in theirs)
     return train.update_record(run.dir, ablation=name, variant=variant, preset=preset, seed=seed,
                                metrics=measured, cost={"total_seconds": round(seconds, 2)}, **more)

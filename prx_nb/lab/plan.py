@@ -19,7 +19,7 @@ from typing import Any
 from ..core import captions
 from ..core.data import listed, looked_at_once
 from ..core.files import vouch
-from ..core.recipe import Recipe, notices, parse
+from ..core.recipe import Recipe, RecipeError, notices, parse
 from . import ablations, identity
 from .ablations import Ablation, AblationError, from_notebook, whole_paths
 from .decision import LOOKS
@@ -226,6 +226,24 @@ def _check_limits(**limits: float | None) -> None:
         if value is not None and not 0 < value < math.inf:
             raise AblationError(f"{name} = {value}: a number of seconds above 0 is needed")
 
+# %% ../../nbs/lab/04_plan.ipynb #8eb33955
+def _refuse_sources(recipe: Recipe) -> None:
+    "Raise `RecipeError` for encoders and autoencoders that cannot be there, as far as the disk says."
+    from prx_nb.core import encoders, latents, text
+    packed = recipe.data.source == "pack"            # it may hold the states of an encoder that is not here
+    asked = [*([] if packed else [("text.encoder", recipe.text.encoder, text.refuse_encoder)]),
+             ("latents.autoencoder", recipe.latents.autoencoder, latents.refuse_autoencoder),
+             *(("evaluate.beside", name, encoders.refuse_encoder) for name in recipe.evaluate.beside)]
+    for name, node in recipe.techniques.on.items():
+        if part := node.teacher_field:
+            asked.append((f"techniques.{name}.{part}", getattr(node, part), encoders.refuse_encoder))
+    for path, name, refuse in asked:
+        try:
+            refuse(name)
+        except ValueError as error:
+            words = str(error)
+            raise RecipeError(words if words.startswith(path) else f"{path}: {words}") from None
+
 # %% ../../nbs/lab/04_plan.ipynb #7f5b0581
 def _recipes(ablation: Ablation, preset: str, wanted: Iterable[tuple[str, int]],      # (variant, seed)
              overrides: Mapping[str, Any] | None, home: Path | None = None,
@@ -235,6 +253,7 @@ def _recipes(ablation: Ablation, preset: str, wanted: Iterable[tuple[str, int]],
     for variant, seed in wanted:
         if variant not in first:
             first[variant] = ablations.recipe(ablation, variant, preset, seed, overrides, home)
+            _refuse_sources(first[variant])
         trained = ablations.trained_seed(ablation, variant, seed)
         found[variant, seed] = first[variant].model_copy(update={"seed": trained})
     return found

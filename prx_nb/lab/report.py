@@ -22,7 +22,7 @@ from ..core.files import atomic, is_file, open_unlinked, python, read_json, writ
 from . import ablations, efficiency, figures, results
 from .ablations import Ablation
 from .figures import read_samples
-from .page import Link, Page, as_html, markdown
+from .page import Link, Page, as_html, markdown, with_links
 from .results import ReportError, bounds, collect, in_list, sentences, table
 from .run import execute, scratch_folder
 
@@ -550,6 +550,9 @@ def publish(
     (to / "records").mkdir(parents=True, exist_ok=True)
     for path in [*made.glob("*.png"), *made.glob("*.csv"), made / "report.md"]:
         _copy(path, to / path.name)
+    if is_file(made / "report.html"):
+        with atomic(to / "report.html") as part:
+            part.write_text(with_links((made / "report.html").read_text(), to))
     for run in map(Path, runs.folder):
         write_json(to / "records" / f"{run.name}.json", _whole_record(run))
     _add_notices(place / "NOTICE", runs)

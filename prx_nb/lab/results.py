@@ -144,7 +144,10 @@ def _steps(folder: Path) -> float:
 # %% ../../nbs/lab/13_results.ipynb #25f025fd
 def _number(value: Any) -> bool:
     "Whether a value is a finite number."
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:                  # a whole number of more than 308 digits
+        return False
 
 # %% ../../nbs/lab/13_results.ipynb #337019fb
 def _fault(found: Mapping) -> str:
@@ -256,16 +259,21 @@ def retried(runs: pd.DataFrame) -> list[str]:
                  else [])
     return lines
 
+# %% ../../nbs/lab/13_results.ipynb #ec03cdec
+def _part(folder: str | Path, name: str) -> dict:
+    "A part of a run's record that should be names and values; empty where it is anything else."
+    found = record(folder).get(name)
+    return found if isinstance(found, dict) else {}
+
 # %% ../../nbs/lab/13_results.ipynb #de40db53
 def trained_elsewhere(runs: pd.DataFrame) -> list[str]:
     "Runs that took over the training of another, one line each."
     lines = []
     for folder in map(Path, runs.folder):
-        kept = record(folder)
-        if by := (kept.get("trained") or {}).get("by"):
+        if by := _part(folder, "trained").get("by"):
             lines.append(
                 f"{folder.name} was not trained anew: it took over the equal training of {by}"
-                + (", and what was tried of the sampler" if "of" in (kept.get("exam") or {}) else "")
+                + (", and what was tried of the sampler" if "of" in _part(folder, "exam") else "")
             )
     return lines
 
@@ -351,7 +359,7 @@ def _is_main(metric: str) -> bool:
 # %% ../../nbs/lab/13_results.ipynb #6b19226e
 def bounds(runs: pd.DataFrame) -> dict[str, dict[str, float]]:
     "What real drawings and guessing give, from the first record that knows."
-    return next((b for f in runs.folder if (b := record(f).get("bounds"))), {})
+    return next((b for f in runs.folder if (b := _part(f, "bounds"))), {})
 
 # %% ../../nbs/lab/13_results.ipynb #934f17f8
 def at_chance(runs: pd.DataFrame, metric: str, guess: float | None) -> bool:
@@ -400,7 +408,7 @@ def _scatter_of(records: Iterable[tuple[str, Path]],      # (what is compared wi
                 metric: str, preset: str, seen: int,
                 ) -> dict[tuple[float, ...], tuple[float, int]]:
     """As `log_scatter` gives it, by the values of a group of seeds, of records of this preset and of nearly
-    this length: at half of it scatter is several times as large."""
+    this length: how much seeds scatter depends on it."""
     groups: dict[str, dict[int, float]] = {}
     for group, path in records:
         if found := _numbers_of(path, path.stat().st_mtime_ns):
@@ -663,11 +671,15 @@ def known_pictures(limits: Mapping[str, Mapping[str, float]], metrics: Iterable[
 
 # %% ../../nbs/lab/13_results.ipynb #b3dac20b
 def _exams(runs: pd.DataFrame) -> Iterable[tuple[dict, dict]]:     # variant and seed, and what was tried
-    "The exams of runs for which settings of the sampler were tried."
+    "The exams of runs for which settings of the sampler were tried; without what is no number."
+    numbers = lambda row: {k: v for k, v in row.items() if _number(v)} if isinstance(row, dict) else {}
+    both = lambda row: {"guidance", "stretch"} <= row.keys()
     for run in runs.itertuples():
-        exam = record(run.folder).get("exam") or {}
-        if exam.get("tried"):
-            yield {"variant": run.variant, "seed": run.seed}, exam
+        exam = _part(run.folder, "exam")
+        tried = exam.get("tried") if isinstance(exam.get("tried"), list) else []
+        tried, chosen = [row for row in map(numbers, tried) if both(row)], numbers(exam.get("chosen"))
+        if tried and both(chosen):
+            yield {"variant": run.variant, "seed": run.seed}, {"chosen": chosen, "tried": tried}
 
 # %% ../../nbs/lab/13_results.ipynb #09219457
 def dial(runs: pd.DataFrame) -> pd.DataFrame:     # variant, seed, guidance, stretch, and every metric
