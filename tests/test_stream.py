@@ -19,14 +19,17 @@ import torch
 from PIL import Image
 from test_processes import curves, same, tensors
 
-from prx_nb.core.batch import data_key, prepare, summarise
+from prx_nb.core.batch import data_key, prepare, read_batch, summarise
 from prx_nb.core.checkpoint import CheckpointError
 from prx_nb.core import stream
 from prx_nb.core.images import DataError, chance
+from prx_nb.core.pack import write_pack
 from prx_nb.core.recipe import RecipeError, preset
 from prx_nb.core.seeds import order
 from prx_nb.core.stream import open_shards, read_ahead
 from prx_nb.core.train import Run, train
+from prx_nb.lab.ablations import AblationError
+from prx_nb.lab.plan import plan
 
 COUNT = 46
 WORDS = "red blue round small two a fox house over under bright old".split()
@@ -299,3 +302,44 @@ def test_the_command_that_describes_data_reads_shards(shards):
     said = _describe(recipe, prepare(recipe, progress=False))
     assert f"{COUNT} images of 16 x 16 px from shards" in said and "to train on 34, streamed from 3 shards, shuffled 8192 at a time" in said
     assert "held out 12 images" in said and "Images from the shards" in said
+
+
+def test_a_last_stage_and_another_layer_are_those_of_a_cache_to_the_bit(tmp_path, encoder):
+    "Each picture has one caption, long and short ones differ: which is shown when, and from which layer it is read."
+    folder = tmp_path / "set"
+    folder.mkdir()
+    long = lambda n: f"{WORDS[n % 11]} {WORDS[n % 7]}. {caption(n)}"
+    tar(folder / "a.tar", [part for n in range(24) for part in ((f"{n}.png", picture(n)), (f"{n}.txt", long(n).encode()))])
+    recipe = streams(folder, **{"captions.kind": "short", "captions.last": "long", "captions.last_share": 0.5, "text.encoder": str(encoder),
+                                "text.layer": 1, "denoiser.context_in_dim": 16, "captions.dropout": 0.2, "data.augment": ["flip"]})
+    here, there = (prepare(recipe.replace("data.stream", whether), progress=False) for whether in (True, False))
+    assert here.stream.kinds == ["short", "long"]
+    lengths = []
+    for step in range(14):
+        one, other = (read_batch(ready, recipe, step) for ready in (here, there))
+        assert one.index.equal(other.index) and one.x0.equal(other.x0) and one.mask.equal(other.mask) and one.dropped.equal(other.dropped)
+        torch.testing.assert_close(one.text, other.text, rtol=1e-3, atol=1e-3)
+        lengths.append(one.mask[~one.dropped].sum(1).float().mean().item())
+    assert max(lengths[:7]) < min(lengths[7:]), lengths
+    last = prepare(recipe.replace("text.layer", None), progress=False)
+    assert not read_batch(last, recipe.replace("text.layer", None), 0).text.equal(read_batch(here, recipe, 0).text)
+
+
+def test_words_that_the_network_learns_come_from_shards_too(shards, tmp_path):
+    learnt = streams(shards, **{"denoiser.words": "table", "text.encoder": "pieces", "train.steps": 3})
+    same(ran(learnt, tmp_path / "here"), ran(learnt.replace("data.stream", False), tmp_path / "there"))
+
+
+def test_what_needs_the_whole_set_is_refused_when_it_is_planned(shards):
+    "Before anything is prepared, and in words that say what to set; the same with the set prepared is a plan."
+    named = {"data.source": "shards", "data.path": str(shards)}
+    with pytest.raises(AblationError, match=r"techniques\.repa needs all training images at hand.*set data\.stream = False"):
+        plan("repa", preset="smoke", seeds=[0], overrides=named)
+    assert plan("repa", preset="smoke", seeds=[0], overrides=named | {"data.stream": False})
+
+
+def test_a_pack_can_be_written_of_shards(shards, tmp_path):
+    whole = streams(shards, **{"data.stream": False})
+    packed = whole.replace({"data.source": "pack", "data.path": str(write_pack(whole, tmp_path / "a.safetensors", progress=False)), "data.stream": True})
+    one, other = (prepare(recipe, progress=False) for recipe in (whole, packed))
+    assert one.images.items == other.images.items and one.texts == other.texts and len(other.images) == COUNT
