@@ -28,7 +28,6 @@ from prx_nb.core.recipe import RecipeError, preset
 from prx_nb.core.seeds import order
 from prx_nb.core.stream import open_shards, read_ahead
 from prx_nb.core.train import Run, train
-from prx_nb.lab.ablations import AblationError
 from prx_nb.lab.plan import plan
 
 COUNT = 46
@@ -333,7 +332,7 @@ def test_words_that_the_network_learns_come_from_shards_too(shards, tmp_path):
 def test_what_needs_the_whole_set_is_refused_when_it_is_planned(shards):
     "Before anything is prepared, and in words that say what to set; the same with the set prepared is a plan."
     named = {"data.source": "shards", "data.path": str(shards)}
-    with pytest.raises(AblationError, match=r"techniques\.repa needs all training images at hand.*set data\.stream = False"):
+    with pytest.raises(RecipeError, match=r"techniques\.repa\.weight = [0-9.]+ needs all training images at hand.*set data\.stream = False"):
         plan("repa", preset="smoke", seeds=[0], overrides=named)
     assert plan("repa", preset="smoke", seeds=[0], overrides=named | {"data.stream": False})
 
