@@ -531,7 +531,7 @@ def _jobs(shards: Shards, numbers: np.ndarray, settings: recipe.Data):
                 yield {"item": {"key": key}, "left_out": str(error)}
     return jobs
 
-
+# %% ../../nbs/core/10_stream.ipynb #6b2fcd3f
 def _notice(settings: recipe.Data) -> str:
     name = Path(settings.path).name
     return f"Images from the shards {name}; their licence is whatever their owner says.\n"
