@@ -342,3 +342,16 @@ def test_a_pack_can_be_written_of_shards(shards, tmp_path):
     packed = whole.replace({"data.source": "pack", "data.path": str(write_pack(whole, tmp_path / "a.safetensors", progress=False)), "data.stream": True})
     one, other = (prepare(recipe, progress=False) for recipe in (whole, packed))
     assert one.images.items == other.images.items and one.texts == other.texts and len(other.images) == COUNT
+
+
+def test_workers_are_forked_however_the_process_was_started(shards):
+    "As in notebooks that are copies of one process: what a cell defines cannot be sent to a fork server's workers, who die of it unheard."
+    code = f"""
+import multiprocessing, numpy, prx_nb.core.stream as stream
+from prx_nb.core.recipe import Data
+multiprocessing.set_start_method("forkserver")
+source = stream.Stream(stream.open_shards({str(shards)!r}), Data(source="shards", path="x", size=8), ["dense"], numpy.arange({COUNT}), {{"here": lambda: 0}})
+print([len(taken.index) for taken in stream.read_ahead(source, 0, 8, 0, 3, processes=2)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[8, 8, 8]\n", done.stderr[-800:]

@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import struct
+import sys
 import tarfile
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
@@ -404,8 +405,10 @@ def read_ahead(stream: Stream, seed: int, batch: int,
     "The samples of one step after the other. Raises `DataError` where nothing can be read."
     places = (stream.order(seed, step, batch)[part].tolist() for step in range(first, stop))
     count = workers() if processes is None else processes
+    forked = "fork" if count and sys.platform == "linux" else None       # however this process was started
     loader = DataLoader(_Samples(stream), batch_size=None, sampler=places, num_workers=count,
-                        collate_fn=_as_it_is, worker_init_fn=_alone, prefetch_factor=2 if count else None,
+                        multiprocessing_context=forked, collate_fn=_as_it_is, worker_init_fn=_alone,
+                        prefetch_factor=2 if count else None,
                         timeout=600 if count else 0,          # seconds for a batch: a disk that is gone
                         generator=torch.Generator())          # else it draws from everybody's
     for taken in loader:
