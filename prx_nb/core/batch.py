@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'Draw', 'flip', 'crop', 'colour', 'background', 'Prepared', 'as_many', 'mixed_up', 'staged',
            'prepare', 'data_key', 'DataSummary', 'summarise', 'Batch', 'Augmentation', 'augment', 'sent', 'moved',
-           'read_batch', 'HeldStates', 'Held', 'hold', 'add_noise']
+           'read_batch', 'batches', 'HeldStates', 'Held', 'hold', 'add_noise']
 
 # %% ../../nbs/core/21_batch.ipynb #5bb54407
 import hashlib
@@ -25,6 +25,7 @@ from .recipe import Captions, Denoiser, Recipe
 from .seeds import order, stream
 from .settings import Choice
 from .show import from_uint8
+from .stream import Frozen, Stream, Taken, frozen_of, note_bad, open_stream, read_ahead, take
 
 # %% ../../nbs/core/21_batch.ipynb #5613b06d
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Prepared:
     asked: list[str]                  # what each image is asked for with in validation and exam
     latents: object = None            # (N, C, h, w) memory-mapped latents; none: pixels
     early: int | None = None          # columns of `rows` that come before a last stage; none: all, always
+    stream: Stream | None = None      # what is trained on, where that is not these images
 
     def clean(self, index: Tensor) -> Tensor:
         "Images in [-1, 1], or latents: (B,) indices -> (B, C, h, w) float32."
@@ -103,28 +105,40 @@ def staged(items: Sequence[Item], asked: Captions,
     late = as_many([captions.choices(item, asked.last) for item in items])
     return [a + b for a, b in zip(texts, late)], len(texts[0])
 
+# %% ../../nbs/core/21_batch.ipynb #488df902
+def _images(recipe: Recipe, progress: bool) -> tuple[data.Images, data.Split, Stream | None]:
+    "Images, their split, and what is streamed beside them. Raises `DataError`."
+    if recipe.data.streams:
+        kinds = [kind for kind in (recipe.captions.kind, recipe.captions.last) if kind]
+        return open_stream(recipe.data, kinds, progress)
+    images = data.load(recipe.data, progress)
+    return images, data.split(images, recipe.data), None
+
 # %% ../../nbs/core/21_batch.ipynb #3715b19d
 def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
     "Fetch, draw, encode and open. Raises `DataError`, `TextError`, `FetchError`, `LatentsError`."
     if recipe.data.source != "pack":
         text.encoder_key(recipe.text.encoder)          # a missing one is noticed before images are drawn
-    images = data.load(recipe.data, progress)
-    split, latents = data.split(images, recipe.data), None
+    images, split, streamed = _images(recipe, progress)
     texts, early = staged(images.items, recipe.captions)
     texts = mixed_up(texts, split.train, recipe.captions.wrong)
     asked = [captions.caption(item, recipe.evaluate.captions) for item in images.items]
     states = _states(recipe, [t for ts in [*texts, asked] for t in ts], progress)
     rows = states.rows([t for ts in texts for t in ts]).view(len(texts), -1)
+    latents = None
     if recipe.latents.autoencoder != "pixels":
         from prx_nb.core.latents import latents_of
-        latents = latents_of(images, recipe.latents, progress=progress)
-    return Prepared(images, split, states, texts, rows, asked, latents, early)
+        device = "cuda" if streamed and torch.cuda.is_available() else "cpu"
+        latents = latents_of(images, recipe.latents, progress=progress, device=device)
+    return Prepared(images, split, states, texts, rows, asked, latents, early, streamed)
 
 # %% ../../nbs/core/21_batch.ipynb #a77fda4d
 def data_key(prepared: Prepared) -> str:         # twelve hex digits
     "Images, captions and what is held out, by content. How they are encoded the recipe says."
     parts = [rows.tolist() for rows in (prepared.split.train, prepared.split.concepts, prepared.split.pairs)]
     found = hashlib.sha256(prepared.images.content.encode())
+    if prepared.stream:
+        found.update(prepared.stream.key.encode())
     for part in (prepared.texts, prepared.asked, parts):
         found.update(json.dumps(part).encode())
     return found.hexdigest()[:12]
@@ -152,6 +166,7 @@ class DataSummary:
     equal: dict = field(default_factory=dict)  # groups, images, names: of equal pictures
     shapes: dict = field(default_factory=dict)  # "width x height" -> how many, the most frequent
     fit: dict = field(default_factory=dict)  # how, cut, most, name: cut off; small: enlarged
+    stream: dict = field(default_factory=dict)  # shards, buffer; prepared: images, of which all else is said
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -222,13 +237,21 @@ def _about_shapes(s: DataSummary) -> list[str]:
         lines += [f"enlarged: {s.fit['small']} images are smaller than {s.size} px"]
     return lines
 
+# %% ../../nbs/core/21_batch.ipynb #27d83dcc
+def _streamed_words(s: DataSummary) -> str:
+    "How a stream is read."
+    if not s.stream:
+        return ""
+    return (f", streamed from {s.stream['shards']} shards, shuffled {s.stream['buffer']} at a time; "
+            f"{s.stream['prepared']} images are prepared, what follows is of these")
+
 # %% ../../nbs/core/21_batch.ipynb #7b379e0a
 def _lines(s: DataSummary) -> list[str]:
     "A summary in words, what is as it should be left out."
     held = s.concepts + s.pairs
     lines = [
         f"{s.images} images of {s.size} x {s.size} px from {s.source}" + (f" {s.path}" if s.path else ""),
-        f"to train on {s.train}",
+        f"to train on {s.train}" + _streamed_words(s),
         f"held out {s.concepts} images of concepts never seen, "
         f"{s.pairs} of concepts seen in other styles only",
     ]
@@ -278,11 +301,19 @@ def _read(states: text.TextStates, texts: list[str], tokens: int) -> tuple[dict,
         {"captions": len(unknown), "example": short(strange)} if unknown else {},
     )
 
+# %% ../../nbs/core/21_batch.ipynb #3b421320
+def _both(prepared: dict, streamed: dict) -> dict:
+    "What was left out of a stream as a whole, and what was only noticed where it was prepared."
+    left = list(dict.fromkeys([*streamed.get("left_out", ()), *prepared.get("left_out", ())]))
+    return streamed | ({"left_out": left} if left else {})
+
 # %% ../../nbs/core/21_batch.ipynb #458fb023
 def summarise(prepared: Prepared, recipe: Recipe) -> DataSummary:
     "What a recipe's data is, and what became of what was there."
     images, split, data_ = prepared.images, prepared.split, recipe.data
-    notes, own = images.notes, data.own(images)
+    notes, own, streamed = images.notes, data.own(images), prepared.stream
+    more = len(streamed) - len(split.train) if streamed else 0          # trained on, and not prepared
+    notes = notes | _both(notes, streamed.notes) if streamed else notes
     texts = list(dict.fromkeys(t for ts in prepared.texts for t in ts))
     cut, unknown = _read(prepared.states, texts, recipe.text.tokens)
     often = [len(set(ts)) for ts in prepared.texts]
@@ -293,8 +324,8 @@ def summarise(prepared: Prepared, recipe: Recipe) -> DataSummary:
         data_.source,
         data_.path,
         images.size,
-        len(images),
-        len(split.train),
+        len(images) + more,
+        len(split.train) + more,
         len(split.concepts),
         len(split.pairs),
         notes.get("found", len(images) + len(images.bad) + len(left)),
@@ -308,6 +339,9 @@ def summarise(prepared: Prepared, recipe: Recipe) -> DataSummary:
         {"groups": len(twins), "images": sum(map(len, twins)), "names": names} if twins else {},
         dict(shapes.most_common(5)),
         _fitted(images.items, data_.fit, images.size),
+        {"shards": len(streamed.shards.files), "buffer": data_.buffer, "prepared": len(images)}
+        if streamed
+        else {},
     )
 
 # %% ../../nbs/core/21_batch.ipynb #4949502b
@@ -422,13 +456,19 @@ def augment(batch: Batch, names: tuple[str, ...]) -> Batch:
         batch = replace(batch, x0=AUGMENTATIONS[name](batch.x0, batch.random))
     return batch
 
+# %% ../../nbs/core/21_batch.ipynb #b12b690f
+def _late(recipe: Recipe, step: int) -> bool:
+    "Whether a step is one of a last stage, with captions of another kind."
+    steps, last = recipe.train.steps, recipe.captions.last
+    return last is not None and step >= steps - round(recipe.captions.last_share * steps)
+
 # %% ../../nbs/core/21_batch.ipynb #381f7eb9
 def _columns(prepared: "Prepared | Held", recipe: Recipe, step: int) -> tuple[int, int]:
     "First and end of the columns of captions that a step draws from."
-    every, early, steps = prepared.rows.shape[1], prepared.early, recipe.train.steps
+    every, early = prepared.rows.shape[1], prepared.early
     if early is None:
         return 0, every
-    return (0, early) if step < steps - round(recipe.captions.last_share * steps) else (early, every)
+    return (early, every) if _late(recipe, step) else (0, early)
 
 # %% ../../nbs/core/21_batch.ipynb #b2fa1f3b
 def _captions(prepared: Prepared, recipe: Recipe, step: int, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -451,12 +491,40 @@ def moved(batch: Batch, device: torch.device | str) -> Batch:
     names = ("x0", "text", "mask", "dropped", "caption")
     return replace(batch, **{k: sent(getattr(batch, k), device) for k in names})
 
+# %% ../../nbs/core/21_batch.ipynb #1e9db585
+def _said(texts: list[list[list[str]]],    # of a process's samples the captions each may get, by stage
+          recipe: Recipe, step: int, part: slice) -> tuple[list[str], Tensor]:
+    "The caption that each is shown with, and (B,) where that is the empty one."
+    n, seed = recipe.train.batch, recipe.seed
+    which = torch.randint(1 << 30, (n,), generator=stream(seed, "caption", step))[part].tolist()
+    dropped = (torch.rand(n, generator=stream(seed, "drop", step)) < recipe.captions.dropout)[part]
+    now = [stages[-1 if _late(recipe, step) else 0] for stages in texts]
+    return ["" if d else t[w % len(t)] for t, w, d in zip(now, which, dropped.tolist())], dropped
+
+# %% ../../nbs/core/21_batch.ipynb #48af96b3
+def _encoded(taken: Taken, frozen: Frozen, recipe: Recipe, step: int, part: slice) -> Batch:
+    "Samples of a stream as a batch on the frozen encoders' device."
+    said, dropped = _said(taken.texts, recipe, step, part)
+    number = lambda text: int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+    x0 = frozen.clean(sent(taken.pixels, frozen.device))
+    batch = Batch(taken.index, x0, *frozen.words(said), dropped, caption=torch.tensor([*map(number, said)]),
+                  seed=recipe.seed, step=step, size=recipe.train.batch, part=part)
+    return augment(moved(batch, frozen.device), recipe.data.augment)
+
+# %% ../../nbs/core/21_batch.ipynb #a3c4cab3
+def _streamed(streamed: Stream, recipe: Recipe, step: int, part: slice, device: torch.device | str) -> Batch:
+    "The batch of a step, read by this process."
+    taken = take(streamed, streamed.order(recipe.seed, step, recipe.train.batch)[part])
+    return _encoded(taken, frozen_of(streamed, recipe, device), recipe, step, part)
+
 # %% ../../nbs/core/21_batch.ipynb #db9d8038
 def read_batch(prepared: "Prepared | Held", recipe: Recipe, step: int,
                part: slice = slice(None),             # the share of one process
                device: torch.device | str = "cpu",
                ) -> Batch:
     "The images and captions of a step, augmented on the device as the recipe says."
+    if getattr(prepared, "stream", None):
+        return _streamed(prepared.stream, recipe, step, part, device)
     n, seed = recipe.train.batch, recipe.seed
     index = prepared.split.train[order(seed, step, n, len(prepared.split.train))]
     rows, dropped = _captions(prepared, recipe, step, index)
@@ -464,6 +532,26 @@ def read_batch(prepared: "Prepared | Held", recipe: Recipe, step: int,
     batch = Batch(index[part], prepared.clean(index[part]), words, mask, dropped[part], caption=rows[part],
                   seed=seed, step=step, size=n, part=part)
     return augment(moved(batch, device), recipe.data.augment)
+
+# %% ../../nbs/core/21_batch.ipynb #a1f5a2c8
+def batches(prepared: "Prepared | Held", recipe: Recipe,
+            first: int,                           # step
+            part: slice = slice(None),            # the share of one process
+            device: torch.device | str = "cpu",
+            ) -> Callable[[int], Batch]:
+    """What gives the batch of a step; of a stream, of the steps one after the other from the first on. Raises
+    `DataError` where a stream cannot be read."""
+    streamed = getattr(prepared, "stream", None)
+    if streamed is None:
+        return lambda step: read_batch(prepared, recipe, step, part, device)
+    n, seed, frozen = recipe.train.batch, recipe.seed, frozen_of(streamed, recipe, device)
+    ahead = read_ahead(streamed, seed, n, first, recipe.train.steps, part)
+
+    def read(step: int) -> Batch:
+        taken = next(ahead)
+        note_bad(streamed, taken, (step + 1 - first) * len(taken.index))
+        return _encoded(taken, frozen, recipe, step, part)
+    return read
 
 # %% ../../nbs/core/21_batch.ipynb #67c2d216
 @dataclass(frozen=True)

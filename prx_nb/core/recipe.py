@@ -34,11 +34,23 @@ from .settings import html_table, later, named_in, stretch
 
 _all_ = ["Acts", "Node", "RecipeError", "Routing", "stretch"]    # who reads recipes needs no other import
 
+# %% ../../nbs/core/01_recipe.ipynb #212addb2
+def _refuse_source(d: "Data") -> None:
+    "Raise `ValueError` where a source and what is said of it do not fit each other."
+    builtin = d.source in ("emoji", "folder", "hf", "pack", "shards")
+    if builtin and (d.source == "emoji") != (d.path is None):
+        raise ValueError(f"data.path = {d.path!r} with data.source = '{d.source}': "
+                         "emoji takes no path; folder, hf, pack and shards need one")
+    if not d.stream and d.source != "shards":
+        raise ValueError(f"data.stream = False with data.source = '{d.source}': only shards are "
+                         "streamed, all else is prepared whole in any case")
+
 # %% ../../nbs/core/01_recipe.ipynb #28a3c327
 class Data(Node):
     "Which captioned images, at which size, and what is held out."
-    source: named_in("prx_nb.core.data:SOURCES", "emoji", "folder", "hf", "pack") = "emoji"
-    path: str | None = None                       # folder, hub id or pack file; none for emoji
+    source: named_in("prx_nb.core.data:SOURCES", "emoji", "folder", "hf", "pack",
+                     "shards") = "emoji"
+    path: str | None = None                       # folder, hub id, pack file or shards; none for emoji
     styles: tuple[Literal["noto", "twemoji", "openmoji", "fluent"], ...] = (
         "noto", "twemoji", "openmoji", "fluent")
     size: int = Field(32, ge=8, le=2048)          # side of the square image, pixels
@@ -54,13 +66,18 @@ class Data(Node):
     # an image without a caption; none: its file's name where that is words, else the empty caption
     no_caption: Literal["skip", "empty", "name"] | None = later(None)
     fit: Literal["crop", "pad"] = later("crop")   # to a square: cut the longer side, or fill up with white
+    stream: bool = later(True)                    # shards are read while training; false: prepared whole
+    buffer: int = later(8192, ge=1)               # of a stream: samples that are shuffled with each other
+    holdout_most: int = later(10_000, ge=2)       # of a stream: held-out images, which are prepared whole
+
+    @property
+    def streams(self) -> bool:
+        "Whether images are read while training, and never all of them prepared."
+        return self.source == "shards" and self.stream
 
     @model_validator(mode="after")
     def _consistent(self):
-        builtin = self.source in ("emoji", "folder", "hf", "pack")
-        if builtin and (self.source == "emoji") != (self.path is None):
-            raise ValueError(f"data.path = {self.path!r} with data.source = '{self.source}': "
-                             "emoji takes no path; folder, hf and pack need one")
+        _refuse_source(self)
         if not self.styles or len(set(self.styles)) != len(self.styles):
             raise ValueError(f"data.styles = {self.styles!r}: at least one style, each once")
         try:
@@ -543,6 +560,18 @@ def _refuse_pairs(r: "Recipe") -> None:
             raise ValueError(why)
     _refuse_shares(r)
 
+# %% ../../nbs/core/01_recipe.ipynb #22635b29
+def _refuse_stream(r: "Recipe") -> None:
+    "Raise `ValueError` for what needs all images of a stream at once."
+    if not r.data.streams:
+        return
+    rest = "a stream never has them; set data.stream = False to prepare them all"
+    if r.captions.wrong:
+        raise ValueError(f"captions.wrong = {r.captions.wrong} with a stream: captions are swapped among all "
+                         f"training images, and {rest}")
+    if needed := _switched(r, "whole_set"):
+        raise ValueError(f"{' and '.join(needed)} needs all training images at hand, and {rest}")
+
 # %% ../../nbs/core/01_recipe.ipynb #215b321b
 def _refuse_guidance(r: "Recipe") -> None:
     "Raise `ValueError` for guidance away from an empty caption that training never shows."
@@ -592,7 +621,7 @@ class Recipe(Node):
 
     @model_validator(mode="after")
     def _consistent(self):
-        for refuse in (_refuse_sizes, _refuse_pairs, _refuse_guidance, _refuse_words):
+        for refuse in (_refuse_sizes, _refuse_pairs, _refuse_guidance, _refuse_words, _refuse_stream):
             refuse(self)
         return self
 

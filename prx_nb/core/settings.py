@@ -164,6 +164,7 @@ class Acts(Node):
     trains: ClassVar[bool] = False                # whether it has weights of its own
     autoencoder: ClassVar[str] = ""               # folder, in a run's, of the autoencoder it trained; or none
     teacher_field: ClassVar[str] = ""             # the field that names a frozen encoder it learns from
+    whole_set: ClassVar[bool] = False             # whether it needs all training images before the first step
 
     start: int | float = 0                        # first step
     stop: int | float | None = None               # first step at which it no longer acts; none: never

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BINS', 'SMALL', 'ahead', 'validation_set', 'validate', 'Run', 'sample', 'film', 'watched', 'progress_bar',
            'learning_rate', 'optimise', 'NonFiniteLoss', 'Clock', 'Onlooker', 'Looks', 'Start', 'weights_of',
-           'state_of', 'Session', 'Stopped', 'one_thread', 'train', 'continue_', 'main']
+           'state_of', 'Session', 'Stopped', 'one_thread', 'train', 'continue_', 'main', 'read_batch']
 
 # %% ../../nbs/core/25_train.ipynb #00e30ed8
 import contextlib
@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from . import average, cost, precision, processes
-from .batch import Batch, Prepared, add_noise, data_key, hold, prepare, read_batch, summarise
+from .batch import Batch, Prepared, add_noise, batches, data_key, hold, prepare, read_batch
+from .batch import summarise
 from .data import own
 from .checkpoint import CheckpointError, OtherRecipe, State, find_checkpoint, new_state, restore
 from .checkpoint import read_checkpoint, same_data, save_checkpoint, whole
@@ -43,6 +44,8 @@ from .record import read_record, versions
 from .seeds import stream
 from .settings import html_table
 from .technique import Technique, as_learnt, build, described, objective
+
+_all_ = ["read_batch"]                # who trains by hand needs no other import
 
 # %% ../../nbs/core/25_train.ipynb #a2bc9a47
 def ahead(make: Callable, numbers: Sequence[int], threaded: bool) -> Iterator:
@@ -553,8 +556,9 @@ def _loop(s: Session) -> None:
     fixed = validation_set(s.prepared, s.recipe, device)
     tell, tick = progress_bar(s.first, c.steps, s.progress)
     far = Progress(s.out, c.steps) if s.place.main else None
-    data = hold(s.prepared, device, _spare(device)) if device.type == "cuda" else s.prepared
-    read = lambda step: read_batch(data, s.recipe, step, s.place.part(c.batch), device)
+    held = device.type == "cuda" and not s.prepared.stream
+    data = hold(s.prepared, device, _spare(device)) if held else s.prepared
+    read = batches(data, s.recipe, s.first, s.place.part(c.batch), device)
     for step, batch in enumerate(ahead(read, range(s.first, c.steps), device.type == "cuda"), s.first):
         values, done = _step(s, batch, step), step + 1
         late.append((done, values))
@@ -623,7 +627,11 @@ def _finish(s: Session) -> None:
     s.curves.save()
     c, clock = s.recipe.train, s.clock
     source = clock.meter.source if clock.spent is not None else None
-    update_record(s.out, status="done", finished=now(), metrics=s.curves.last("val"), cost={
+    bad = dict(s.prepared.stream.unreadable) if s.prepared.stream else {}
+    if bad and s.progress:
+        print(f"{len(bad)} samples could not be read, others were taken: record.json", flush=True)
+    unread = {"unreadable_samples": bad} if bad else {}           # of what this process has read
+    update_record(s.out, status="done", **unread, finished=now(), metrics=s.curves.last("val"), cost={
         "train_seconds": clock.total, "step_seconds": clock.total / c.steps,
         "images_seen": c.steps * c.batch, "peak_memory_mb": peak_memory(s.place.device),
         "parameters": sum(p.numel() for p in s.state.model.parameters()),

@@ -99,6 +99,7 @@ def _taps(teacher: str) -> tuple[str, int | None]:
 class Settings(Acts):
     "Alignment with a frozen encoder (REPA, arXiv 2410.06940; iREPA, arXiv 2512.10794). `weight` 0: off."
     trains, teacher_field = True, "teacher"
+    whole_set = True
 
     weight: float = Field(0.0, ge=0)
     teacher: str = "effnet-lite0"                 # or vit-s14, random-vit-s14, a folder, a hub id
