@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'Draw', 'flip', 'crop', 'colour', 'background', 'Prepared', 'as_many', 'mixed_up', 'staged',
-           'prepare', 'data_key', 'DataSummary', 'summarise', 'Batch', 'Augmentation', 'augment', 'sent', 'moved',
-           'read_batch', 'HeldStates', 'Held', 'hold', 'add_noise']
+           'chosen_of', 'prepare', 'data_key', 'DataSummary', 'summarise', 'Batch', 'Augmentation', 'augment', 'sent',
+           'moved', 'read_batch', 'HeldStates', 'Held', 'hold', 'add_noise']
 
 # %% ../../nbs/core/21_batch.ipynb #5bb54407
 import hashlib
@@ -21,7 +21,7 @@ from torch import Tensor
 from . import captions, data, text
 from .flow import timesteps
 from .images import Item, border_of, cut_share
-from .recipe import Captions, Denoiser, Recipe
+from .recipe import Captions, Denoiser, Recipe, Tuning
 from .seeds import order, stream
 from .settings import Choice
 from .show import from_uint8
@@ -38,6 +38,7 @@ class Prepared:
     asked: list[str]                  # what each image is asked for with in validation and exam
     latents: object = None            # (N, C, h, w) memory-mapped latents; none: pixels
     early: int | None = None          # columns of `rows` that come before a last stage; none: all, always
+    chosen: Tensor | None = None      # numbers of the images that a last stage is on; none: no such stage
 
     def clean(self, index: Tensor) -> Tensor:
         "Images in [-1, 1], or latents: (B,) indices -> (B, C, h, w) float32."
@@ -103,6 +104,20 @@ def staged(items: Sequence[Item], asked: Captions,
     late = as_many([captions.choices(item, asked.last) for item in items])
     return [a + b for a, b in zip(texts, late)], len(texts[0])
 
+# %% ../../nbs/core/21_batch.ipynb #aa6e266a
+def chosen_of(items: Sequence[Item],
+              train: Tensor,              # numbers of the images that are trained on
+              tuning: Tuning,
+              ) -> Tensor | None:         # numbers of the images of a last stage; none: there is none
+    "The images that a last stage is on, the same for every seed. Raises `DataError` where there is none."
+    if not tuning.subset:
+        return None
+    found = train[torch.tensor([data.matches(items[i], tuning.subset) for i in train.tolist()])]
+    if not len(found):
+        data.refuse_subset([items[i] for i in train.tolist()], tuning.subset)
+    some = torch.randperm(len(found), generator=stream(0, "tuning"))[:tuning.images]
+    return found[some.sort().values]
+
 # %% ../../nbs/core/21_batch.ipynb #3715b19d
 def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
     "Fetch, draw, encode and open. Raises `DataError`, `TextError`, `FetchError`, `LatentsError`."
@@ -118,7 +133,8 @@ def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
     if recipe.latents.autoencoder != "pixels":
         from prx_nb.core.latents import latents_of
         latents = latents_of(images, recipe.latents, progress=progress)
-    return Prepared(images, split, states, texts, rows, asked, latents, early)
+    chosen = chosen_of(images.items, split.train, recipe.tuning)
+    return Prepared(images, split, states, texts, rows, asked, latents, early, chosen)
 
 # %% ../../nbs/core/21_batch.ipynb #a77fda4d
 def data_key(prepared: Prepared) -> str:         # twelve hex digits
@@ -127,6 +143,8 @@ def data_key(prepared: Prepared) -> str:         # twelve hex digits
     found = hashlib.sha256(prepared.images.content.encode())
     for part in (prepared.texts, prepared.asked, parts):
         found.update(json.dumps(part).encode())
+    if prepared.chosen is not None:
+        found.update(json.dumps(prepared.chosen.tolist()).encode())
     return found.hexdigest()[:12]
 
 # %% ../../nbs/core/21_batch.ipynb #e5250fba
@@ -152,6 +170,7 @@ class DataSummary:
     equal: dict = field(default_factory=dict)  # groups, images, names: of equal pictures
     shapes: dict = field(default_factory=dict)  # "width x height" -> how many, the most frequent
     fit: dict = field(default_factory=dict)  # how, cut, most, name: cut off; small: enlarged
+    tuning: dict = field(default_factory=dict)  # rules, images: of a last stage
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -232,6 +251,8 @@ def _lines(s: DataSummary) -> list[str]:
         f"held out {s.concepts} images of concepts never seen, "
         f"{s.pairs} of concepts seen in other styles only",
     ]
+    if s.tuning:
+        lines += [f"a last stage is on {s.tuning['images']} of them: {', '.join(s.tuning['rules'])}"]
     if not held:
         lines += ["nothing is held out: validation and exam are on images that were trained on"]
     elif held < 16:
@@ -308,6 +329,9 @@ def summarise(prepared: Prepared, recipe: Recipe) -> DataSummary:
         {"groups": len(twins), "images": sum(map(len, twins)), "names": names} if twins else {},
         dict(shapes.most_common(5)),
         _fitted(images.items, data_.fit, images.size),
+        {"rules": list(recipe.tuning.subset), "images": len(prepared.chosen)}
+        if prepared.chosen is not None
+        else {},
     )
 
 # %% ../../nbs/core/21_batch.ipynb #4949502b
@@ -430,6 +454,18 @@ def _columns(prepared: "Prepared | Held", recipe: Recipe, step: int) -> tuple[in
         return 0, every
     return (0, early) if step < steps - round(recipe.captions.last_share * steps) else (early, every)
 
+# %% ../../nbs/core/21_batch.ipynb #9e39fb84
+def _drawn(prepared: "Prepared | Held", recipe: Recipe, step: int) -> Tensor:
+    "(B,) numbers of a step's images: of all that are trained on, in a last stage on few mostly of these."
+    n, train, tuning = recipe.train.batch, prepared.split.train, recipe.tuning
+    index = train[order(recipe.seed, step, n, len(train))]
+    first, end, _ = tuning.stage(step, recipe.train.steps)
+    if prepared.chosen is None or not first < end == recipe.train.steps:
+        return index
+    new = n - round(tuning.old * n)
+    few = order(recipe.seed, step - first, new, len(prepared.chosen))
+    return torch.cat([prepared.chosen[few], index[new:]])
+
 # %% ../../nbs/core/21_batch.ipynb #b2fa1f3b
 def _captions(prepared: Prepared, recipe: Recipe, step: int, index: Tensor) -> tuple[Tensor, Tensor]:
     "(B,) rows of the captions that images are shown with, and (B,) where that is the empty one."
@@ -457,8 +493,7 @@ def read_batch(prepared: "Prepared | Held", recipe: Recipe, step: int,
                device: torch.device | str = "cpu",
                ) -> Batch:
     "The images and captions of a step, augmented on the device as the recipe says."
-    n, seed = recipe.train.batch, recipe.seed
-    index = prepared.split.train[order(seed, step, n, len(prepared.split.train))]
+    n, seed, index = recipe.train.batch, recipe.seed, _drawn(prepared, recipe, step)
     rows, dropped = _captions(prepared, recipe, step, index)
     words, mask = prepared.states.gather(rows[part])
     batch = Batch(index[part], prepared.clean(index[part]), words, mask, dropped[part], caption=rows[part],
@@ -487,6 +522,7 @@ class Held:
     rows: Tensor                      # (N, K), on the CPU
     images: Tensor                    # (N, H, W, 3) bytes, or (N, C, h, w) latents
     early: int | None = None          # as of `Prepared`
+    chosen: Tensor | None = None      # as of `Prepared`
 
     def clean(self, index: Tensor) -> Tensor:
         "As `Prepared.clean`."
@@ -519,7 +555,7 @@ def hold(prepared: Prepared, device: torch.device | str,
     states = HeldStates(words.rows, _in_parts(lambda rows: words.gather(rows)[0], captions_, row, device),
                         _in_parts(lambda rows: words.gather(rows)[1], captions_, flags, device))
     images = _in_parts(pixels if bytes_ else prepared.clean, count, image, device)
-    return Held(prepared.split, states, prepared.rows, images, prepared.early)
+    return Held(prepared.split, states, prepared.rows, images, prepared.early, prepared.chosen)
 
 # %% ../../nbs/core/21_batch.ipynb #cf63aadc
 def add_noise(batch: Batch, recipe: Recipe, step: int, device: torch.device,
