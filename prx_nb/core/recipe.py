@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KNOWN', 'RULE', 'WORDS', 'NUMBERS', 'PLACES', 'PRESETS', 'Data', 'Captions', 'Text', 'Latents', 'Flow', 'Denoiser',
            'register', 'packaged', 'known', 'settings_of', 'Techniques', 'Muon', 'Optimizer', 'Ema', 'Train', 'Tuning',
-           'Sample', 'Evaluate', 'from_a_run', 'use', 'Recipe', 'fields', 'explain', 'parse', 'flatten', 'replace',
-           'diff', 'routing', 'image_tokens', 'in_steps', 'notices', 'save', 'load', 'preset', 'Acts', 'Node',
-           'RecipeError', 'Routing', 'stretch']
+           'Synthetic', 'Sample', 'Evaluate', 'from_a_run', 'use', 'Recipe', 'fields', 'explain', 'parse', 'flatten',
+           'replace', 'diff', 'routing', 'image_tokens', 'in_steps', 'notices', 'save', 'load', 'preset', 'Acts',
+           'Node', 'RecipeError', 'Routing', 'stretch']
 
 # %% ../../nbs/core/01_recipe.ipynb #6181f4d4
 import codecs
@@ -410,6 +410,20 @@ class Tuning(Node):
         first = steps - round(self.share * steps) if self.subset else steps
         return (0, first, 1.0) if step < first else (first, steps, self.rate)
 
+# %% ../../nbs/core/01_recipe.ipynb #2f001546
+class Synthetic(Node):
+    "Training images as another run draws them. `share` 0: all are real."
+    share: float = Field(0.0, ge=0, le=1)         # of the training images
+    teacher: str = "shipped"                      # a run's folder, or the one that comes with the workbook
+    until: float = Field(1.0, gt=0, le=1)         # share of the steps; then all images are real
+    images: int | None = Field(None, ge=1)        # at most so many are drawn; none: what the share says
+    guidance: float | None = Field(None, ge=1)    # of its sampler; none: its recipe's, as the next
+    steps: int | None = Field(None, ge=1)
+
+    def last(self, steps: int) -> int:
+        "The first step of so many from which on all images are real."
+        return round(self.until * steps) if self.share else 0
+
 # %% ../../nbs/core/01_recipe.ipynb #edeef884
 class Sample(Node):
     "From noise to image by a sampler, with classifier-free guidance."
@@ -616,6 +630,14 @@ def _refuse_tuning(r: "Recipe") -> None:
         raise ValueError(f"tuning.old = {t.old:g} of train.batch = {batch} leaves no room for a chosen "
                          "image; take less")
 
+# %% ../../nbs/core/01_recipe.ipynb #2e700943
+def _refuse_synthetic(r: "Recipe") -> None:
+    "Raise `ValueError` where drawings would take the place of images in no step."
+    drawn, steps = r.synthetic, r.train.steps
+    if drawn.share and not drawn.last(steps):
+        raise ValueError(f"synthetic.until = {drawn.until:g} of train.steps = {steps} is not one step; "
+                         "take more, or set synthetic.share to 0")
+
 # %% ../../nbs/core/01_recipe.ipynb #83a355b4
 class Recipe(Node):
     "The whole of a run."
@@ -633,6 +655,7 @@ class Recipe(Node):
     evaluate: Evaluate = Evaluate()
     seed: int = Field(0, ge=0)
     tuning: Tuning = later(Tuning())              # a last stage on chosen images
+    synthetic: Synthetic = later(Synthetic())     # images that another run draws
     uses: tuple[str, ...] = ()                    # modules, .py files, notebooks to import first: see `use`
     by_hand: tuple[str, ...] = ()                 # techniques passed to `train` as objects; it fills this in
     # the weights that training begins with, by content, where they are given to `train`; it fills this in
@@ -647,7 +670,8 @@ class Recipe(Node):
 
     @model_validator(mode="after")
     def _consistent(self):
-        for refuse in (_refuse_sizes, _refuse_pairs, _refuse_guidance, _refuse_words, _refuse_tuning):
+        for refuse in (_refuse_sizes, _refuse_pairs, _refuse_guidance, _refuse_words, _refuse_tuning,
+                       _refuse_synthetic):
             refuse(self)
         return self
 
@@ -657,6 +681,8 @@ class Recipe(Node):
         tree = counted(self)
         tree["techniques"] = {name: tree["techniques"][name] for name in self.techniques.on}
         counts = {k: v for k, v in tree.items() if v or k not in ("uses", "by_hand")}
+        if not self.synthetic.share:
+            counts.pop("synthetic", None)
         return hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../../nbs/core/01_recipe.ipynb #693870bf

@@ -244,6 +244,9 @@ def _refuse_sources(recipe: Recipe) -> None:
     from prx_nb.core import encoders, latents, text
     if recipe.tuning.subset:
         _refuse_nobody(recipe)
+    if recipe.synthetic.share:
+        from prx_nb.choices.synthetic import teacher_folder
+        teacher_folder(recipe.synthetic.teacher)
     packed = recipe.data.source == "pack"            # it may hold the states of an encoder that is not here
     asked = [*([] if packed else [("text.encoder", recipe.text.encoder, text.refuse_encoder)]),
              ("latents.autoencoder", recipe.latents.autoencoder, latents.refuse_autoencoder),
