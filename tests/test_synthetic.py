@@ -90,7 +90,7 @@ def test_other_weights_are_another_run(recipe, teacher, tmp_path):
 
 
 def test_what_is_off_counts_nowhere():
-    quiet = SMOKE.replace({"synthetic.teacher": "elsewhere", "synthetic.until": 0.2})
+    quiet = SMOKE.replace({"synthetic.teacher": "elsewhere", "synthetic.guidance": 2.0})
     assert quiet.key == SMOKE.key and identity.training(quiet) == identity.training(SMOKE)
     assert batch.prepare(SMOKE, progress=False).drawn is None
 
@@ -99,6 +99,7 @@ def test_what_is_off_counts_nowhere():
     ({"synthetic.share": 0.5, "synthetic.teacher": "runs/none"}, "synthetic.teacher = 'runs/none': there is no trained run"),
     ({"synthetic.share": 0.5, "synthetic.until": 0.01}, "synthetic.until = 0.01 of train.steps = 12 is not one step"),
     ({"synthetic.share": 0.5, "techniques.repa.weight": 0.5}, "not as another run draws them; set one to 0"),
+    ({"synthetic.until": 0.5}, "synthetic.until = 0.5 without synthetic.share would do nothing"),
     ({"synthetic.share": 1.5}, "less than or equal to 1")])
 def test_what_cannot_be_is_refused_before_anything_is_drawn(changes, why, tmp_path):
     with pytest.raises(RecipeError, match=why):

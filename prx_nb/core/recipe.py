@@ -634,6 +634,9 @@ def _refuse_tuning(r: "Recipe") -> None:
 def _refuse_synthetic(r: "Recipe") -> None:
     "Raise `ValueError` where drawings would take the place of images in no step."
     drawn, steps = r.synthetic, r.train.steps
+    if not drawn.share and drawn.until != 1:
+        raise ValueError(f"synthetic.until = {drawn.until:g} without synthetic.share would do nothing; "
+                         "say which share of the images is drawn")
     if drawn.share and not drawn.last(steps):
         raise ValueError(f"synthetic.until = {drawn.until:g} of train.steps = {steps} is not one step; "
                          "take more, or set synthetic.share to 0")
