@@ -6,7 +6,7 @@
 __all__ = ['mean_distance', 'teacher_folder', 'mark_of', 'drawn_order', 'how_many', 'drawings_key', 'drawings', 'at_size',
            'with_drawings', 'spectrum', 'fine_share', 'local_variance', 'texture']
 
-# %% ../../nbs/choices/09_synthetic.ipynb #51306d65
+# %% ../../nbs/choices/09_synthetic.ipynb #75e2a59f
 import functools
 import hashlib
 import json
@@ -25,7 +25,7 @@ from ..core.batch import Drawn, Prepared
 from ..core.images import DataError, Images, Item, pixels_key
 from ..core.recipe import Recipe, RecipeError, Synthetic
 from ..core.seeds import stream
-from ..core.show import from_uint8, to_uint8
+from ..core.show import to_uint8
 from ..core.train import Run, weights_of
 
 # %% ../../nbs/choices/09_synthetic.ipynb #bb7f854f
@@ -87,17 +87,19 @@ def drawings_key(run: Run, mark: str, how: Recipe, captions: Sequence[str]) -> s
              text.encoder_key(run.recipe.text.encoder), list(captions)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
-# %% ../../nbs/choices/09_synthetic.ipynb #f431ba81
+# %% ../../nbs/choices/09_synthetic.ipynb #1494dd89
 def drawings(run: Run, mark: str, captions: Sequence[str],
              count: int,                       # how many of the captions, the first ones
              guidance: float | None = None, steps: int | None = None,     # none: as the run's recipe says
-             progress: bool = False) -> np.ndarray:        # (count, size, size, 3) bytes
+             progress: bool = False,
+             pack: str | None = None,          # a file in which text states are looked for first
+             ) -> np.ndarray:                  # (count, size, size, 3) bytes
     "What a run draws for captions, from disk as far as it is there. Raises `DataError`, `TextError`."
     from prx_nb.core.drawing import sample, with_sampler
     how, t = with_sampler(run.recipe, guidance, steps).replace("evaluate.batch", 64), run.recipe.text
     folder = files.cache_dir("synthetic", drawings_key(run, mark, how, captions))
     last = min(len(captions), -(-count // _PART) * _PART)
-    states = text.text_states(t.encoder, list(captions[:last]), t.tokens, progress, None, t.layer)
+    states = text.text_states(t.encoder, list(captions[:last]), t.tokens, progress, pack, t.layer)
 
     def make(rows: range) -> np.ndarray:
         asked = captions[rows.start:rows.stop]
@@ -120,20 +122,6 @@ def at_size(pixels: np.ndarray,                # (N, s, s, 3) bytes
     x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).round().clamp(0, 255)
     return np.ascontiguousarray(x.byte().permute(0, 2, 3, 1).numpy())
 
-# %% ../../nbs/choices/09_synthetic.ipynb #c45db459
-def with_drawings(prepared: Prepared, recipe: Recipe, progress: bool = True) -> Prepared:
-    "With drawings in place of some training images. Raises `RecipeError`, `DataError`, `TextError`."
-    asked, order = recipe.synthetic, drawn_order(prepared.split.train)
-    run, mark = Run.load(teacher_folder(asked.teacher), _device()), mark_of(asked.teacher)
-    count, said = how_many(asked, len(order)), [prepared.texts[i][0] for i in order.tolist()]
-    pixels = drawings(run, mark, said, count, asked.guidance, asked.steps, progress)
-    instead = torch.full((len(prepared.images),), -1)
-    instead[order[:count]] = torch.arange(count)
-    told = {"images": count, "teacher": asked.teacher, "weights": mark, "drawn at": pixels.shape[1],
-            "until": asked.last(recipe.train.steps)}
-    pixels = at_size(pixels, prepared.images.size)
-    return replace(prepared, drawn=Drawn(pixels, instead, told, _latents(pixels, recipe, progress)))
-
 # %% ../../nbs/choices/09_synthetic.ipynb #9273f38e
 def _device() -> str:
     "Where drawing is fast."
@@ -147,6 +135,21 @@ def _latents(pixels: np.ndarray, recipe: Recipe, progress: bool):
     from prx_nb.core.latents import latents_of
     items = [Item(str(n), str(n)) for n in range(len(pixels))]
     return latents_of(Images(pixels, items, pixels_key(pixels), [], ""), recipe.latents, progress=progress)
+
+# %% ../../nbs/choices/09_synthetic.ipynb #8eb67c8b
+def with_drawings(prepared: Prepared, recipe: Recipe, progress: bool = True) -> Prepared:
+    "With drawings in place of some training images. Raises `RecipeError`, `DataError`, `TextError`."
+    asked, order = recipe.synthetic, drawn_order(prepared.split.train)
+    run, mark = Run.load(teacher_folder(asked.teacher), _device()), mark_of(asked.teacher)
+    count, said = how_many(asked, len(order)), [prepared.texts[i][0] for i in order.tolist()]
+    pack = recipe.data.path if recipe.data.source == "pack" else None
+    pixels = drawings(run, mark, said, count, asked.guidance, asked.steps, progress, pack)
+    instead = torch.full((len(prepared.images),), -1)
+    instead[order[:count]] = torch.arange(count)
+    told = {"images": count, "teacher": asked.teacher, "weights": mark, "drawn at": pixels.shape[1],
+            "until": asked.last(recipe.train.steps)}
+    pixels = at_size(pixels, prepared.images.size)
+    return replace(prepared, drawn=Drawn(pixels, instead, told, _latents(pixels, recipe, progress)))
 
 # %% ../../nbs/choices/09_synthetic.ipynb #6c90040d
 def spectrum(images: Tensor,                   # (N, C, H, H)
