@@ -641,6 +641,9 @@ def _refuse_synthetic(r: "Recipe") -> None:
         raise ValueError(f"synthetic.until = {drawn.until:g} of train.steps = {steps} is not one step; "
                          "take more, or set synthetic.share to 0")
 
+# %% ../../nbs/core/01_recipe.ipynb #1304bd24
+_REFUSALS = (_refuse_sizes, _refuse_pairs, _refuse_guidance, _refuse_words, _refuse_tuning, _refuse_synthetic)
+
 # %% ../../nbs/core/01_recipe.ipynb #83a355b4
 class Recipe(Node):
     "The whole of a run."
@@ -673,8 +676,7 @@ class Recipe(Node):
 
     @model_validator(mode="after")
     def _consistent(self):
-        for refuse in (_refuse_sizes, _refuse_pairs, _refuse_guidance, _refuse_words, _refuse_tuning,
-                       _refuse_synthetic):
+        for refuse in _REFUSALS:
             refuse(self)
         return self
 
@@ -683,9 +685,8 @@ class Recipe(Node):
         "Twelve hex digits that name this run: a hash of every setting that does something."
         tree = counted(self)
         tree["techniques"] = {name: tree["techniques"][name] for name in self.techniques.on}
-        counts = {k: v for k, v in tree.items() if v or k not in ("uses", "by_hand")}
-        if not self.synthetic.share:
-            counts.pop("synthetic", None)
+        off = {"uses", "by_hand"} | ({"synthetic"} if not self.synthetic.share else set())
+        counts = {k: v for k, v in tree.items() if k not in off or v and k != "synthetic"}
         return hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../../nbs/core/01_recipe.ipynb #693870bf
