@@ -230,10 +230,10 @@ def learning_rate(recipe: Recipe, step: int,
                   height: float | None = None,     # of a group of weights; none: optimizer.lr
                   ) -> float:
     "The rate of a step, numbered from 0."
-    o, steps = recipe.optimizer, recipe.train.steps
+    o, (first, end, factor) = recipe.optimizer, recipe.tuning.stage(step, recipe.train.steps)
     rise = (step + 1) / max(1, o.warmup)
-    fall = (steps - step) / max(1, o.cooldown * steps)
-    return (o.lr if height is None else height) * min(1, rise, fall)
+    fall = (end - step) / max(1, o.cooldown * (end - first))
+    return (o.lr if height is None else height) * factor * min(1, rise, fall)
 
 # %% ../../nbs/core/25_train.ipynb #e6772abb
 def optimise(state: State, losses: dict[str, Tensor], recipe: Recipe, step: int,
@@ -984,6 +984,9 @@ def continue_(run: Run | str | Path,          # finished, or its folder
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps = {steps!r}: should be a whole number of more steps, 1 or more")
     run = run if isinstance(run, Run) else Run.load(run)
+    if run.recipe.tuning.subset:
+        raise ValueError(f"{run.dir} ended with a stage of fine-tuning, which more steps would move; "
+                         "train(recipe, out, init=run) begins with its weights")
     start, total = state_of(run), run.recipe.train.steps + steps
     more = run.recipe.replace({"train.steps": total, "init": start.mark})
     folder = Path(out) if out else run.dir.with_name(f"{run.dir.name}-{total}")

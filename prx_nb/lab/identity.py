@@ -156,6 +156,16 @@ def _files(settings: recipes.Data) -> dict[str, str]:
             return {f"what is in data.path {settings.path}": found}
     return {}
 
+# %% ../../nbs/lab/03_identity.ipynb #b03b2485
+def _teacher(recipe: Recipe) -> dict[str, str]:
+    "The weights that draw training images, if any. A missing run is for `prepare` to refuse."
+    if not recipe.synthetic.share:
+        return {}
+    from prx_nb.choices import synthetic
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        return {f"what draws, {recipe.synthetic.teacher}": synthetic.mark_of(recipe.synthetic.teacher)}
+    return {}
+
 # %% ../../nbs/lab/03_identity.ipynb #0fe716fe
 @lru_cache(256)
 def _reached(names: tuple[str, ...], root: Path | None, second: int) -> dict[str, str]:
@@ -177,11 +187,13 @@ def parts(notebook: Path, parameters: Mapping[str, Any], recipe: Recipe,
     cells, imports = _notebook(notebook, stat.st_mtime_ns, stat.st_size)
     used = {name: _used(name) for name in recipe.uses}
     imports = [*imports, *(f"prx_nb.techniques.{name}" for name in recipe.techniques.on),
-               *(m for name, (_, more) in used.items() for m in (name, *more))]
+               *(m for name, (_, more) in used.items() for m in (name, *more)),
+               *(["prx_nb.choices.synthetic"] if recipe.synthetic.share else [])]
     modules = _reached(tuple(dict.fromkeys(imports)), root, int(time.monotonic()))
     found = {"the notebook's code": cells} | own
     found |= {f"library {name}": version for name, version in libraries().items()}
     found |= {f"module {name}": mark for name, mark in modules.items()} | _files(recipe.data)
+    found |= _teacher(recipe)
     return found | {f"{name}, which the recipe uses": mark for name, (mark, _) in used.items()}
 
 # %% ../../nbs/lab/03_identity.ipynb #b812f574
@@ -197,10 +209,12 @@ def training(recipe: Recipe,
     "One key of everything that can change a trained network: recipe, source, libraries, data, what is used."
     used = {name: _used(name) for name in recipe.uses}
     names = ["prx_nb.core.train", *also, *(f"prx_nb.techniques.{name}" for name in recipe.techniques.on),
-             *(m for name, (_, more) in used.items() for m in (name, *more))]
+             *(m for name, (_, more) in used.items() for m in (name, *more)),
+             *(["prx_nb.choices.synthetic"] if recipe.synthetic.share else [])]
     modules = _reached(tuple(dict.fromkeys(names)), root, int(time.monotonic()))
     marks = {f"use {name}": mark for name, (mark, _) in used.items()}
-    return key({"the recipe": recipe.key} | libraries() | modules | marks | _files(recipe.data))[:16]
+    found = {"the recipe": recipe.key} | libraries() | modules | marks
+    return key(found | _files(recipe.data) | _teacher(recipe))[:16]
 
 # %% ../../nbs/lab/03_identity.ipynb #18f2875a
 def differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:

@@ -7,6 +7,7 @@ __all__ = ['Job', 'find_notebook', 'literal', 'check_parameters', 'pretend_ablat
            'design', 'known_before', 'read_job']
 
 # %% ../../nbs/lab/04_plan.ipynb #0f94a5d0
+import contextlib
 import json
 import math
 import os
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ..core import captions
-from ..core.data import listed, looked_at_once
-from ..core.files import vouch
-from ..core.recipe import Recipe, RecipeError, notices, parse
+from ..core.data import DataError, listed, looked_at_once, named, refuse_subset
+from ..core.files import FetchError, vouch
+from ..core.recipe import NUMBERS, RULE, Recipe, RecipeError, notices, parse
 from . import ablations, identity
 from .ablations import Ablation, AblationError, from_notebook, whole_paths
 from .decision import LOOKS
@@ -226,10 +227,26 @@ def _check_limits(**limits: float | None) -> None:
         if value is not None and not 0 < value < math.inf:
             raise AblationError(f"{name} = {value}: a number of seconds above 0 is needed")
 
+# %% ../../nbs/lab/04_plan.ipynb #17206b3a
+def _refuse_nobody(recipe: Recipe) -> None:
+    "Raise `RecipeError` for a last stage on images of which there is none, as far as their names say."
+    measured = [rule for rule in recipe.tuning.subset if RULE.fullmatch(rule)[1] in ("colour", *NUMBERS)]
+    rules = [rule for rule in recipe.tuning.subset if rule not in measured]
+    with contextlib.suppress(FetchError):
+        try:
+            refuse_subset(named(recipe.data), rules)
+        except DataError as error:
+            raise RecipeError(str(error)) from None
+
 # %% ../../nbs/lab/04_plan.ipynb #8eb33955
 def _refuse_sources(recipe: Recipe) -> None:
     "Raise `RecipeError` for encoders and autoencoders that cannot be there, as far as the disk says."
     from prx_nb.core import encoders, latents, text
+    if recipe.tuning.subset:
+        _refuse_nobody(recipe)
+    if recipe.synthetic.share:
+        from prx_nb.choices.synthetic import teacher_folder
+        teacher_folder(recipe.synthetic.teacher)
     packed = recipe.data.source == "pack"            # it may hold the states of an encoder that is not here
     asked = [*([] if packed else [("text.encoder", recipe.text.encoder, text.refuse_encoder)]),
              ("latents.autoencoder", recipe.latents.autoencoder, latents.refuse_autoencoder),

@@ -128,6 +128,10 @@ class Settings(Acts):
             yield (f"{path}.weight = {self.weight} with data.augment = {list(recipe.data.augment)}: "
                    "the teacher's maps are computed once, from the images as they are; "
                    "set data.augment to [], or the weight to 0")
+        if recipe.synthetic.share:
+            yield (f"{path}.weight = {self.weight} with synthetic.share = {recipe.synthetic.share:g}: the "
+                   "teacher's maps are of the images as they are, not as another run draws them; "
+                   "set one to 0")
         if (share := recipe.train.batch // recipe.train.processes) % self.one_in:
             yield (f"{path}.one_in = {self.one_in} does not divide "
                    f"the {share} images that a process has of a batch")
