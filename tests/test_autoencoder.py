@@ -191,6 +191,33 @@ def test_a_name_is_described_and_refused_before_anything_is_trained(monkeypatch)
         latents.describe("emoji-kl-f5")
 
 
+def test_as_trained_is_the_standardised_one_taken_back_and_trained_once(cache, drawings, monkeypatch):
+    images, parts = drawings
+    trained, once = [], autoencoder.fit
+    monkeypatch.setattr(autoencoder, "fit", lambda *a: trained.append(1) or once(*a))
+    plain = TINY.model_copy(update={"standardise": False})
+    folders = [made(s, progress=False) for s in (plain, TINY, plain)]
+    assert trained == [1] and folders[0] == folders[2] != folders[1]
+    raw, standard = (diffusers.AutoencoderKL.from_pretrained(f).eval() for f in folders[:2])
+    about, x = json.loads((folders[1] / "about.json").read_text()), pictures()
+    fresh_one = once(TINY, images, parts.train, False)
+    with torch.no_grad():
+        a, b, c = (m.encode(x).latent_dist for m in (raw, standard, fresh_one))
+        torch.testing.assert_close(a.mean, c.mean, atol=1e-4, rtol=1e-4)
+        mean, deviation = (torch.tensor(about[k]).view(-1, 1, 1) for k in ("mean", "deviation"))
+        torch.testing.assert_close((a.mean - mean) / deviation, b.mean, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(raw.decode(a.mean).sample, standard.decode(b.mean).sample, atol=1e-4, rtol=1e-4)
+
+
+def test_a_named_one_measures_its_own_drawings_once(cache, monkeypatch):
+    monkeypatch.setattr(autoencoder, "NAMED", {"toy": TINY.model_copy(update={"standardise": False})})
+    asked = latents.describe("toy").model_copy(update={"normalize": "channel"})
+    z = latents.load_latents(asked).encode(autoencoder.data.load().batch(torch.arange(64)))
+    assert (z.mean((0, 2, 3)).abs() < 0.3).all() and ((z.transpose(0, 1).flatten(1).std(1) - 1).abs() < 0.3).all()
+    monkeypatch.setattr(latents, "measure", lambda *a: pytest.fail("measured twice"))
+    latents.load_latents(asked)
+
+
 def test_a_named_one_is_found_loaded_and_mended(cache, monkeypatch):
     monkeypatch.setattr(autoencoder, "NAMED", {"toy": TINY})
     there = latents.describe("toy")

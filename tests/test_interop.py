@@ -154,6 +154,36 @@ def test_same_images_in_latents(tmp_path, encoder, kind, guidance):
     torch.testing.assert_close(same.decode(mine), images)
 
 
+@pytest.mark.parametrize("how,gain", [("channel", 5.0), ("scalar", 0.5), (None, 5.0)])
+def test_same_images_in_normalised_latents(tmp_path, encoder, how, gain):
+    parts = in_latents(tmp_path, "AutoencoderKL")
+    x = torch.rand(6, 3, 16, 16, generator=stream(0, "few")) * 2 - 1
+    own = latents.with_statistics(parts.recipe.latents.autoencoder, x, tmp_path / "own")
+    change = {"latents.autoencoder": str(own), "latents.normalize": how, "latents.gain": gain}
+    change |= {"latents.scale": 1.0, "latents.shift": 0.0} if how else {}
+    parts = interop.Parts(parts.model, parts.recipe.replace(change))
+    interop.to_diffusers(parts, tmp_path / "out", encoder)
+    pipe, start = load(tmp_path / "out"), noise(parts, 2)
+    mine = latents.load_latents(parts.recipe.latents).decode(ours(parts, encoder, PROMPTS, start, 1))
+    got = theirs(pipe, parts, PROMPTS, start, 1, output_type="pt")
+    assert (got - (mine / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-3
+    back = interop.from_diffusers(tmp_path / "out").recipe
+    assert (back.latents.normalize, back.latents.gain) == (None, 1.0)
+    there = latents.load_latents(back.latents)
+    torch.testing.assert_close(there.encode(x), latents.load_latents(parts.recipe.latents).encode(x), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind,how", [("AutoencoderKL", "whitened"), ("AutoencoderDC", "channel")])
+def test_normalisation_without_a_place_is_refused(tmp_path, encoder, kind, how):
+    parts = in_latents(tmp_path, kind)
+    x = torch.rand(6, 3, 16, 16, generator=stream(0, "few")) * 2 - 1
+    own = latents.with_statistics(parts.recipe.latents.autoencoder, x, tmp_path / "own")
+    change = {"latents.autoencoder": str(own), "latents.normalize": how, "latents.scale": 1.0, "latents.shift": 0.0}
+    with pytest.raises(interop.InteropError, match=f"normalize = '{how}' of an {kind} cannot be exported.*train with 'scalar'"):
+        interop.to_diffusers(interop.Parts(parts.model, parts.recipe.replace(change)), tmp_path / "out", encoder)
+    assert not (tmp_path / "out").exists()
+
+
 def test_identity_autoencoder_changes_nothing():
     model = interop.identity_autoencoder()
     x = torch.randn(2, 3, 20, 12, generator=stream(0, "x")) * 3

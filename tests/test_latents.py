@@ -213,6 +213,58 @@ def test_cached_latents_equal_fresh_ones(home, cache, kind, dtype, close):
     assert len(stored) == 10 and isinstance(stored.shards.files[0], np.memmap)
 
 
+@pytest.mark.parametrize("kind", ARGS)
+@pytest.mark.parametrize("how", ["scalar", "channel", "whitened"])
+def test_normalised_latents_are_what_they_say_and_come_back(home, tmp_path, cache, kind, how):
+    x = images(40)
+    own = latents.with_statistics(str(home / kind), x.split(9), tmp_path / "own")
+    given = latents.describe(str(own)).model_copy(update={"scale": 1.0, "shift": 0.0})
+    asked = given.model_copy(update={"normalize": how, "gain": 5.0})
+    space, raw = latents.load_latents(asked), latents.load_latents(given).encode(x)
+    z = space.encode(x)
+    torch.testing.assert_close(space.denormalise(z), raw, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(space.decode(z), latents.load_latents(given).decode(raw), atol=1e-4, rtol=1e-4)
+    cov = np.cov(z.double().transpose(0, 1).flatten(1), bias=True) / 25
+    if how == "scalar":
+        torch.testing.assert_close(z, 5 * (raw - raw.mean()) / raw.std(correction=0), atol=1e-3, rtol=1e-3)
+    if how == "channel":
+        torch.testing.assert_close(z, 5 * torch.nn.InstanceNorm1d(len(cov), eps=1e-12)(
+            raw.transpose(0, 1).flatten(1)[None])[0].view(raw.shape[1], len(x), *raw.shape[2:]).transpose(0, 1), atol=1e-3, rtol=1e-3)
+    if how == "whitened":
+        np.testing.assert_allclose(cov, np.eye(len(cov)), atol=5e-3)
+    stored = latents.latents_of(Few(x, f"few {kind}"), asked, dtype="float32", progress=False)
+    torch.testing.assert_close(stored.batch(torch.tensor([7, 0])), z[[7, 0]], atol=1e-4, rtol=1e-4)
+
+
+def test_normalisations_share_a_cache_and_are_told_apart_by_the_recipe(home, tmp_path, cache):
+    few = Few(images(12), "few")
+    own = latents.with_statistics(str(home / "AutoencoderKL"), few.pixels, tmp_path / "own")
+    plain = recipe.preset("smoke").replace({"latents.autoencoder": str(own), "latents.channels": 4, "latents.factor": 4,
+                                            "denoiser.in_channels": 4, "denoiser.patch_size": 1})
+    assert "normalize" not in recipe.counted(plain)["latents"] and "gain" not in recipe.counted(plain)["latents"]
+    several = [plain.replace(change) for change in ({}, {"latents.normalize": "channel"}, {"latents.normalize": "whitened"}, {"latents.gain": 5.0})]
+    assert len({r.key for r in several}) == 4
+    seen = [latents.latents_of(few, r.latents, progress=False).batch(torch.arange(12)) for r in several]
+    assert few.asked == 12 and all(not torch.allclose(seen[0], other, atol=0.05) for other in seen[1:])
+
+
+def test_statistics_that_are_missing_damaged_or_of_another_are_refused(home, tmp_path, monkeypatch):
+    here = tmp_path / "AutoencoderKL"
+    shutil.copytree(home / "AutoencoderKL", here)
+    asked = latents.describe(str(here)).model_copy(update={"scale": 1.0, "shift": 0.0, "normalize": "channel"})
+    monkeypatch.setattr(latents, "_read", lambda name: pytest.fail("weights were read first"))
+    with pytest.raises(latents.LatentsError, match="no statistics.json beside its config.*with_statistics"):
+        latents.load_latents(asked)
+    for text in ("{}", "[1]", "nonsense"):
+        (here / "statistics.json").write_text(text)
+        with pytest.raises(latents.LatentsError, match="holds no statistics of latents.*delete it"):
+            latents.load_latents(asked)
+    monkeypatch.undo()
+    other = latents.Moments(1, 0.0, 1.0, (0.0,) * 3, (1.0,) * 3, ((1.0,) * 3,) * 3)
+    with pytest.raises(latents.LatentsError, match="needs statistics of 4 channels; there are 3"):
+        latents.Autoencoder(latents._read(str(here)), asked, statistics=other)
+
+
 def test_cache_is_keyed_by_content(home, cache):
     few, there = Few(images(6), "few"), latents.describe(str(home / "AutoencoderKL"))
     latents.latents_of(few, there, progress=False)

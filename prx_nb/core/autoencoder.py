@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from . import data, recipe
-from .files import cache_dir, write_json
+from .files import cache_dir, read_json, write_json
 from .images import Images, one_at_a_time
 from .seeds import order, stream
 
@@ -32,6 +32,7 @@ class Settings(recipe.Node):
     lr: float = Field(3e-3, gt=0)
     kl: float = Field(1e-3, ge=0)
     seed: int = Field(0, ge=0)
+    standardise: bool = recipe.later(True)      # channels to mean 0 and deviation 1, in the weights
 
     @property
     def factor(self) -> int:
@@ -40,11 +41,13 @@ class Settings(recipe.Node):
 
     def key(self, images: Images) -> str:
         "Sixteen hex digits for everything that decides the weights."
-        told = ["autoencoder 1", self.model_dump(mode="json"), images.key]   # a change below counts this up
+        tree = self.model_dump(mode="json", exclude={"standardise"} if self.standardise else None)
+        told = ["autoencoder 1", tree, images.key]                      # a change below counts this up
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
-NAMED = {"emoji-kl-f4": Settings()}
+NAMED = {"emoji-kl-f4": Settings(), "emoji-kl-f4-raw": Settings(standardise=False),
+         "emoji-kl-f4-kl0": Settings(kl=0.0), "emoji-kl-f4-kl10": Settings(kl=1e-2)}
 
 # %% ../../nbs/core/12_autoencoder.ipynb #b466520b
 def _with_convolutions(model: nn.Module, c: int, device: torch.device) -> nn.Module:
@@ -176,17 +179,33 @@ def _held_out(model: nn.Module, images: Images, parts: data.Split) -> Tensor:
     paint = lambda x: model.decode(model.encode(x).latent_dist.mean).sample
     return torch.cat([psnr(paint(x), x) for x in map(images.batch, held[:512].split(64))])
 
-# %% ../../nbs/core/12_autoencoder.ipynb #45c3531a
-def _make(settings: Settings, images: Images, folder: Path, progress: bool) -> None:
-    "Train, standardise, judge and write; `folder / 'model'` is there when all of it is."
+# %% ../../nbs/core/12_autoencoder.ipynb #e5b8155b
+def _trained(settings: Settings, images: Images, progress: bool) -> tuple[nn.Module, dict]:
+    "Train, standardise and judge; the network, and what is written about it."
     parts = data.split(images, settings.data)
     raw = fit(settings, images, parts.train, progress)
     mean, deviation = channel_moments(raw, images, parts.train)
     model = standardised(raw, mean.float(), deviation.float())
     seen = _held_out(model, images, parts)
-    about = {"settings": settings.model_dump(mode="json"), "images": images.key,
-             "trained on": len(parts.train), "held out": len(seen), "PSNR": seen.mean().item(),
-             "mean": mean.tolist(), "deviation": deviation.tolist()}
+    return model, {"settings": settings.model_dump(mode="json"), "images": images.key,
+                   "trained on": len(parts.train), "held out": len(seen), "PSNR": seen.mean().item(),
+                   "mean": mean.tolist(), "deviation": deviation.tolist()}
+
+# %% ../../nbs/core/12_autoencoder.ipynb #9dfccf78
+def _raw(settings: Settings, images: Images, progress: bool) -> tuple[nn.Module, dict]:
+    "As trained: the standardised one of the same settings, with that taken back. Nothing is trained twice."
+    import diffusers
+    folder = made(settings.model_copy(update={"standardise": True}), progress)
+    about = read_json(folder / "about.json")
+    mean, deviation = (torch.tensor(about[name]) for name in ("mean", "deviation"))
+    model = diffusers.AutoencoderKL.from_pretrained(folder, use_safetensors=True)
+    model = standardised(model.requires_grad_(False), -mean / deviation, 1 / deviation)
+    return model, about | {"settings": settings.model_dump(mode="json")}
+
+# %% ../../nbs/core/12_autoencoder.ipynb #45c3531a
+def _make(settings: Settings, images: Images, folder: Path, progress: bool) -> None:
+    "Make and write it; `folder / 'model'` is there when all of it is."
+    model, about = (_trained if settings.standardise else _raw)(settings, images, progress)
     with tempfile.TemporaryDirectory(dir=folder) as part:
         model.save_pretrained(Path(part) / "model")
         write_json(Path(part) / "model" / "about.json", about)

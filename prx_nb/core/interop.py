@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from . import files, recipe, text
+from .autoencoder import standardised
 from .denoiser import PRX
 from .latents import Autoencoder, Pixels, describe, load_latents
 
@@ -310,13 +311,30 @@ def load_encoder(folder: str | Path,             # a pipeline's folder, here or 
         raise InteropError(f"{folder}: the text encoder cannot be loaded: {why}") from error
     return text.TextEncoder(str(folder / "text_encoder"), f"folder-{folder}", model, tokenizer)
 
+# %% ../../nbs/core/29_interop.ipynb #83e6ba88
+def _told(space: Autoencoder) -> tuple[torch.nn.Module, float, float]:
+    "A copy of its model, and the scale and shift of the config: what they cannot say goes into the weights."
+    asked, model = space.latents, copy.deepcopy(space.model)
+    if asked.normalize is None:
+        return model, asked.scale * asked.gain, asked.shift
+    if asked.normalize == "scalar":
+        return model, asked.gain / space.statistics.deviation, space.statistics.mean
+    kind = type(model).__name__
+    if asked.normalize == "whitened" or kind != "AutoencoderKL":
+        raise InteropError(f"latents.normalize = '{asked.normalize}' of an {kind} cannot be exported: its "
+                           "config holds one scale and one shift, and its weights have no place for more; "
+                           "train with 'scalar' (or 'channel', of an AutoencoderKL)")
+    mean, deviation = (torch.tensor(n, device=next(model.parameters()).device) for n in (
+        space.statistics.channel_mean, space.statistics.channel_deviation))
+    return standardised(model, mean, deviation / asked.gain), 1.0, 0.0
+
 # %% ../../nbs/core/29_interop.ipynb #33822615
 def _write_autoencoder(folder: Path, space: Pixels | Autoencoder) -> dict[str, list[str]]:
     "Write vae/; returns its line of model_index.json."
     if isinstance(space, Pixels):
         model, scale, shift = identity_autoencoder(), 1.0, 0.0
     else:
-        model, scale, shift = copy.deepcopy(space.model), space.latents.scale, space.latents.shift
+        model, scale, shift = _told(space)
     kind = type(model).__name__
     if kind == "AutoencoderKLFlux2":
         raise InteropError("AutoencoderKLFlux2 cannot be exported: PRXPipeline does not know its batch norm")
@@ -497,6 +515,18 @@ def _settings(folder: Path, index: dict[str, Any], denoiser: recipe.Denoiser) ->
         found["sample.shift"] = files.read_json(path).get("shift", 1.0)
     return found
 
+# %% ../../nbs/core/29_interop.ipynb #3213045d
+def _with_own_space(r: recipe.Recipe, folder: Path) -> recipe.Recipe:
+    "The recipe in the exported autoencoder's space; how its latents are normalised is inside that by now."
+    if r.latents.autoencoder == "pixels":
+        return r
+    own = {"latents.autoencoder": str(folder)}
+    if r.latents.normalize or r.latents.gain != 1:
+        there = describe(str(folder))
+        own |= {"latents.normalize": None, "latents.gain": 1.0, "latents.scale": there.scale,
+                "latents.shift": there.shift}
+    return r.replace(own)
+
 # %% ../../nbs/core/29_interop.ipynb #664a634b
 def _recipe_of(folder: Path, index: dict[str, Any], denoiser: recipe.Denoiser) -> recipe.Recipe:
     "The recipe that was written, else what the files say."
@@ -509,7 +539,7 @@ def _recipe_of(folder: Path, index: dict[str, Any], denoiser: recipe.Denoiser) -
                            "remove the first to import it")
     if r.text.encoder not in text.PACKAGED:
         r = r.replace("text.encoder", str(folder / "text_encoder"))
-    return r if r.latents.autoencoder == "pixels" else r.replace("latents.autoencoder", str(folder))
+    return _with_own_space(r, folder)
 
 # %% ../../nbs/core/29_interop.ipynb #dbd3e6ad
 def _configs(folder: Path) -> tuple[dict[str, Any], recipe.Denoiser]:

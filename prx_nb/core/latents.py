@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'LatentsError', 'Pixels', 'refuse_autoencoder', 'find', 'describe', 'Autoencoder', 'load_latents', 'Moments',
-           'measure', 'Cached', 'latents_of']
+           'affine', 'measure', 'statistics', 'with_statistics', 'Cached', 'latents_of']
 
 # %% ../../nbs/core/11_latents.ipynb #6fe633ba
 import functools
@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -173,14 +173,19 @@ class Autoencoder:
 
     def __init__(self,
                  model: torch.nn.Module,      # of a class named in `KINDS`
-                 latents: recipe.Latents,     # channels, factor, scale, shift
+                 latents: recipe.Latents,     # channels, factor, and how they are normalised
                  slice: int = 32,             # images that go through the model at once
+                 statistics: Moments | None = None,   # of raw latents, where normalize asks for them
                  ):
         self.model, self.latents, self.slice = model.eval().requires_grad_(False), latents, slice
-        self.channels, self.factor = latents.channels, latents.factor
+        self.channels, self.factor, self.statistics = latents.channels, latents.factor, statistics
         self.flux2 = type(model).__name__ == "AutoencoderKLFlux2"
+        if latents.normalize and (found := statistics and len(statistics.channel_mean)) != latents.channels:
+            raise LatentsError(f"latents.normalize = '{latents.normalize}' needs statistics of "
+                               f"{latents.channels} channels; there are {found or 'none'}")
 
     key = functools.cached_property(lambda self: _fingerprint(self.model))
+    map = functools.cached_property(lambda self: affine(self.latents.normalize, self.statistics))
 
     def to(self, device: torch.device | str) -> "Autoencoder":
         "Move the weights."
@@ -224,19 +229,45 @@ def _draw(self: Autoencoder,
 Autoencoder.draw = _draw
 
 # %% ../../nbs/core/11_latents.ipynb #6a6a2c68
+def _across(matrix: torch.Tensor,        # (C, C)
+            z: torch.Tensor,             # (B, C, h, w)
+            kind: str) -> torch.Tensor:
+    "A matrix on the channels of each cell; only a whitening one mixes them."
+    matrix = matrix.to(z)
+    if kind != "whitened":
+        return z * matrix.diagonal().view(-1, 1, 1)
+    return (matrix[..., None] * z.flatten(2)[:, None]).sum(2).view_as(z)      # no matmul, so no TF32
+
+# %% ../../nbs/core/11_latents.ipynb #893f6a5b
 def _normalise(self: Autoencoder, raw: torch.Tensor) -> torch.Tensor:
-    "Raw latents as the flow wants them: `(z - shift) * scale`."
-    return (raw.float() - self.latents.shift) * self.latents.scale
+    "Raw latents (B, C, h, w) as the flow wants them, float32."
+    asked, raw = self.latents, raw.float()
+    if asked.normalize is None:
+        return (raw - asked.shift) * (asked.scale * asked.gain)
+    mu, there, _ = self.map
+    return _across(asked.gain * there, raw - mu.to(raw).view(-1, 1, 1), asked.normalize)
 
 
 Autoencoder.normalise = _normalise
+
+# %% ../../nbs/core/11_latents.ipynb #9ef22597
+def _denormalise(self: Autoencoder, latents: torch.Tensor) -> torch.Tensor:
+    "The way back: what `normalise` was given, (B, C, h, w)."
+    asked = self.latents
+    if asked.normalize is None:
+        return latents / (asked.scale * asked.gain) + asked.shift
+    mu, _, back = self.map
+    return _across(back / asked.gain, latents, asked.normalize) + mu.to(latents).view(-1, 1, 1)
+
+
+Autoencoder.denormalise = _denormalise
 
 # %% ../../nbs/core/11_latents.ipynb #09c9122b
 def _encode(self: Autoencoder,
             images: torch.Tensor,                            # (B, 3, H, W) in [-1, 1]
             generator: torch.Generator | None = None,        # none: the posterior's mean; else a sample
             ) -> torch.Tensor:                               # (B, channels, H / factor, W / factor) float32
-    "`(E(x) - shift) * scale`"
+    "`E(x)`, normalised; `(E(x) - shift) * scale` where a recipe asks for nothing else."
     return self.normalise(self.draw(*self.moments(images), generator))
 
 
@@ -246,8 +277,8 @@ Autoencoder.encode = _encode
 def _decode(self: Autoencoder,
             latents: torch.Tensor,                  # (B, channels, h, w) as `encode` gives them
             ) -> torch.Tensor:                      # (B, 3, h * factor, w * factor) float32, not clipped
-    "`D(z / scale + shift)`"
-    z = (latents / self.latents.scale + self.latents.shift).to(next(self.model.parameters()))
+    "`D` of the latents with their normalisation taken back."
+    z = self.denormalise(latents).to(next(self.model.parameters()))
     if self.flux2:
         centre, width = _norm(self.model)
         z = torch.nn.functional.pixel_shuffle(z * width + centre, self.model.config.patch_size[0])
@@ -297,22 +328,43 @@ def load_latents(latents: recipe.Latents,
         if (asked := getattr(latents, name)) != (got := getattr(there, name)):
             raise LatentsError(f"latents.{name} = {asked}, but the autoencoder '{latents.autoencoder}' "
                                f"has {name} {got}")
-    return Autoencoder(_read(latents.autoencoder), latents, slice).to(device)
+    known = statistics(latents.autoencoder) if latents.normalize else None
+    return Autoencoder(_read(latents.autoencoder), latents, slice, known).to(device)
 
 # %% ../../nbs/core/11_latents.ipynb #aba4abde
 @dataclass(frozen=True)
 class Moments:
-    "Mean and deviation of raw latents, over everything and by channel."
+    "Mean and deviation of raw latents, over everything and by channel, and how channels go together."
     images: int
     mean: float
     deviation: float
     channel_mean: tuple[float, ...]
     channel_deviation: tuple[float, ...]
+    covariance: tuple[tuple[float, ...], ...] = ()
 
     @property
     def proposal(self) -> dict[str, float]:
         "For `recipe.replace`: brings the latents to mean 0 and deviation 1."
         return {"latents.scale": round(1 / self.deviation, 5), "latents.shift": round(self.mean, 5)}
+
+# %% ../../nbs/core/11_latents.ipynb #67c09314
+def affine(kind: str,               # scalar, channel or whitened
+           m: Moments,
+           ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:   # mu (C,); A and its inverse (C, C)
+    "The map of a normalisation, float64. Raises `LatentsError` where a direction carries nothing."
+    wide = lambda values: torch.tensor(values, dtype=torch.float64)
+    mu, n = wide(m.channel_mean), len(m.channel_mean)
+    if kind == "scalar":
+        mu, values, axes = torch.full_like(mu, m.mean), wide([m.deviation ** 2] * n), torch.eye(n).double()
+    elif kind == "channel":
+        values, axes = wide(m.channel_deviation).square(), torch.eye(n).double()
+    else:
+        values, axes = torch.linalg.eigh(wide(m.covariance))
+    if not (values > 1e-8 * values.max()).all():
+        raise LatentsError(f"latents.normalize = '{kind}' divides by the deviation of "
+                           f"{n - int((values > 1e-8 * values.max()).sum())} of {n} directions that carry "
+                           "nothing; take 'scalar', or an autoencoder with fewer channels")
+    return mu, axes * values.rsqrt() @ axes.T, axes * values.sqrt() @ axes.T
 
 # %% ../../nbs/core/11_latents.ipynb #4a9eec70
 @torch.no_grad()
@@ -322,15 +374,57 @@ def measure(space: Autoencoder,
     "Mean and deviation of raw latents (no scale, no shift; for KL the posterior's mean), in float64."
     n, images, total, square = 0, 0, 0.0, 0.0
     for batch in [batches] if torch.is_tensor(batches) else batches:
-        raw = space.draw(*space.moments(batch)).double()
-        total, square = total + raw.sum((0, 2, 3)), square + raw.square().sum((0, 2, 3))
-        n, images = n + raw[:, 0].numel(), images + len(batch)
+        cells = space.draw(*space.moments(batch)).double().transpose(0, 1).flatten(1)          # (C, cells)
+        total, square = total + cells.sum(1), square + cells @ cells.T
+        n, images = n + cells.shape[1], images + len(batch)
     if n < 2:
         raise LatentsError("no images to measure the latents of")
-    mean = total / n
-    deviation = (square / n - mean.square()).clamp(min=0).sqrt()
-    every = (square.mean() / n - mean.mean().square()).clamp(min=1e-12).sqrt()
-    return Moments(images, mean.mean().item(), every.item(), tuple(mean.tolist()), tuple(deviation.tolist()))
+    mean, covariance = total / n, square / n - total.outer(total) / n**2
+    deviation = covariance.diagonal().clamp(min=0).sqrt()
+    every = (square.diagonal().mean() / n - mean.mean().square()).clamp(min=1e-12).sqrt()
+    return Moments(images, mean.mean().item(), every.item(), tuple(mean.tolist()), tuple(deviation.tolist()),
+                   tuple(map(tuple, covariance.tolist())))
+
+# %% ../../nbs/core/11_latents.ipynb #650aedf9
+def _drawings(name: str) -> Moments:
+    "Statistics of the drawings that a named autoencoder was trained on."
+    settings = autoencoder.NAMED[name]
+    images = autoencoder.data.load(settings.data, progress=False)
+    rows = autoencoder.data.split(images, settings.data).train
+    rows = rows[torch.linspace(0, len(rows) - 1, min(2048, len(rows))).long()]
+    return measure(Autoencoder(_read(name), describe(name)), map(images.batch, rows.split(64)))
+
+# %% ../../nbs/core/11_latents.ipynb #dd393b68
+def statistics(name: str,           # one of `autoencoder.NAMED`, or a local folder; a hub's has none
+               ) -> Moments:
+    "What is kept beside an autoencoder; of a named one measured where it is missing. Raises `LatentsError`."
+    path = find(name).parent / "statistics.json"
+    if not path.is_file() and name in autoencoder.NAMED:
+        files.write_json(path, asdict(_drawings(name)))
+    if not path.is_file():
+        raise LatentsError(f"latents.autoencoder = '{name}': there is no {path.name} beside its config; "
+                           "measure your images with core.latents.with_statistics(name, images, folder), "
+                           "and name that folder; or set latents.normalize to null")
+    try:
+        told = files.read_json(path)
+        tuples = {k: tuple(v) for k, v in told.items() if isinstance(v, list)}
+        return Moments(**told | tuples | {"covariance": tuple(map(tuple, told["covariance"]))})
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise LatentsError(f"{path} holds no statistics of latents ({error}); delete it") from None
+
+# %% ../../nbs/core/11_latents.ipynb #1ae18564
+def with_statistics(name: str,           # of any autoencoder, also a hub's
+                    batches,             # one tensor (N, 3, H, W) in [-1, 1], or an iterable of such batches
+                    folder: str | Path,  # a new one: weights, config and statistics.json
+                    ) -> Path:
+    "An autoencoder with the statistics of your images, for `latents.autoencoder` with `latents.normalize`."
+    folder = Path(folder).expanduser()
+    if folder.exists() and any(folder.iterdir()):
+        raise LatentsError(f"{folder} is not empty; name a new folder")
+    found = measure(Autoencoder(_read(name), describe(name)), batches)
+    _read(name).save_pretrained(folder)
+    files.write_json(folder / "statistics.json", asdict(found))
+    return folder
 
 # %% ../../nbs/core/11_latents.ipynb #55cff77d
 @dataclass(frozen=True)

@@ -124,13 +124,16 @@ class Text(Node):
 
 # %% ../../nbs/core/01_recipe.ipynb #01f9fb68
 class Latents(Node):
-    "The space the flow lives in: pixels, or an autoencoder's latents, `(z - shift) * scale`."
+    "The space the flow lives in: pixels, or an autoencoder's latents, `(z - shift) * scale * gain`."
     # pixels, emoji-kl-f4 (trained on first use), or a hub id / local folder of a diffusers one
     autoencoder: str = "pixels"
     channels: int = Field(3, ge=1)
     factor: int = Field(1, ge=1)                  # pixels per latent cell along one side
     scale: float = Field(1.0, gt=0)
     shift: float = 0.0
+    # by the statistics that are kept with the autoencoder; none: as scale and shift say
+    normalize: Literal["scalar", "channel", "whitened"] | None = later(None)
+    gain: float = later(1.0, gt=0)                # multiplies normalised latents: wrong on purpose
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -138,6 +141,13 @@ class Latents(Node):
         if self.autoencoder == "pixels" and given != (3, 1, 1.0, 0.0):
             raise ValueError("latents.autoencoder = 'pixels' means channels 3, factor 1, scale 1, shift 0; "
                              f"got {self.channels}, {self.factor}, {self.scale}, {self.shift}")
+        if self.autoencoder == "pixels" and (self.normalize, self.gain) != (None, 1.0):
+            raise ValueError(f"latents.normalize = {self.normalize!r}, latents.gain = {self.gain:g} with "
+                             "latents.autoencoder = 'pixels': pixels stay as they are; in place of a gain k "
+                             "of the image set flow.noise_scale = 1 / k")
+        if self.normalize and (self.scale, self.shift) != (1.0, 0.0):
+            raise ValueError(f"latents.normalize = '{self.normalize}' brings a scale and shift of its own: "
+                             f"set latents.scale = 1 and latents.shift = 0; got {self.scale}, {self.shift}")
         return self
 
 # %% ../../nbs/core/01_recipe.ipynb #4db36da8

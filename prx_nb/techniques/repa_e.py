@@ -84,6 +84,9 @@ class Settings(Acts):
         if not recipe.techniques.repa.weight:
             yield (f"{me} needs techniques.repa.weight above 0, "
                    f"for it trains with repa's teacher and projector; set that, {off}")
+        if recipe.latents.normalize or recipe.latents.gain != 1:
+            yield (f"{me} normalises latents itself, so latents.normalize = {recipe.latents.normalize!r} and "
+                   f"latents.gain = {recipe.latents.gain:g} would do nothing; set null and 1, {off}")
         if recipe.train.processes > 1:
             yield (f"{me} with train.processes = {recipe.train.processes}: "
                    f"the autoencoder is trained in one process; set train.processes = 1, {off}")
