@@ -185,6 +185,7 @@ class Denoiser(Node):
     fusion: tuple[int, int | None] | None = None
     # learns the states of word pieces, whose numbers it is given; none: they come from a frozen encoder
     words: named_in("prx_nb.core.denoiser:WORDS", "table", "transformer") | None = later(None)
+    kind: named_in("prx_nb.choices.architectures:KINDS", "prx") = later("prx")     # the architecture
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -562,6 +563,14 @@ def _refuse_words(r: "Recipe") -> None:
         raise ValueError("text.encoder = 'pieces' gives the numbers of word pieces and no states; "
                          "set denoiser.words to 'table' or 'transformer', or name another encoder")
 
+# %% ../../nbs/core/01_recipe.ipynb #8678c0b3
+def _refuse_kind(r: "Recipe") -> None:
+    "Raise `ValueError` for what the chosen architecture cannot do."
+    if r.denoiser.kind != "prx":
+        kind = importlib.import_module("prx_nb.core.denoiser").kind_of(r)
+        if (why := next(iter(kind.refuse(r)), None)) is not None:
+            raise ValueError(why)
+
 # %% ../../nbs/core/01_recipe.ipynb #83a355b4
 class Recipe(Node):
     "The whole of a run."
@@ -592,7 +601,7 @@ class Recipe(Node):
 
     @model_validator(mode="after")
     def _consistent(self):
-        for refuse in (_refuse_sizes, _refuse_pairs, _refuse_guidance, _refuse_words):
+        for refuse in (_refuse_sizes, _refuse_kind, _refuse_pairs, _refuse_guidance, _refuse_words):
             refuse(self)
         return self
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from ..core import data
 from ..core import recipe as recipes
+from ..core.denoiser import kind_of
 from ..core.recipe import Recipe
 
 # %% ../../nbs/lab/03_identity.ipynb #1c61a6b3
@@ -156,6 +157,11 @@ def _files(settings: recipes.Data) -> dict[str, str]:
             return {f"what is in data.path {settings.path}": found}
     return {}
 
+# %% ../../nbs/lab/03_identity.ipynb #ac4c7329
+def _architecture(recipe: Recipe) -> list[str]:
+    "The module of the recipe's network, where no import leads to it: it is looked up by name."
+    return [kind_of(recipe).__module__] if recipe.denoiser.kind != "prx" else []
+
 # %% ../../nbs/lab/03_identity.ipynb #0fe716fe
 @lru_cache(256)
 def _reached(names: tuple[str, ...], root: Path | None, second: int) -> dict[str, str]:
@@ -176,7 +182,8 @@ def parts(notebook: Path, parameters: Mapping[str, Any], recipe: Recipe,
     stat = notebook.stat()
     cells, imports = _notebook(notebook, stat.st_mtime_ns, stat.st_size)
     used = {name: _used(name) for name in recipe.uses}
-    imports = [*imports, *(f"prx_nb.techniques.{name}" for name in recipe.techniques.on),
+    imports = [*imports, *_architecture(recipe),
+               *(f"prx_nb.techniques.{name}" for name in recipe.techniques.on),
                *(m for name, (_, more) in used.items() for m in (name, *more))]
     modules = _reached(tuple(dict.fromkeys(imports)), root, int(time.monotonic()))
     found = {"the notebook's code": cells} | own
@@ -196,7 +203,8 @@ def training(recipe: Recipe,
              ) -> str:                    # a hash
     "One key of everything that can change a trained network: recipe, source, libraries, data, what is used."
     used = {name: _used(name) for name in recipe.uses}
-    names = ["prx_nb.core.train", *also, *(f"prx_nb.techniques.{name}" for name in recipe.techniques.on),
+    names = ["prx_nb.core.train", *also, *_architecture(recipe),
+             *(f"prx_nb.techniques.{name}" for name in recipe.techniques.on),
              *(m for name, (_, more) in used.items() for m in (name, *more))]
     modules = _reached(tuple(dict.fromkeys(names)), root, int(time.monotonic()))
     marks = {f"use {name}": mark for name, (mark, _) in used.items()}
