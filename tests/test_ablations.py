@@ -24,8 +24,9 @@ def test_each_variant_is_what_its_declaration_says_and_nothing_else(name, preset
         mine, sets = ablations.recipe(ablation, variant, preset, 3), ablations.changes(ablation, variant)
         flat, base_s = recipes.flatten(mine), recipes.preset(preset)
         preset_s, plain = recipes.flatten(base_s), {k: v for k, v in sets.items() if not isinstance(v, Solved)}
-        value = lambda k, v: v.of(base_s, plain)[k] if isinstance(v, Solved) else v.of(preset_s[k]) if isinstance(v, Scaled) else v
-        assert {k: flat[k] for k in sets} == {k: value(k, v) for k, v in sets.items()}
+        found = {k: v.of(base_s, plain)[k] for k, v in sets.items() if isinstance(v, Solved)}
+        found |= {k: v.of(preset_s[k]) if isinstance(v, Scaled) else v for k, v in plain.items()}
+        assert {k: flat[k] for k in sets} == found
         allowed = set().union(*ablation.variants.values()) | ({"seed"} if ablation.seed_shift else set())
         assert set(mine.diff(base)) <= allowed
         assert mine.seed == 3 + ablation.seed_shift.get(variant, 0)
@@ -144,9 +145,9 @@ def test_a_record_says_the_plans_seed_and_the_recipe_the_true_one(sat):
 
 
 def test_published_numbers_that_are_no_test_of_ours_are_declared():
-    "Latents against pixels, a thousand tokens against sixty-four, another baseline, another learning rate."
+    "Latents against pixels, a thousand tokens against sixty-four, another baseline, another rate, other sizes."
     apart = {(name, p.source.split(", ")[2]) for name, a in ablations.known().items() for p in a.published if p.differs}
-    assert apart == {("jit", "256 px"), ("tread", "1024 px"), ("sprint", "1024 px"), ("repa_e", "256 px"), ("bf16_weights", "256 px")}
+    assert apart == {("jit", "256 px"), ("tread", "1024 px"), ("sprint", "1024 px"), ("repa_e", "256 px"), ("bf16_weights", "256 px"), ("architectures", "256 px")}
     for a in ablations.known().values():
         for p in a.published:
             assert len(p.differs.split()) < 25 and str(p).endswith(f"(not comparable: {p.differs})") == bool(p.differs)
