@@ -531,7 +531,7 @@ def _ratio(recipe: Recipe, width: int, measure: Callable[[Recipe], float], wante
     at = {r: measure(sized(r)) for r in (2, 6)}
     return 2 + 4 * (wanted - at[2]) / (at[6] - at[2])
 
-# %% ../../nbs/choices/10_architectures.ipynb #f13b62b2
+# %% ../../nbs/choices/10_architectures.ipynb #f135082f
 @lru_cache(256)
 def solve(recipe: Recipe,                            # of a PRX
           kind: str,                                 # an architecture by name
@@ -541,7 +541,8 @@ def solve(recipe: Recipe,                            # of a PRX
     d, wanted = recipe.denoiser, measure(recipe)
     depth = d.depth + (kind == "uvit" and d.depth % 2 == 0)
     sizes = {"denoiser.kind": kind, "denoiser.depth": depth, "denoiser.axes_dim": None}
-    other, step = recipe.replace(sizes), 8 * d.num_heads         # what attention's kernels like
+    each = 8 if d.hidden_size >= 64 * d.num_heads else 4         # widths of a head that kernels like
+    other, step = recipe.replace(sizes), each * d.num_heads
     ratio = lru_cache(lambda steps: _ratio(other, steps * step, measure, wanted))
     narrow, wide = 1, 2                              # in steps: room for a ratio above 4, and no room
     while ratio(wide) > 4:
