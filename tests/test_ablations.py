@@ -8,7 +8,7 @@ import torch
 from prx_nb.core import captions, train
 from prx_nb.core import recipe as recipes
 from prx_nb.lab import ablations, judge
-from prx_nb.lab.ablations import Ablation, AblationError, Scaled
+from prx_nb.lab.ablations import Ablation, AblationError, Scaled, Solved
 
 ABLATIONS = ablations.known()
 
@@ -22,8 +22,11 @@ def test_each_variant_is_what_its_declaration_says_and_nothing_else(name, preset
     base = ablations.recipe(ablation, ablation.baseline, preset, 3)
     for variant in ablation.variants:
         mine, sets = ablations.recipe(ablation, variant, preset, 3), ablations.changes(ablation, variant)
-        flat, preset_s = recipes.flatten(mine), recipes.flatten(recipes.preset(preset))
-        assert {k: flat[k] for k in sets} == {k: v.of(preset_s[k]) if isinstance(v, Scaled) else v for k, v in sets.items()}
+        flat, base_s = recipes.flatten(mine), recipes.preset(preset)
+        preset_s, plain = recipes.flatten(base_s), {k: v for k, v in sets.items() if not isinstance(v, Solved)}
+        found = {k: v.of(base_s, plain)[k] for k, v in sets.items() if isinstance(v, Solved)}
+        found |= {k: v.of(preset_s[k]) if isinstance(v, Scaled) else v for k, v in plain.items()}
+        assert {k: flat[k] for k in sets} == found
         allowed = set().union(*ablation.variants.values()) | ({"seed"} if ablation.seed_shift else set())
         assert set(mine.diff(base)) <= allowed
         assert mine.seed == 3 + ablation.seed_shift.get(variant, 0)
@@ -50,11 +53,13 @@ def test_published_numbers_are_those_of_the_post():
         "contrastive roll": (20.03, 0.40, 0.36), "jit x": (16.80, 0.54, 0.49),
         "muon muon": (15.55, 0.36, 0.35), "bf16_weights bf16": (21.87, 0.61, 0.57),
         "tread tread": (21.61, 0.55, 0.41), "sprint sprint": (22.56, 0.72, 0.42),
+        "baseline, Part 1": (13.16, 0.217), "architectures dit, Part 1": (14.02, 0.253), "architectures dit_air, Part 1": (13.16, 0.244),
+        "architectures mmdit, Part 1": (13.81, 0.190), "architectures uvit, Part 1": (14.60, 0.239),
         "tread tread, 1024 px": (14.10, 0.46, 0.37), "sprint sprint, 1024 px": (16.90, 0.51, 0.41),
     }
     for ablation in ABLATIONS.values():
         for p in ablation.published:
-            place, size = ("FID", "CMMD", "DINO-MMD").index(p.metric), ", 1024 px" if "1024 px" in p.source else ""
+            place, size = ("FID", "CMMD", "DINO-MMD").index(p.metric), next((f", {s}" for s in ("1024 px", "Part 1") if s in p.source), "")
             row = " ".join([ablation.name, p.variant, *(t for t in ("DINOv2", "DINOv3") if t in p.source and ablation.name == "repa")])
             assert (p.baseline_value, p.value) == (post["baseline" + size][place], post[row + size][place])
             assert not p.higher_is_better and "Photoroom" in p.source
@@ -140,9 +145,9 @@ def test_a_record_says_the_plans_seed_and_the_recipe_the_true_one(sat):
 
 
 def test_published_numbers_that_are_no_test_of_ours_are_declared():
-    "Latents against pixels, a thousand tokens against sixty-four, another baseline, another learning rate."
+    "Latents against pixels, a thousand tokens against sixty-four, another baseline, another rate, other sizes."
     apart = {(name, p.source.split(", ")[2]) for name, a in ablations.known().items() for p in a.published if p.differs}
-    assert apart == {("jit", "256 px"), ("tread", "1024 px"), ("sprint", "1024 px"), ("repa_e", "256 px"), ("bf16_weights", "256 px")}
+    assert apart == {("jit", "256 px"), ("tread", "1024 px"), ("sprint", "1024 px"), ("repa_e", "256 px"), ("bf16_weights", "256 px"), ("architectures", "256 px")}
     for a in ablations.known().values():
         for p in a.published:
             assert len(p.differs.split()) < 25 and str(p).endswith(f"(not comparable: {p.differs})") == bool(p.differs)

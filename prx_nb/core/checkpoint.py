@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import average, precision
-from .denoiser import PRX
+from .denoiser import Network, build_network
 from .files import atomic, is_file
 from .optimizers import new_optimizer
 from .recipe import Recipe, from_a_run
@@ -63,7 +63,7 @@ def prefixes(techniques: Sequence[nn.Module]) -> dict[str, nn.Module]:
 @dataclass
 class State:
     "What training changes."
-    model: PRX
+    model: Network
     ema: torch.optim.swa_utils.AveragedModel | None
     optimizer: torch.optim.Optimizer
     techniques: nn.ModuleList
@@ -99,7 +99,7 @@ class State:
 # %% ../../nbs/core/23_checkpoint.ipynb #7b9afda2
 def new_state(recipe: Recipe, device: torch.device, techniques: Sequence[nn.Module] = ()) -> State:
     "Fresh weights (drawn from the recipe's seed), optimizer and averages."
-    model = PRX(**recipe.denoiser.model_dump()).initialise(stream(recipe.seed, "weights")).to(device)
+    model = build_network(recipe).initialise(stream(recipe.seed, "weights")).to(device)
     state = State(precision.store(model, recipe), None, None, nn.ModuleList(techniques).to(device))
     state.optimizer = new_optimizer(recipe, state.model, state.techniques)
     if (keeps := recipe.ema.keeps(recipe.train.steps)) > 0:

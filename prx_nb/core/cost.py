@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .denoiser import PRX, Route, kept
+from .denoiser import Route, build_network, kept, kind_of
 from .recipe import Recipe, RecipeError, image_tokens, routing
 
 # %% ../../nbs/core/16_cost.ipynb #b83956cc
@@ -43,7 +43,7 @@ def _counted(recipe: Recipe, text_tokens: int | None, backward: bool, routed: bo
     from torch.utils.flop_counter import FlopCounterMode
     batch, route = _batch(recipe, text_tokens), _route(recipe) if routed else None
     with torch.device("meta"):
-        model = PRX(**recipe.denoiser.model_dump())
+        model = build_network(recipe)
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
             prediction = model(*batch, route=route).prediction
             if backward:
@@ -69,19 +69,20 @@ def flops_parts(recipe: Recipe,
                 ) -> dict[str, float]:           # by part, e.g. "blocks.0.attention"; "" is the whole
     "Floating point operations of the forward pass for one batch, by part of the denoiser."
     counts = _counted(recipe, text_tokens, False, routed).get_flop_counts()
-    return {name.removeprefix("PRX").removeprefix("."): float(sum(ops.values()))
+    return {name.partition(".")[2]: float(sum(ops.values()))          # without the name of the class
             for name, ops in counts.items() if name != "Global"}
 
 # %% ../../nbs/core/16_cost.ipynb #48f0e401
 def gpu_memory(recipe: Recipe) -> float:         # bytes, estimated
     """What training takes of a GPU: weights and their memories, what the backward pass needs, a share for
     CUDA."""
-    d, side = recipe.denoiser, recipe.data.size // recipe.latents.factor // recipe.denoiser.patch_size
+    d = recipe.denoiser
     with torch.device("meta"):
-        weights = sum(p.numel() for p in PRX(**d.model_dump()).parameters())
+        weights = sum(p.numel() for p in build_network(recipe).parameters())
     averages = (recipe.ema.keeps(recipe.train.steps) > 0) + len(recipe.ema.also)
     kept_bytes = 64 if recipe.train.precision == "bf16" else 128
-    stream = recipe.train.batch // recipe.train.processes * side**2 * d.hidden_size * d.depth
+    tokens = recipe.train.batch // recipe.train.processes * kind_of(recipe).tokens(recipe)
+    stream = tokens * d.hidden_size * d.depth
     return weights * (18 + 4 * averages) + stream * kept_bytes + 2 * 2**30
 
 # %% ../../nbs/core/16_cost.ipynb #178d973c
@@ -112,7 +113,8 @@ def least_memory(recipe: Recipe,
     "What training takes at least: the weights and what belongs to them, a batch, and what its blocks saw."
     r, d, route, side = recipe, recipe.denoiser, routing(recipe), recipe.data.size // recipe.latents.factor
     tokens = image_tokens(r) * (1 - (route.rate if route else 0))
-    seen = tokens * d.hidden_size * d.depth * (18 + 4 * d.mlp_ratio)                # numbers, of an image
+    outer, inner = kind_of(r).keeps
+    seen = tokens * d.hidden_size * d.depth * (outer + inner * d.mlp_ratio)         # numbers, of an image
     wide = (2 if r.train.precision == "bf16" else 4) / (2 if r.train.compile else 1)
     given = 4 * (3 * r.latents.channels * side ** 2 + r.text.tokens * d.text_width)
     weights = d.depth * d.hidden_size ** 2 * (4 + 2 * d.mlp_ratio)

@@ -38,6 +38,9 @@ class Parts:
 # %% ../../nbs/core/29_interop.ipynb #f1e62ebe
 def _refuse_fusion(d: recipe.Denoiser) -> None:
     "Raise `InteropError` for weights that diffusers' PRX does not have."
+    if d.kind != "prx":
+        raise InteropError(f"denoiser.kind = '{d.kind}' cannot be exported: "
+                           "diffusers' PRX pipelines hold a PRXTransformer2DModel")
     if d.fusion:
         raise InteropError(f"denoiser.fusion = {d.fusion} cannot be exported: "
                            "diffusers' PRXTransformer2DModel has no place for the weights "
@@ -87,7 +90,7 @@ def denoiser_config(d: recipe.Denoiser | dict) -> dict[str, Any]:
     "The config of diffusers' `PRXTransformer2DModel`. Raises `InteropError` for a fused denoiser."
     d = recipe.Denoiser(**d) if isinstance(d, dict) else d
     _refuse_fusion(d)
-    config = d.model_dump(mode="json")
+    config = d.model_dump(mode="json", exclude={"kind"})
     head = d.hidden_size // d.num_heads
     config["axes_dim"] = list(d.axes_dim or (head // 2, head // 2))
     quiet = {"bottleneck_size": None, "resolution_embeds": False, "fusion": None, "words": None}

@@ -48,7 +48,8 @@ def matrices(model: nn.Module, modulation: bool = True) -> dict[str, nn.Paramete
 # %% ../../nbs/core/18_optimizers.ipynb #39fe3436
 def maps(name: str) -> int:
     "How many maps are stacked in the rows of a matrix with this name."
-    return {"img_qkv_proj": 3, "txt_kv_proj": 2}.get(name.split(".")[-2], 1)
+    layer = name.split(".")[-2]
+    return 3 if layer.endswith("qkv_proj") else 2 if layer.endswith("kv_proj") else 1
 
 # %% ../../nbs/core/18_optimizers.ipynb #97d33cef
 class RowMuon(torch.optim.Muon):

@@ -215,6 +215,7 @@ class Denoiser(Node):
     fusion: tuple[int, int | None] | None = None
     # learns the states of word pieces, whose numbers it is given; none: they come from a frozen encoder
     words: named_in("prx_nb.core.denoiser:WORDS", "table", "transformer") | None = later(None)
+    kind: named_in("prx_nb.choices.architectures:KINDS", "prx") = later("prx")     # the architecture
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -684,9 +685,17 @@ def _refuse_synthetic(r: "Recipe") -> None:
         raise ValueError(f"synthetic.until = {drawn.until:g} of train.steps = {steps} is not one step; "
                          "take more, or set synthetic.share to 0")
 
+# %% ../../nbs/core/01_recipe.ipynb #8678c0b3
+def _refuse_kind(r: "Recipe") -> None:
+    "Raise `ValueError` for what the chosen architecture cannot do."
+    if r.denoiser.kind != "prx":
+        kind = importlib.import_module("prx_nb.core.denoiser").kind_of(r)
+        if (why := next(iter(kind.refuse(r)), None)) is not None:
+            raise ValueError(why)
+
 # %% ../../nbs/core/01_recipe.ipynb #1304bd24
-_REFUSALS = (_refuse_sizes, _refuse_pairs, _refuse_guidance, _refuse_words, _refuse_stream, _refuse_tuning,
-             _refuse_synthetic)
+_REFUSALS = (_refuse_sizes, _refuse_kind, _refuse_pairs, _refuse_guidance, _refuse_words,
+             _refuse_stream, _refuse_tuning, _refuse_synthetic)
 
 # %% ../../nbs/core/01_recipe.ipynb #83a355b4
 class Recipe(Node):

@@ -34,7 +34,7 @@ from .batch import summarise
 from .data import own
 from .checkpoint import CheckpointError, OtherRecipe, State, find_checkpoint, new_state, restore
 from .checkpoint import read_checkpoint, same_data, save_checkpoint, whole
-from .denoiser import PRX, compile_blocks
+from .denoiser import Network, build_network, compile_blocks
 from .files import atomic, read_json, require_writable, write_json
 from .flow import FlowMatching
 from .processes import Place
@@ -94,10 +94,10 @@ def validate(model: nn.Module, batches: list[Batch], flow: FlowMatching,
     return named
 
 # %% ../../nbs/core/25_train.ipynb #3571fff9
-def _model(recipe: Recipe, named: dict[str, Tensor]) -> PRX:
+def _model(recipe: Recipe, named: dict[str, Tensor]) -> Network:
     "The weights to sample from, out of a checkpoint's tensors: the average, if the recipe keeps one."
     prefix = "ema.module." if recipe.ema.keeps(recipe.train.steps) > 0 else "model."
-    model = PRX(**recipe.denoiser.model_dump())
+    model = build_network(recipe)
     model.load_state_dict({k.removeprefix(prefix): v for k, v in named.items() if k.startswith(prefix)})
     return model
 
@@ -107,7 +107,7 @@ class Run:
     "A trained run and its files."
     dir: Path
     recipe: Recipe
-    model: PRX
+    model: Network
     record: dict
 
     @property
@@ -428,7 +428,7 @@ def _with_init(recipe: Recipe, start: Start | None) -> Recipe:
         raise RecipeError(f"recipe.init = '{recipe.init}', but init = {start.source or 'the denoiser'} has "
                           f"'{start.mark}': pass what the recipe was made with, or replace('init', None)")
     with torch.device("meta"):
-        here = PRX(**recipe.denoiser.model_dump()).state_dict()
+        here = build_network(recipe).state_dict()
     there = {k.removeprefix("model."): v for k, v in start.tensors.items()
              if start.header is None or k.startswith("model.")}
     for name in sorted(here.keys() | there.keys()):

@@ -65,7 +65,7 @@ def raw(run: Run) -> Run:
     named = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     if not named:
         raise CheckpointError(f"{run.dir} keeps the average of its weights alone")
-    model = PRX(**run.recipe.denoiser.model_dump())
+    model = denoiser.build_network(run.recipe)
     model.load_state_dict(named)
     return replace(run, model=model.to(next(run.model.parameters()).device).eval())
 
@@ -124,7 +124,9 @@ def pieces(run: Run, prompt: str) -> list[str]:
 def word_maps(run: Run, prompt: str, image: Tensor,     # (C, h, w): what is drawn, in the run's space
               t: float = 0.5, seed: int = 0,            # how much noise is mixed in, and which
               ) -> Tensor:                              # (blocks, word pieces, h, w), shares of attention
-    "Where each word piece of a prompt acts on a noisy picture, by block; averaged over heads."
+    "Where each word piece acts on a noisy picture, by block; averaged over heads. `ValueError` but for PRX."
+    if run.recipe.denoiser.kind != "prx":
+        raise ValueError(f"denoiser.kind = '{run.recipe.denoiser.kind}': only the attention of PRX is shown")
     model, flow = run.model, FlowMatching(run.recipe.flow)
     device = next(model.parameters()).device
     text, mask = (v.to(device) for v in words(run.recipe, [prompt])[:2])

@@ -20,6 +20,7 @@ from typing import Any
 
 from ..core import data
 from ..core import recipe as recipes
+from ..core.denoiser import kind_of
 from ..core.recipe import Recipe
 
 # %% ../../nbs/lab/03_identity.ipynb #1c61a6b3
@@ -166,6 +167,11 @@ def _teacher(recipe: Recipe) -> dict[str, str]:
         return {f"what draws, {recipe.synthetic.teacher}": synthetic.mark_of(recipe.synthetic.teacher)}
     return {}
 
+# %% ../../nbs/lab/03_identity.ipynb #ac4c7329
+def _architecture(recipe: Recipe) -> list[str]:
+    "The module of the recipe's network, where no import leads to it: it is looked up by name."
+    return [kind_of(recipe).__module__] if recipe.denoiser.kind != "prx" else []
+
 # %% ../../nbs/lab/03_identity.ipynb #0fe716fe
 @lru_cache(256)
 def _reached(names: tuple[str, ...], root: Path | None, second: int) -> dict[str, str]:
@@ -186,7 +192,8 @@ def parts(notebook: Path, parameters: Mapping[str, Any], recipe: Recipe,
     stat = notebook.stat()
     cells, imports = _notebook(notebook, stat.st_mtime_ns, stat.st_size)
     used = {name: _used(name) for name in recipe.uses}
-    imports = [*imports, *(f"prx_nb.techniques.{name}" for name in recipe.techniques.on),
+    imports = [*imports, *_architecture(recipe),
+               *(f"prx_nb.techniques.{name}" for name in recipe.techniques.on),
                *(m for name, (_, more) in used.items() for m in (name, *more)),
                *(["prx_nb.choices.synthetic"] if recipe.synthetic.share else [])]
     modules = _reached(tuple(dict.fromkeys(imports)), root, int(time.monotonic()))
@@ -208,7 +215,8 @@ def training(recipe: Recipe,
              ) -> str:                    # a hash
     "One key of everything that can change a trained network: recipe, source, libraries, data, what is used."
     used = {name: _used(name) for name in recipe.uses}
-    names = ["prx_nb.core.train", *also, *(f"prx_nb.techniques.{name}" for name in recipe.techniques.on),
+    names = ["prx_nb.core.train", *also, *_architecture(recipe),
+             *(f"prx_nb.techniques.{name}" for name in recipe.techniques.on),
              *(m for name, (_, more) in used.items() for m in (name, *more)),
              *(["prx_nb.choices.synthetic"] if recipe.synthetic.share else [])]
     modules = _reached(tuple(dict.fromkeys(names)), root, int(time.monotonic()))
