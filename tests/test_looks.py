@@ -12,6 +12,7 @@ from toys import toy, wait_for
 from prx_nb.lab import batch, cli, sweep
 from prx_nb.lab import run as runs
 from prx_nb.lab.ablations import AblationError
+from prx_nb.lab.decision import decide
 from prx_nb.lab.plan import plan
 
 BODY = """
@@ -108,6 +109,27 @@ def test_what_is_read_at_a_look_is_of_that_look(tmp_path):
         return "FD", {}
     batch.until_decided(jobs, lambda some: [runs.read_status(j.out) for j in some], answers, lambda line: None)
     assert [len(r) for r in read] == [6, 10, 16]
+
+
+def test_a_question_that_was_decided_too_early_goes_on(tmp_path):
+    "A first look borrows scatter from fewer questions than the report: what does not hold at the end is taken up again."
+    jobs = asked(tmp_path, "base", "near", seeds=5) + asked(tmp_path, "base", "wild", name="other", seeds=5)
+    begun, said = [], []
+    def start(some):
+        begun.append(Counter(job.group.parent.name for job in some))
+        for job in some:
+            os.makedirs(job.out, exist_ok=True)
+            for name, value in {"record": {"status": "done"}, "status": {"state": "done", "key": job.key}}.items():
+                batch.write_json(f"{job.out}/{name}.json", value)
+        return [runs.read_status(job.out) for job in some]
+    firm, open_ = decide([1, 1.01, .99], [1, 1.01, .99], False, .05), decide([1, 1.3, .8], [1, 1.3, .8], False, .05)
+    def read(done):
+        name, n = done[0].group.parent.name, len(done)
+        early = name == "toy" and n == 6 and sum(map(sum, map(Counter.values, begun))) == 12
+        return "FD", {"near" if name == "toy" else "wild": firm if early or n == 10 else open_}
+    batch.until_decided(jobs, start, read, said.append)
+    assert begun == [{"toy": 6, "other": 6}, {"other": 4}, {"toy": 4}]
+    assert [line for line in said if "look at" in line][3] == "again toy/smoke: look at 3 seeds, FD" and said[-1].strip() == "all decided"
 
 
 @pytest.mark.parametrize("words, more", [

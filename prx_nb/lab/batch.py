@@ -576,6 +576,15 @@ def _look(q: Question, read: Callable, say: Callable[[str], None]) -> bool:
         say(line)
     return on
 
+# %% ../../nbs/lab/07_batch.ipynb #4ad370b0
+def _reopened(q: Question, read: Callable, say: Callable[[str], None]) -> bool:
+    "Look again at what was decided; it is told only where that does not hold and more seeds may come."
+    lines: list[str] = []
+    if on := _look(q, read, lines.append):
+        for line in [f"again {lines[0]}", *lines[1:]]:
+            say(line)
+    return on
+
 # %% ../../nbs/lab/07_batch.ipynb #f77b691f
 def until_decided(jobs: list[Job],         # from `plan` with `until`; others among them are just run
                   # runs some jobs, gives their statuses
@@ -585,11 +594,13 @@ def until_decided(jobs: list[Job],         # from `plan` with `until`; others am
                   say: Callable[[str], None] = print,
                   ) -> tuple[list[Job], list[dict]]:       # what was run, and how it ended
     "Run as many seeds as an answer takes. Raises what `start` raises."
-    waiting, ended = questions(jobs), {}
-    todo = [job for job in jobs if not job.look] + [job for q in waiting for job in q.due()]
+    every, ended = questions(jobs), {}
+    waiting, todo = every, [job for job in jobs if not job.look] + [job for q in every for job in q.due()]
     while todo:
         ended |= {job.out: status for job, status in zip(todo, start(todo))}
         waiting = [q for q in waiting if _look(q, read, say)]
+        # words borrow scatter from other questions, so they are asked once more when all of those are run
+        waiting = waiting or [q for q in every if len(every) > 1 and _reopened(q, read, say)]
         todo = [job for q in waiting for job in q.due() if job.out not in ended]
     ran = [job for job in jobs if job.out in ended]
     return ran, [ended[job.out] for job in ran]
