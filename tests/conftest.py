@@ -5,9 +5,7 @@ import signal
 import pytest
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-CORES = max(1, CORES // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))       # this process's share
 for name, value in {
-    "OMP_NUM_THREADS": str(CORES),
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "Agg",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -26,6 +24,12 @@ if (REHEARSE or not GPU) and os.path.exists("/dev/nvidiactl"):
 # Started in the background, a shell has this process ignore Ctrl-C, and its children inherit that. Tests send it for real.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    "Threads are shared among the workers, who inherit this: two workers of two threads on two cores wait for each other."
+    workers = int(getattr(config.option, "numprocesses", None) or 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // workers)))
 
 
 @pytest.fixture(scope="module")
