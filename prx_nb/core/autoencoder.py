@@ -20,6 +20,7 @@ from . import data, recipe
 from .files import cache_dir, read_json, write_json
 from .images import Images, one_at_a_time
 from .seeds import order, stream
+from .settings import counted
 
 # %% ../../nbs/core/12_autoencoder.ipynb #a8b44cc0
 class Settings(recipe.Node):
@@ -41,8 +42,7 @@ class Settings(recipe.Node):
 
     def key(self, images: Images) -> str:
         "Sixteen hex digits for everything that decides the weights."
-        tree = self.model_dump(mode="json", exclude={"standardise"} if self.standardise else None)
-        told = ["autoencoder 1", tree, images.key]                      # a change below counts this up
+        told = ["autoencoder 1", counted(self), images.key]             # a change below counts this up
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -39,7 +39,9 @@ class Published:
 
     @property
     def verdict(self) -> str:
-        "better or worse; published tables rarely say how sure they are."
+        "better, worse or equal; published tables rarely say how sure they are."
+        if self.value == self.baseline_value:
+            return "equal"
         return "better" if (self.value > self.baseline_value) == self.higher_is_better else "worse"
 
     def __str__(self):

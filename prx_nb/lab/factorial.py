@@ -135,6 +135,7 @@ def leftover(runs: pd.DataFrame, metric: str | None = None,
              ) -> pd.DataFrame:            # variant, seed; fitted and residual, of the logarithm
     "What each run differs by from its combination."
     metric = metric or next(m for found in runs.metrics for m in found if m.startswith("joint"))
+    runs = runs[[m.get(metric) is not None for m in runs.metrics]]
     y = pd.Series(np.log([m[metric] for m in runs.metrics]), runs.index)
     fitted = y.groupby(runs.variant).transform("mean")
     return runs[["variant", "seed"]].assign(fitted=fitted, residual=y - fitted)

@@ -594,14 +594,14 @@ def agreement(verdict: str,             # ours, or the answer to the declared qu
     "Whether our verdict has the published direction; not for a number that is no test of ours."
     if published.differs:
         return "not comparable"
-    theirs = "no difference" if published.value == published.baseline_value else published.verdict
+    theirs = published.verdict
     if verdict in ("better", "worse"):
         return "agrees" if verdict == theirs else "disagrees"
     if verdict not in ("not distinguishable", "equivalent", "undecided"):
         return "not measured here"
     if seeds < 2:
         return "one seed, cannot tell"
-    return "agrees" if theirs == "no difference" and verdict != "undecided" else f"{verdict} here"
+    return "agrees" if theirs == "equal" and verdict != "undecided" else f"{verdict} here"
 
 # %% ../../nbs/lab/13_results.ipynb #759000e4
 def answer(row) -> str:     # of a table
