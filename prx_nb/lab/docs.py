@@ -400,7 +400,7 @@ def published_line(path: Path, home: Path) -> dict:           # a Markdown cell
             "metadata": {}, "source": [said]}
 
 # %% ../../nbs/lab/19_docs.ipynb #c8b7b48e
-_SIGNPOST = re.compile(r"---\n[^\n]*\[The path\]\([^\n]*")
+_SIGNPOST = re.compile(r"---\n[^\n]*\[The path\]\([^\n]*|Stored here is preset `smoke`, [^\n]*")
 
 
 def link_notebooks(home: Path) -> int:          # how many changed
@@ -410,7 +410,7 @@ def link_notebooks(home: Path) -> int:          # how many changed
         nb, last = json.loads(path.read_text()), [signpost(path, order, home)]
         if path.parent.name == "ablations":
             last.insert(0, published_line(path, home))
-        ids = {cell["id"] for cell in last}            # a notebook that had another name has another's, too
+        ids = {cell["id"] for cell in last}            # a copy, or what had another name, has another's, too
         ours = lambda c, ids=ids: c.get("id") in ids or _SIGNPOST.fullmatch("".join(c["source"]))
         before, nb["cells"] = nb["cells"], [c for c in nb["cells"] if not ours(c)] + last
         if nb["cells"] == before:
