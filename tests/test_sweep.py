@@ -226,6 +226,14 @@ def test_the_shipped_sweep_is_right_and_its_commands_exist():
     assert {name for name, _ in told} <= set(commands)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_sweep_is_a_plan_with_a_name_of_its_own(path):
+    read = sweep.read(path)
+    jobs = read.jobs()
+    assert read.name == path.stem and len({j.out for j in jobs}) == len(jobs) > 20
+    assert {entry.ablation for entry in read.runs} == {j.group.parent.name for j in jobs}
+
+
 def put_record(folder, seconds, training, images, status=None, **facts):
     folder.mkdir(parents=True)
     facts = {"status": "done", "ablation": "prediction_target", "preset": "cpu", "variant": "v", "hardware": "abacus"} | facts
