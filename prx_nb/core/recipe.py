@@ -401,8 +401,8 @@ class Train(Node):
             raise ValueError(f"train.batch = {self.batch} cannot be shared out evenly "
                              f"among train.processes = {self.processes}")
         if self.seconds and self.processes > 1:
-            raise ValueError(f"train.seconds = {self.seconds:g} with train.processes = {self.processes}: each "
-                             "process has a clock of its own, and they must end at one step; train in one")
+            raise ValueError(f"train.seconds = {self.seconds:g} with train.processes = {self.processes}: "
+                             "each has a clock of its own, and they must end at one step; train in one")
         return self
 
 # %% ../../nbs/core/01_recipe.ipynb #76375897
@@ -973,16 +973,21 @@ def _at_length(train: Train, steps: int) -> dict[str, int]:
 # %% ../../nbs/core/01_recipe.ipynb #e1ba4b3e
 _PRESETS = {"smoke": _SMOKE, "cpu": {}, "gpu": _GPU, "paper": _PAPER}
 PRESETS = tuple(_PRESETS)
+_FOUND = "prx_nb.lab.stack"             # the room of those that runs have found; it is asked by name
 
 
-def preset(name: str,                   # smoke, cpu, gpu or paper
+def preset(name: str,                   # smoke, cpu, gpu or paper; or best, speedrun: found by runs
            steps: int | None = None,    # of training, with as many looks and checkpoints; none: the preset's
+           base: str = "cpu",           # the size of one that was found
            ) -> Recipe:
-    "The baseline recipe at a size. Raises `RecipeError` for another name."
-    if name not in _PRESETS:
-        raise RecipeError(f"no preset '{name}'; there are {', '.join(PRESETS)}")
-    base = Recipe().replace(_PRESETS[name])
-    return base if steps is None else base.replace(_at_length(base.train, steps))
+    "The baseline recipe at a size, or what was found to be useful there. Raises `RecipeError`."
+    found = {} if name in _PRESETS else importlib.import_module(_FOUND).PRESETS
+    for wanted, there in ((name, (*_PRESETS, *found)), (base, PRESETS)):
+        if wanted not in there:
+            raise RecipeError(f"no preset '{wanted}'; there are {', '.join(there)}")
+    made = Recipe().replace(_PRESETS[base if found else name])
+    made = importlib.import_module(_FOUND).named(name, made) if found else made
+    return made if steps is None else made.replace(_at_length(made.train, steps))
 
 # %% ../../nbs/core/01_recipe.ipynb #2ef26e75
 def _nearest(r: Recipe) -> tuple[str, Differences]:
