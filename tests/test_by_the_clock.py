@@ -13,7 +13,7 @@ CLOCKED = preset("smoke").replace({"train.seconds": 10.0, "train.steps": 99, "tr
 class Clock:
     "Each step takes a second, each validation a hundred; nothing else takes any."
     def __init__(self, patch, break_at=None):
-        self.now, self.rates, step, look, learn = 0.0, [], training._step, training._look, training.learning_rate
+        self.now, self.rates, step, look = 0.0, [], training._step, training._look
 
         def stepped(s, batch, number):
             if number == break_at:
