@@ -100,14 +100,17 @@ def records_of(name: str,                        # an ablation
     home = Path(folder) if folder else efficiency.homes("")[2]
     return results.from_records(home / (name if preset == "cpu" else f"{name}/{preset}") / "records")
 
-# %% ../../nbs/lab/28_stack.ipynb #c6d1fd09
+# %% ../../nbs/lab/28_stack.ipynb #79afc22f
 def chosen(folder: str | Path | None = None,       # outputs/published
-           ) -> dict[str, tuple[str, ...]] | None: # STACK and FOUR as the rules have them; none: no records
+           ) -> dict[str, tuple[str, ...]] | None: # STACK and FOUR as the rules have them; none: too few runs
     "What the rules take from the published runs of the design."
     runs = records_of(DESIGN, folder=folder)
     if not len(runs):
         return None
-    found = factorial.effects(runs)
+    try:
+        found = factorial.effects(runs)
+    except ValueError:                                 # not through
+        return None
     return {"STACK": tuple(factorial.stacked(found)), "FOUR": tuple(foremost(found))}
 
 # %% ../../nbs/lab/28_stack.ipynb #b5cb1483
