@@ -60,3 +60,18 @@ def test_each_ablation_of_the_stack_follows_the_constants():
         assert a.train.seconds == b.train.seconds and a.train.steps == b.train.steps == 50 * preset(size).train.steps
     mine = ablations.recipe(known["equal_time"], "best", "smoke", overrides={"train.seconds": 3.0})
     assert mine.train.seconds == 3.0, "the reader's own budget"
+
+
+@pytest.mark.parametrize("size", PRESETS)
+def test_preset_speedrun_is_the_whole_recipe_at_each_size(size):
+    run, whole = preset("speedrun", base=size), ablations.recipe(ablations.get("speedrun"), "whole", size)
+    assert set(run.diff(whole)) <= {p for p in run.diff(preset(size)) if p.startswith("evaluate")} | {"evaluate.features", "evaluate.beside", "evaluate.choose"}
+    assert run.optimizer.name == "muon" and run.sample.guide == "route" and run.latents.autoencoder == "pixels"
+
+
+def test_each_part_of_the_speedrun_is_left_out_alone():
+    ablation = ablations.get("speedrun")
+    whole = ablations.recipe(ablation, "whole", "cpu")
+    left = {v: {p.rpartition(".")[0] for p in ablations.recipe(ablation, v, "cpu").diff(whole)} for v in ablation.variants if v.startswith("without_")}
+    assert len(left) == 7 and all(left.values())
+    assert left["without_muon"] == {"optimizer"} and left["without_routing"] == {"techniques.tread", "sample"} and left["without_x"] == {"flow"}

@@ -76,8 +76,8 @@ def in_pairs(names: Sequence[str] = FOUR,
     groups = [(), *((name,) for name in names), *itertools.combinations(names, 2)]
     return {"+".join(group) or "none": together(group) for group in groups}
 
-# %% ../../nbs/lab/28_stack.ipynb #e60e99bc
-PRESETS = {"best": ("best", "best")}      # name -> ablation and variant
+# %% ../../nbs/lab/28_stack.ipynb #b19b7314
+PRESETS = {"best": ("best", "best"), "speedrun": ("speedrun", "whole")}     # name -> ablation and variant
 
 
 def named(name: str, base: Recipe) -> Recipe:
