@@ -656,7 +656,8 @@ def _begin(s: Session) -> None:
                   seed=s.recipe.seed, git_commit=git_commit(), versions=versions(),
                   hardware=hardware(s.place.device), cost={"flops_step": cost.flops_step(s.recipe)},
                   precision={"asked": s.recipe.train.precision, "computed": _computed(s)},
-                  deterministic=s.place.device.type == "cpu" or s.recipe.train.deterministic,
+                  deterministic=not s.recipe.train.seconds and (
+                      s.place.device.type == "cpu" or s.recipe.train.deterministic),
                   data_summary=json.loads(json.dumps(asdict(summary))), **by_hand, **started)
 
 # %% ../../nbs/core/25_train.ipynb #d236e426

@@ -6,9 +6,9 @@
 __all__ = ['WIDTHS', 'LENGTHS', 'called', 'grid', 'points', 'Law', 'fit', 'fits', 'interval', 'order', 'order_words', 'law_words',
            'beyond', 'scaling_figure']
 
-# %% ../../nbs/lab/29_scaling.ipynb #571491f5
+# %% ../../nbs/lab/29_scaling.ipynb #865b401e
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,12 +100,18 @@ def fits(seen: pd.DataFrame,               # of one side, from `points`
     again = lambda: pd.concat([by_seed[i] for i in rng.integers(len(by_seed), size=len(by_seed))])
     return law, [fit(*columns(again()), start=law) for _ in range(draws if len(by_seed) > 1 else 0)]
 
-# %% ../../nbs/lab/29_scaling.ipynb #85e99fab
-def interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:
-    "Between the quantiles of a bootstrap; not a number where nothing was drawn."
-    if not values:
+# %% ../../nbs/lab/29_scaling.ipynb #8452c97e
+def interval(values: Sequence[float],      # of a bootstrap
+             seeds: int,                   # that were drawn from: few stretch it
+             confidence: float = 0.95) -> tuple[float, float]:
+    "An interval from a bootstrap over few seeds; not a number where nothing was drawn."
+    from scipy import stats
+    if not len(values) or seeds < 2:
         return math.nan, math.nan
-    return tuple(float(v) for v in np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2]))
+    tail = (1 + confidence) / 2
+    stretch = math.sqrt(seeds / (seeds - 1)) * float(stats.t.ppf(tail, seeds - 1) / stats.norm.ppf(tail))
+    low, middle, high = (float(v) for v in np.quantile(values, [1 - tail, 0.5, tail]))
+    return middle + stretch * (low - middle), middle + stretch * (high - middle)
 
 # %% ../../nbs/lab/29_scaling.ipynb #196ff95f
 def order(seen: pd.DataFrame,              # from `points`
@@ -132,26 +138,26 @@ def order_words(found: pd.DataFrame) -> str:       # from `order`
     return (f"the stack has the lower error in {less} of {len(found)} combinations of size and length "
             f"({said}; corrected for their number)")
 
-# %% ../../nbs/lab/29_scaling.ipynb #9fdbedee
+# %% ../../nbs/lab/29_scaling.ipynb #68a62846
 def law_words(side: str, law: Law, others: list[Law], seeds: int) -> str:
     "A law in a sentence, with its intervals."
     said = []
     for name, words in (("alpha", "weights^-"), ("beta", "images^-")):
-        low, high = interval([getattr(o, name) for o in others])
+        low, high = interval([getattr(o, name) for o in others], seeds)
         ends = f" [{low:.2f}, {high:.2f}]" if others else " (one seed, no interval)"
         said.append(f"{words}{getattr(law, name):.2f}{ends}")
-    low, high = interval([o.c for o in others])
+    low, high = interval([o.c for o in others], seeds)
     left = f"{law.c:.3g}" + (f" [{low:.3g}, {high:.3g}]" if others else "")
     return f"{side} falls as {' and '.join(said)} towards {left} ({seeds} seeds)"
 
-# %% ../../nbs/lab/29_scaling.ipynb #1eb08cec
+# %% ../../nbs/lab/29_scaling.ipynb #bf61b437
 def beyond(laws: Mapping[str, tuple[Law, list[Law]]],      # "plain" and "best", from `fits`
            weights: float, images: float,
            seen: pd.DataFrame) -> str:
     "What the curves have for another size and length, in a sentence that says how far away it is."
     ratio = lambda a, b: float(a(weights, images) / b(weights, images))
     (best, bests), (plain, plains) = laws["best"], laws["plain"]
-    low, high = interval([ratio(a, b) for a, b in zip(bests, plains)])
+    low, high = interval([ratio(a, b) for a, b in zip(bests, plains)], seen.seed.nunique())
     far = weights / seen.weights.max(), images / seen.images.max()
     ends = f" [{low:.2f}, {high:.2f}]" if bests and plains else ""
     return (f"at {weights:,.0f} weights and {images:,.0f} images the curves have the stack at "
