@@ -79,7 +79,7 @@ def test_no_recipe_gets_another_name(name):
 
 @pytest.mark.parametrize("changes,words", [
     ({"techniques.repa.weight": 0.5, "techniques.repa.stop": 0.8}, "techniques.repa.stop = 0.8 with train.seconds = 9"),
-    ({"captions.last": "short"}, "captions.last_share = 0.2 with"), ({"train.processes": 2}, "each process has a clock of its own"),
+    ({"captions.last": "short"}, "captions.last_share = 0.2 with"), ({"train.processes": 2}, "each has a clock of its own"),
     ({"train.seconds": -1}, "greater than 0"),
 ])
 def test_shares_of_all_steps_are_refused(changes, words):

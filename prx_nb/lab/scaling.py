@@ -6,7 +6,7 @@
 __all__ = ['WIDTHS', 'LENGTHS', 'called', 'grid', 'points', 'Law', 'fit', 'fits', 'interval', 'order', 'order_words', 'law_words',
            'beyond', 'scaling_figure']
 
-# %% ../../nbs/lab/29_scaling.ipynb #865b401e
+# %% ../../nbs/lab/29_scaling.ipynb #4f09049c
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from . import results
 from .ablations import Scaled
 from .decision import compared, word_of
 
@@ -164,7 +163,7 @@ def beyond(laws: Mapping[str, tuple[Law, list[Law]]],      # "plain" and "best",
             f"x{ratio(best, plain):.2f}{ends} the baseline's error; that is {far[0]:,.0f} times the weights "
             f"and {far[1]:,.0f} times the images of the largest run, so it is a belief and no finding")
 
-# %% ../../nbs/lab/29_scaling.ipynb #4047ed14
+# %% ../../nbs/lab/29_scaling.ipynb #f8baa58f
 def scaling_figure(seen: pd.DataFrame, laws: Mapping[str, tuple[Law, list[Law]]]):      # a matplotlib figure
     "Runs by images seen, one colour a size, with the fitted curve; a panel a side."
     import matplotlib.pyplot as plt
@@ -177,5 +176,6 @@ def scaling_figure(seen: pd.DataFrame, laws: Mapping[str, tuple[Law, list[Law]]]
             ax.plot(part.images, part.value, "o", ms=3, color=f"C{n}")
             ax.plot(x, law(weights, x), color=f"C{n}", lw=1, label=f"{weights / 1e6:.2g}M weights")
         ax.set(xscale="log", yscale="log", xlabel="images seen", title=side)
-    axes[0, 0].set_ylabel("error"); axes[0, -1].legend(fontsize=7)
+    axes[0, 0].set_ylabel("error")
+    axes[0, -1].legend(fontsize=7)
     return fig
