@@ -382,6 +382,7 @@ class Ema(Node):
 class Train(Node):
     "Length, batch, precision, how often to look and to save, and in how many processes."
     steps: int = Field(1000, ge=1)
+    seconds: float | None = later(None, gt=0)     # ends when its steps took so long, `steps` at most
     batch: int = Field(32, ge=1)                  # images a step, of all processes together
     precision: Literal["fp32", "bf16"] = "fp32"   # of the computation
     weights: Literal["fp32", "bf16"] = "fp32"     # of the denoiser's weights and their optimizer state
@@ -399,6 +400,9 @@ class Train(Node):
         if self.batch % self.processes:
             raise ValueError(f"train.batch = {self.batch} cannot be shared out evenly "
                              f"among train.processes = {self.processes}")
+        if self.seconds and self.processes > 1:
+            raise ValueError(f"train.seconds = {self.seconds:g} with train.processes = {self.processes}: "
+                             "each has a clock of its own, and they must end at one step; train in one")
         return self
 
 # %% ../../nbs/core/01_recipe.ipynb #76375897
@@ -685,6 +689,22 @@ def _refuse_synthetic(r: "Recipe") -> None:
         raise ValueError(f"synthetic.until = {drawn.until:g} of train.steps = {steps} is not one step; "
                          "take more, or set synthetic.share to 0")
 
+# %% ../../nbs/core/01_recipe.ipynb #3dfee6a9
+def _refuse_clock(r: "Recipe") -> None:
+    "Raise `ValueError` for shares of all steps where the clock says how many there are."
+    if r.train.seconds is None:
+        return
+    drawn = r.synthetic.share and r.synthetic.until < 1
+    shares = [f"tuning.share = {r.tuning.share:g}"] if r.tuning.subset else []
+    shares += [f"captions.last_share = {r.captions.last_share:g}"] if r.captions.last else []
+    shares += [f"synthetic.until = {r.synthetic.until:g}"] if drawn else []
+    shares += [f"techniques.{name}.{when} = {moment:g}" for name, node in r.techniques.on.items()
+               for when in ("start", "stop") if isinstance(moment := getattr(node, when), float)]
+    if shares:
+        raise ValueError(f"{' and '.join(shares)} with train.seconds = {r.train.seconds:g}: a share of all "
+                         "steps cannot be known where the clock ends a run; name a step, or set "
+                         "train.seconds = null")
+
 # %% ../../nbs/core/01_recipe.ipynb #8678c0b3
 def _refuse_kind(r: "Recipe") -> None:
     "Raise `ValueError` for what the chosen architecture cannot do."
@@ -695,7 +715,7 @@ def _refuse_kind(r: "Recipe") -> None:
 
 # %% ../../nbs/core/01_recipe.ipynb #1304bd24
 _REFUSALS = (_refuse_sizes, _refuse_kind, _refuse_pairs, _refuse_guidance, _refuse_words,
-             _refuse_stream, _refuse_tuning, _refuse_synthetic)
+             _refuse_stream, _refuse_tuning, _refuse_synthetic, _refuse_clock)
 
 # %% ../../nbs/core/01_recipe.ipynb #83a355b4
 class Recipe(Node):
@@ -953,16 +973,21 @@ def _at_length(train: Train, steps: int) -> dict[str, int]:
 # %% ../../nbs/core/01_recipe.ipynb #e1ba4b3e
 _PRESETS = {"smoke": _SMOKE, "cpu": {}, "gpu": _GPU, "paper": _PAPER}
 PRESETS = tuple(_PRESETS)
+_FOUND = "prx_nb.lab.stack"             # the room of those that runs have found; it is asked by name
 
 
-def preset(name: str,                   # smoke, cpu, gpu or paper
+def preset(name: str,                   # smoke, cpu, gpu or paper; or best, speedrun: found by runs
            steps: int | None = None,    # of training, with as many looks and checkpoints; none: the preset's
+           base: str = "cpu",           # the size of one that was found
            ) -> Recipe:
-    "The baseline recipe at a size. Raises `RecipeError` for another name."
-    if name not in _PRESETS:
-        raise RecipeError(f"no preset '{name}'; there are {', '.join(PRESETS)}")
-    base = Recipe().replace(_PRESETS[name])
-    return base if steps is None else base.replace(_at_length(base.train, steps))
+    "The baseline recipe at a size, or what was found to be useful there. Raises `RecipeError`."
+    found = {} if name in _PRESETS else importlib.import_module(_FOUND).PRESETS
+    for wanted, there in ((name, (*_PRESETS, *found)), (base, PRESETS)):
+        if wanted not in there:
+            raise RecipeError(f"no preset '{wanted}'; there are {', '.join(there)}")
+    made = Recipe().replace(_PRESETS[base if found else name])
+    made = importlib.import_module(_FOUND).named(name, made) if found else made
+    return made if steps is None else made.replace(_at_length(made.train, steps))
 
 # %% ../../nbs/core/01_recipe.ipynb #2ef26e75
 def _nearest(r: Recipe) -> tuple[str, Differences]:

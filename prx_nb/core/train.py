@@ -175,6 +175,7 @@ def _repr_html_(self: Run) -> str:
     rows = [("recipe", self.recipe.key), ("status", record.get("status", "no record")),
             ("steps", f"{self.recipe.train.steps} of {self.recipe.train.batch} images"),
             ("parameters", f"{weights:,}")]
+    rows += [("ended by the clock at step", record["ended"]["step"])] if record.get("ended") else []
     rows += [("seconds of training", f"{seconds:.0f}")] if isinstance(seconds, int | float) else []
     rows += [("begun from", self.recipe.init)] if self.recipe.init else []
     rows += [(name, f"{value:.4g}") for name, value in list((record.get("metrics") or {}).items())[:8]
@@ -228,16 +229,20 @@ def progress_bar(first: int, last: int, show: bool) -> tuple[Callable[[str], Non
 # %% ../../nbs/core/25_train.ipynb #48a9e81c
 def learning_rate(recipe: Recipe, step: int,
                   height: float | None = None,     # of a group of weights; none: optimizer.lr
+                  spent: float | None = None,      # share of `train.seconds`; none: by steps
                   ) -> float:
-    "The rate of a step, numbered from 0."
+    "The rate of a step, numbered from 0. By the clock it falls with the seconds that are left."
     o, (first, end, factor) = recipe.optimizer, recipe.tuning.stage(step, recipe.train.steps)
     rise = (step + 1) / max(1, o.warmup)
     fall = (end - step) / max(1, o.cooldown * (end - first))
+    if spent is not None:
+        fall = max(0.0, 1 - spent) / o.cooldown if o.cooldown else 1
     return (o.lr if height is None else height) * factor * min(1, rise, fall)
 
 # %% ../../nbs/core/25_train.ipynb #e6772abb
 def optimise(state: State, losses: dict[str, Tensor], recipe: Recipe, step: int,
-             place: Place | None = None) -> Tensor:
+             place: Place | None = None, spent: float | None = None,      # share of `train.seconds`
+             ) -> Tensor:
     "Backward, clip by the norm over all shares, warm-up, step, average. Returns the norm before clipping."
     sum(losses.values()).backward()
     for k in state.techniques if place else ():                    # the denoiser's were averaged on the way
@@ -245,9 +250,11 @@ def optimise(state: State, losses: dict[str, Tensor], recipe: Recipe, step: int,
             place.average_gradients(k)
     norm = whole(nn.utils.clip_grad_norm_(state.parameters(), recipe.optimizer.clip))
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, step, group.get("initial_lr"))
+        group["lr"] = learning_rate(recipe, step, group.get("initial_lr"), spent)
     precision.step(state.optimizer, precision.emulated(recipe, state.model))
     state.optimizer.zero_grad(set_to_none=True)
+    if spent and recipe.ema.share:                                 # so many steps as the clock will allow
+        state.ema.keeps = recipe.ema.keeps(step / spent)
     average.update(state.averages(), state.model, recipe.ema, step)
     return norm
 
@@ -274,6 +281,7 @@ class Clock:
         self.before = float(header.get("seconds", 0.0))
         self.spent_before = json.loads(header.get("joules", "null")) if header else 0.0
         self.total, self.spent, self.elsewhere = self.before, self.spent_before, 0.0
+        self.stands = False
 
     def __enter__(self) -> "Clock":
         self.began = time.perf_counter()
@@ -281,8 +289,9 @@ class Clock:
         return self
 
     def seconds(self) -> float:
-        "Seconds so far."
-        self.total = self.before + time.perf_counter() - self.began
+        "Seconds so far; they stand still in `aside`."
+        if not self.stands:
+            self.total = self.before + time.perf_counter() - self.began
         return self.total
 
     def joules(self) -> float | None:
@@ -297,11 +306,12 @@ class Clock:
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         "What is done inside is not training: its seconds and joules are left out."
-        began, spent = time.perf_counter(), self.meter.joules
+        self.seconds()
+        began, spent, self.stands = time.perf_counter(), self.meter.joules, True
         try:
             yield
         finally:
-            self.began += time.perf_counter() - began
+            self.began, self.stands = self.began + time.perf_counter() - began, False
             self.elsewhere += 0.0 if spent is None else (self.meter.joules or spent) - spent
 
     def __exit__(self, *error) -> None:
@@ -410,6 +420,9 @@ def state_of(run: Run | str | Path,
              ) -> Start:
     "The whole state of a finished run, to go on with. Raises `CheckpointError` where it is not all there."
     run = run if isinstance(run, Run) else Run.load(run)
+    if run.recipe.train.seconds:
+        raise CheckpointError(f"{run.dir} ended by the clock (train.seconds = {run.recipe.train.seconds:g}); "
+                              "train(..., init=run) begins with its weights")
     tensors, header = find_checkpoint(run.dir / "checkpoint", run.recipe)
     if int(header["step"]) < run.recipe.train.steps:
         raise CheckpointError(f"{run.dir} is at step {header['step']} of {run.recipe.train.steps}: "
@@ -465,6 +478,21 @@ class Session:
     start: Start | None = None        # weights that it began with, where they were given
     looks: Looks | None = None        # who looks on
     stop: Callable[[], bool] = lambda: False       # whether a person wants it to stop
+    done: int = 0                     # steps so far
+
+    @property
+    def spent(self) -> float | None:
+        "Share of `train.seconds`; none where steps are counted."
+        return self.clock.seconds() / self.recipe.train.seconds if self.recipe.train.seconds else None
+
+    @property
+    def through(self) -> bool:
+        "Whether the last step is done, or the time is up."
+        return self.done == self.recipe.train.steps or self.done > 0 and (self.spent or 0) >= 1
+
+    def untimed(self) -> contextlib.AbstractContextManager:
+        "Where the budget is seconds of steps, what is done inside is none of them."
+        return self.clock.aside() if self.recipe.train.seconds else contextlib.nullcontext()
 
     @property
     def flow(self) -> FlowMatching:
@@ -483,7 +511,7 @@ def _step(s: Session, batch: Batch, step: int) -> dict[str, Tensor]:
     with precision.autocast(s.recipe, device):
         noisy = add_noise(batch, s.recipe, step, device, part)
         losses = objective(s.model, noisy, s.flow, s.state.techniques, step)
-    norm = optimise(s.state, losses, s.recipe, step, s.place)
+    norm = optimise(s.state, losses, s.recipe, step, s.place, s.spent)
     return {f"loss {k}": v.detach() for k, v in losses.items()} | {"gradient norm": norm}
 
 # %% ../../nbs/core/25_train.ipynb #d6cf8cd2
@@ -547,30 +575,40 @@ def _stop_button(pressed: bool) -> Iterator[Callable[[], bool]]:
     finally:
         signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
+# %% ../../nbs/core/25_train.ipynb #ded78928
+def _pause(s: Session, fixed: list[Batch], latest: dict[str, float], looks: bool, saves: bool) -> None:
+    "Look at the held-out images and save, after a step."
+    with s.untimed():
+        if looks:
+            _look(s, fixed, s.done, latest)
+        if saves:
+            _keep(s, s.done)
+
 # %% ../../nbs/core/25_train.ipynb #9c8e9f1f
 def _loop(s: Session) -> None:
-    "Steps `first` to the last."
-    c, device, late = s.recipe.train, s.place.device, []
+    "Steps `first` to the last, or until the time is up."
+    c, device, late, s.done = s.recipe.train, s.place.device, [], s.first
     if c.compile and device.type == "cuda":
         compile_blocks(s.state.model)
-    fixed = validation_set(s.prepared, s.recipe, device)
+    with s.untimed():
+        fixed = validation_set(s.prepared, s.recipe, device)
+        held = device.type == "cuda" and not s.prepared.stream
+        data = hold(s.prepared, device, _spare(device)) if held else s.prepared
     tell, tick = progress_bar(s.first, c.steps, s.progress)
     far = Progress(s.out, c.steps) if s.place.main else None
-    held = device.type == "cuda" and not s.prepared.stream
-    data = hold(s.prepared, device, _spare(device)) if held else s.prepared
     read = batches(data, s.recipe, s.first, s.place.part(c.batch), device)
-    for step, batch in enumerate(ahead(read, range(s.first, c.steps), device.type == "cuda"), s.first):
-        values, done = _step(s, batch, step), step + 1
-        late.append((done, values))
-        looks, saves = (done % n == 0 or done == c.steps for n in (c.validate_every, c.checkpoint_every))
-        seen, stops = s.looks is not None and s.looks.due(done), s.stop() and done < c.steps
+    numbers = range(s.first, s.first if s.through else c.steps)
+    for step, batch in enumerate(ahead(read, numbers, device.type == "cuda"), s.first):
+        late.append((step + 1, _step(s, batch, step)))
+        s.done = done = step + 1
+        last = s.through
+        looks, saves = (done % n == 0 or last for n in (c.validate_every, c.checkpoint_every))
+        seen, stops = s.looks is not None and (s.looks.due(done) or last), s.stop() and not last
         if device.type == "cpu" or len(late) == 20 or looks or saves or seen or stops:
             latest = _note(s, late)
             tell(" ".join(f"{k} {v:.4f}" for k, v in latest.items() if k.startswith("loss")))
-        if looks:
-            _look(s, fixed, done, latest)
-        if saves or stops:
-            _keep(s, done)
+        if looks or saves or stops:
+            _pause(s, fixed, latest, looks, saves or stops)
         tick()
         if far:
             far.tell(done, s.clock.seconds())
@@ -579,6 +617,8 @@ def _loop(s: Session) -> None:
                 s.looks(done, s.run())
         if stops:
             raise Stopped(f"stopped at step {done}; call again to go on")
+        if last:
+            break
 
 # %% ../../nbs/core/25_train.ipynb #a765cf5b
 def _computed(s: Session) -> str:
@@ -616,7 +656,8 @@ def _begin(s: Session) -> None:
                   seed=s.recipe.seed, git_commit=git_commit(), versions=versions(),
                   hardware=hardware(s.place.device), cost={"flops_step": cost.flops_step(s.recipe)},
                   precision={"asked": s.recipe.train.precision, "computed": _computed(s)},
-                  deterministic=s.place.device.type == "cpu" or s.recipe.train.deterministic,
+                  deterministic=not s.recipe.train.seconds and (
+                      s.place.device.type == "cpu" or s.recipe.train.deterministic),
                   data_summary=json.loads(json.dumps(asdict(summary))), **by_hand, **started)
 
 # %% ../../nbs/core/25_train.ipynb #d236e426
@@ -625,15 +666,17 @@ def _finish(s: Session) -> None:
     for technique in s.state.techniques:
         technique.keep(s.out)
     s.curves.save()
-    c, clock = s.recipe.train, s.clock
+    c, clock, steps = s.recipe.train, s.clock, s.done or s.recipe.train.steps
     source = clock.meter.source if clock.spent is not None else None
     bad = dict(s.prepared.stream.unreadable) if s.prepared.stream else {}
     if bad and s.progress:
         print(f"{len(bad)} samples could not be read, others were taken: record.json", flush=True)
     unread = {"unreadable_samples": bad} if bad else {}           # of what this process has read
+    if c.seconds:
+        unread["ended"] = {"step": steps, "by": "steps" if steps == c.steps else "seconds"}
     update_record(s.out, status="done", **unread, finished=now(), metrics=s.curves.last("val"), cost={
-        "train_seconds": clock.total, "step_seconds": clock.total / c.steps,
-        "images_seen": c.steps * c.batch, "peak_memory_mb": peak_memory(s.place.device),
+        "train_seconds": clock.total, "step_seconds": clock.total / steps,
+        "images_seen": steps * c.batch, "peak_memory_mb": peak_memory(s.place.device),
         "parameters": sum(p.numel() for p in s.state.model.parameters()),
         "energy_joules": clock.spent, "energy_source": source})
 

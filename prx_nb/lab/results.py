@@ -203,7 +203,7 @@ def _row(run: Path, found: Mapping) -> dict[str, Any]:
             "seconds": next(iter(seconds), None),
             "folder": str(run),
             "cost": cost,
-            "steps": _steps(run),
+            "steps": (kept("ended").get("step") or _steps(run)),      # by the clock: where it ended
             "overrides": overrides if isinstance(overrides, dict) else {},
             "history": read_status(run).get("history") or [],
         }
