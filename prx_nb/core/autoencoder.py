@@ -41,7 +41,9 @@ class Settings(recipe.Node):
 
     def key(self, images: Images) -> str:
         "Sixteen hex digits for everything that decides the weights."
-        tree = self.model_dump(mode="json", exclude={"standardise"} if self.standardise else None)
+        off = {"standardise": True} if self.standardise else {}
+        off |= {} if self.data.fit == "keep" else {"data": {"grid", "stretch"}}         # came later
+        tree = self.model_dump(mode="json", exclude=off)
         told = ["autoencoder 1", tree, images.key]                      # a change below counts this up
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -48,6 +48,22 @@ def _refuse_source(d: "Data") -> None:
         raise ValueError(f"data.stream = False with data.source = '{d.source}': only shards are "
                          "streamed, all else is prepared whole in any case")
 
+# %% ../../nbs/core/01_recipe.ipynb #4ad4b7a4
+def _refuse_fit(d: "Data") -> None:
+    "Raise `ValueError` where pictures cannot keep their shape, or what is said of shapes would do nothing."
+    if d.fit != "keep":
+        for name, value, usual in (("grid", d.grid, None), ("stretch", d.stretch, 0)):
+            if value != usual:
+                raise ValueError(f"data.{name} = {value} with data.fit = '{d.fit}' would do nothing; "
+                                 "it is of data.fit = 'keep'")
+        return
+    if d.source in ("emoji", "pack", "shards"):
+        raise ValueError(f"data.fit = 'keep' with data.source = '{d.source}': "
+                         "only pictures of a folder or of hf can keep their shape; set data.fit to 'crop'")
+    if d.grid is None or d.size % d.grid:
+        raise ValueError(f"data.grid = {d.grid} with data.fit = 'keep': say of how many pixels the sides are "
+                         f"multiples, a divisor of data.size = {d.size}")
+
 # %% ../../nbs/core/01_recipe.ipynb #28a3c327
 class Data(Node):
     "Which captioned images, at which size, and what is held out."
@@ -68,7 +84,10 @@ class Data(Node):
     encoding: str | None = later(None)            # of caption files that are not UTF-8, e.g. cp1252, gbk
     # an image without a caption; none: its file's name where that is words, else the empty caption
     no_caption: Literal["skip", "empty", "name"] | None = later(None)
-    fit: Literal["crop", "pad"] = later("crop")   # to a square: cut the longer side, or fill up with white
+    # to a square: cut the longer side, or fill up with white; keep: no square, the shape it has, see images
+    fit: Literal["crop", "pad", "keep"] = later("crop")
+    grid: int | None = later(None, ge=1)          # of keep: both sides are multiples of so many pixels
+    stretch: float = later(0.0, ge=0, lt=1)       # of keep: a picture may be drawn out so much, else white
     stream: bool = later(True)                    # shards are read while training; false: prepared whole
     buffer: int = later(8192, ge=1)               # of a stream: samples that are shuffled with each other
     holdout_most: int = later(10_000, ge=2)       # of a stream: held-out images, which are prepared whole
@@ -81,6 +100,7 @@ class Data(Node):
     @model_validator(mode="after")
     def _consistent(self):
         _refuse_source(self)
+        _refuse_fit(self)
         if not self.styles or len(set(self.styles)) != len(self.styles):
             raise ValueError(f"data.styles = {self.styles!r}: at least one style, each once")
         try:
@@ -693,9 +713,26 @@ def _refuse_kind(r: "Recipe") -> None:
         if (why := next(iter(kind.refuse(r)), None)) is not None:
             raise ValueError(why)
 
+# %% ../../nbs/core/01_recipe.ipynb #c26f1344
+def _refuse_kept(r: "Recipe") -> None:
+    "Raise `ValueError` for what goes with squares only, where pictures keep their shape."
+    if r.data.fit != "keep":
+        return
+    side, kept = r.latents.factor * r.denoiser.patch_size, "data.fit = 'keep'"
+    if r.data.grid % side:
+        raise ValueError(f"data.grid = {r.data.grid} is not a multiple of latents.factor {r.latents.factor} "
+                         f"x denoiser.patch_size {r.denoiser.patch_size} = {side} pixels")
+    for setting, value in (("tuning.subset", r.tuning.subset), ("synthetic.share", r.synthetic.share)):
+        if value:
+            raise ValueError(f"{setting} = {value} with {kept}: chosen and drawn images are squares; "
+                             "set data.fit to 'crop' or 'pad'")
+    if needed := _switched(r, "whole_set"):
+        raise ValueError(f"{' and '.join(needed)} with {kept}: it reads all images as squares of one size; "
+                         "set data.fit to 'crop' or 'pad'")
+
 # %% ../../nbs/core/01_recipe.ipynb #1304bd24
 _REFUSALS = (_refuse_sizes, _refuse_kind, _refuse_pairs, _refuse_guidance, _refuse_words,
-             _refuse_stream, _refuse_tuning, _refuse_synthetic)
+             _refuse_stream, _refuse_tuning, _refuse_synthetic, _refuse_kept)
 
 # %% ../../nbs/core/01_recipe.ipynb #83a355b4
 class Recipe(Node):
