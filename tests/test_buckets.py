@@ -225,3 +225,109 @@ def test_squares_are_not_touched(recipe, folder):
 def test_techniques_train_on_shapes(technique, recipe, prepared, tmp_path):
     run = train(recipe.replace({"train.steps": 4} | technique), tmp_path, prepared=prepared, progress=False, device="cpu")
     assert run.record["status"] == "done" and Run.load(tmp_path).sample("disc", size=(12, 24)).images.isfinite().all()
+
+
+# ---------------------------------------------------------------- several sizes, and what depends on the size
+@pytest.fixture(scope="module")
+def sized(recipe):
+    return recipe.replace({"data.scales": [0.5, 1.5], "train.steps": 12, "denoiser.size_token": True, "denoiser.span": 4,
+                           "denoiser.resolution_embeds": True, "flow.shift_by_size": True})
+
+
+def test_each_size_has_its_turn_and_the_same_pictures(sized):
+    ready = prepare(sized, progress=False)
+    assert [p.images.size for p in ready.more] == [8, 24] and all(p.images.items[7].key == ready.images.items[7].key for p in ready.more)
+    steps, areas = 3 * len(ready.split.train), {8: 0, 16: 0, 24: 0}
+    for step in range(steps):
+        now, index, _ = batch._turn(ready, sized, step)
+        areas[now.images.size] += 1
+        if step % 60 == 0:
+            h, w = now.clean(index[:1]).shape[2:]
+            assert read_batch(ready, sized, step).x0.shape[2:] == (h, w)
+            assert 2 / 3 - 1e-9 <= h * w / now.images.size ** 2 <= 1.5 + 1e-9
+    assert set(areas.values()) == {len(ready.split.train)}, "each picture as often at each size"
+    assert batch.data_key(ready) != batch.data_key(prepare(sized.replace("data.scales", [0.5]), progress=False))
+
+
+def test_several_sizes_train_go_on_to_the_bit_and_draw_sizes_never_seen(sized, tmp_path):
+    whole = train(sized, tmp_path / "whole", progress=False, device="cpu")
+    same(train(sized, strike(sized, tmp_path, 9), progress=False, device="cpu"), whole)
+    for size in ((8, 8), (12, 24), (32, 32), (40, 8)):
+        drawn = whole.sample("disc", size=size).images
+        assert drawn.shape[2:] == size and drawn.isfinite().all()
+    assert "sizes: 16 px in 33%, 8 px in 33%, 24 px in 33% of the steps" in str(summarise(prepare(sized, progress=False), sized))
+
+
+def test_small_first_then_large(recipe, tmp_path):
+    r = recipe.replace({"data.scales": [0.5], "data.early": 0.5, "data.fit": "crop", "data.grid": None, "denoiser.span": 2})
+    ready = prepare(r, progress=False)
+    sides_ = [read_batch(ready, r, step).x0.shape[-1] for step in range(20)]
+    assert sides_ == [8] * 10 + [16] * 10
+    from prx_nb.core.cost import flops_step
+    alone = [flops_step(r.replace({"data.size": s, "data.scales": [], "data.early": 0.0})) for s in (8, 16)]
+    assert flops_step(r) == pytest.approx(sum(alone) / 2)
+    assert train(r, tmp_path, prepared=ready, progress=False, device="cpu").record["status"] == "done"
+
+
+def test_times_are_shifted_by_each_batchs_own_pixels(sized):
+    ready, plain_flow = prepare(sized, progress=False), sized.replace("flow.shift_by_size", False)
+    seen = set()
+    for step in range(9):
+        one = read_batch(ready, sized, step)
+        moved, still = (batch.add_noise(one, r, step, CPU).t.double() for r in (sized, plain_flow))
+        ratio = math.sqrt(math.prod(one.x0.shape[2:])) / 16
+        seen.add(ratio)
+        mixed = (moved - still).abs() < 1e-6                      # uniform draws are not shifted
+        close = (moved - ratio * still / (1 + (ratio - 1) * still)).abs() < 5e-3
+        assert (mixed | close).all() and (ratio == 1 or close.float().mean() > 0.5)
+    assert min(seen) < 0.8 and max(seen) > 1.2
+
+
+def test_the_vector_is_that_of_diffusers_for_every_shape():
+    from diffusers import PRXTransformer2DModel
+
+    from prx_nb.core.denoiser import PRX
+    from runs import randomise
+    c = dict(in_channels=3, patch_size=4, context_in_dim=24, hidden_size=32, num_heads=2, depth=2, axes_dim=(8, 8), resolution_embeds=True)
+    mine, theirs = randomise(PRX(**c)).eval(), PRXTransformer2DModel(**c).eval()
+    theirs.load_state_dict(mine.state_dict(), strict=True)
+    g = torch.Generator().manual_seed(0)
+    outs = []
+    for h, w in ((16, 16), (16, 24), (24, 16), (8, 40)):
+        x, t, text = torch.randn(2, 3, h, w, generator=g), torch.rand(2, generator=g), torch.randn(2, 5, 24, generator=g)
+        with torch.no_grad():
+            a, b = mine(x, t, text).prediction, theirs(x, t, text).sample
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item())
+        outs.append(a)
+    assert all(o.std() > 0.1 for o in outs)
+
+
+def test_a_network_with_a_span_sees_a_doubled_image_at_the_same_angles():
+    from prx_nb.core.denoiser import rotary
+    small, large = (rotary(n, n, (8, 8), 1e4, "cpu", 4).angle() for n in (4, 8))
+    slow = lambda turn: turn[:, 1]                                # of rows, slow enough not to come round
+    assert slow(large).min() == pytest.approx(-0.025) and slow(large).max() == pytest.approx(0.325) and slow(small).max() == pytest.approx(0.3)
+    assert slow(rotary(8, 8, (8, 8), 1e4).angle()).max() == pytest.approx(0.7), "without it: angles never seen"
+    flat = rotary(2, 8, (8, 8), 1e4, "cpu", 4)
+    assert torch.allclose(flat, rotary(2, 8, (8, 8), 1e4)), "as many tokens as the span's square: not moved"
+
+
+@pytest.mark.parametrize("changes,words", [
+    ({"data.early": 0.5}, "data.early = 0.5 without data.scales"),
+    ({"data.scales": [1.0]}, "each once"),
+    ({"data.scales": [1.125]}, "18 px is not a multiple of data.grid"),
+    ({"data.scales": [0.5], "denoiser.kind": "dit"}, "only 'prx' takes every shape"),
+    ({"denoiser.kind": "dit", "denoiser.size_token": True, "data.fit": "crop", "data.grid": None}, "denoiser.size_token = True"),
+    ({"flow.shift_by_size": True, "flow.weight": "logit_normal"}, "a density of one shift"),
+])
+def test_sizes_that_do_not_go_together_are_refused(recipe, changes, words):
+    with pytest.raises(RecipeError, match=words.replace(".", r"\.")):
+        recipe.replace(changes)
+
+
+def test_what_diffusers_has_no_place_for_is_not_exported(recipe):
+    from prx_nb.core.interop import InteropError, denoiser_config
+    for name, value in (("size_token", True), ("span", 8)):
+        with pytest.raises(InteropError, match=f"denoiser.{name}"):
+            denoiser_config(recipe.replace(f"denoiser.{name}", value).denoiser)
+    assert not {"size_token", "span"} & denoiser_config(recipe.denoiser).keys()

@@ -42,7 +42,8 @@ class Settings(recipe.Node):
     def key(self, images: Images) -> str:
         "Sixteen hex digits for everything that decides the weights."
         off = {"standardise": True} if self.standardise else {}
-        off |= {} if self.data.fit == "keep" else {"data": {"grid", "stretch"}}         # came later
+        shapes = set() if self.data.fit == "keep" else {"grid", "stretch"}
+        off |= {"data": shapes | {"scales", "early"}}       # came later; it does not see further sizes
         tree = self.model_dump(mode="json", exclude=off)
         told = ["autoencoder 1", tree, images.key]                      # a change below counts this up
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]

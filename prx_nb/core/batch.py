@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import captions, data, text
-from .flow import timesteps
+from .flow import at_pixels, timesteps
 from .images import Item, Ragged, bucket_of, border_of, cut_share, pixels_key
-from .recipe import Captions, Denoiser, Recipe, Tuning
+from .recipe import Captions, Denoiser, Recipe, Tuning, further_sizes, size_shares
 from .seeds import order, stream, turn
 from .settings import Choice
 from .show import from_uint8
@@ -53,6 +53,7 @@ class Prepared:
     chosen: Tensor | None = None      # numbers of the images that a last stage is on; none: no such stage
     drawn: Drawn | None = None        # what is shown in place of some images; none: all are real
     buckets: tuple[Tensor, ...] = ()  # numbers of the images that are trained on, by shape; none: one shape
+    more: tuple["Prepared", ...] = () # the same images at further sizes, `data.scales`
 
     def clean(self, index: Tensor) -> Tensor:
         "Images of one shape in [-1, 1], or latents: (B,) indices -> (B, C, h, w) float32."
@@ -193,6 +194,22 @@ def _latents(images: data.Images, recipe: Recipe, **options) -> object:
         at[numbers, 0], at[numbers, 1] = part, torch.arange(len(numbers))
     return _ByShape([latents_of(_OneShape(images, n), recipe.latents, **options) for n in groups], at)
 
+# %% ../../nbs/core/21_batch.ipynb #ef9e9652
+def _by_shape(images: data.Images, train: Tensor) -> tuple[Tensor, ...]:
+    "The numbers of the images that are trained on, by shape; none: all are of one."
+    alike = images.alike(train)
+    return tuple(train[same] for same in alike) if len(alike) > 1 else ()
+
+# %% ../../nbs/core/21_batch.ipynb #1cd7d71e
+def _at_size(found: Prepared, recipe: Recipe, size: int, progress: bool) -> Prepared:
+    "The same images at another size. Raises `DataError` where these are not the same ones."
+    images = data.load(recipe.data.model_copy(update={"size": size}), progress)
+    if [i.key for i in images.items] != [i.key for i in found.images.items]:
+        raise data.DataError(f"data.scales: of {len(found.images)} images {len(images)} are there at {size} "
+                             "px; the same must be at every size")
+    latents = _latents(images, recipe, progress=progress, device="cpu")
+    return replace(found, images=images, latents=latents, buckets=_by_shape(images, found.split.train))
+
 # %% ../../nbs/core/21_batch.ipynb #3715b19d
 def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
     "Fetch, draw, encode and open. Raises `DataError`, `TextError`, `FetchError`, `LatentsError`."
@@ -207,9 +224,10 @@ def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
     device = "cuda" if streamed and torch.cuda.is_available() else "cpu"
     latents = _latents(images, recipe, progress=progress, device=device)
     chosen = chosen_of(images.items, split.train, recipe.tuning)
-    alike = tuple(split.train[same] for same in images.alike(split.train))
     found = Prepared(images, split, states, texts, rows, asked, latents, early, streamed, chosen,
-                     buckets=alike if len(alike) > 1 else ())
+                     buckets=_by_shape(images, split.train))
+    more = tuple(_at_size(found, recipe, size, progress) for size in further_sizes(recipe.data))
+    found = replace(found, more=more)
     return _with_drawings(found, recipe, progress)
 
 # %% ../../nbs/core/21_batch.ipynb #a77fda4d
@@ -217,6 +235,8 @@ def data_key(prepared: Prepared) -> str:         # twelve hex digits
     "Images, captions and what is held out, by content. How they are encoded the recipe says."
     parts = [rows.tolist() for rows in (prepared.split.train, prepared.split.concepts, prepared.split.pairs)]
     found = hashlib.sha256(prepared.images.content.encode())
+    for other in prepared.more:
+        found.update(other.images.content.encode())
     if prepared.stream:
         found.update(prepared.stream.key.encode())
     for part in (prepared.texts, prepared.asked, parts):
@@ -253,6 +273,7 @@ class DataSummary:
     stream: dict = field(default_factory=dict)  # shards, buffer; prepared: images, of which all else is said
     tuning: dict = field(default_factory=dict)  # rules, images: of a last stage
     drawn: dict = field(default_factory=dict)  # images that another run drew: how many, whose, how
+    sizes: dict = field(default_factory=dict)  # side of the images -> share of the steps, if several
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -359,6 +380,9 @@ def _lines(s: DataSummary) -> list[str]:
     ]
     if s.tuning:
         lines += [f"a last stage is on {s.tuning['images']} of them: {', '.join(s.tuning['rules'])}"]
+    if s.sizes:
+        each = [f"{side} px in {share:.0%}" for side, share in s.sizes.items()]
+        lines += [f"sizes: {', '.join(each)} of the steps"]
     if s.drawn:
         lines += [f"{s.drawn['images']} of them are shown as {s.drawn['teacher']} draws them, until step "
                   f"{s.drawn['until']}: {s.drawn['weights']}"]
@@ -472,6 +496,7 @@ def summarise(prepared: Prepared, recipe: Recipe) -> DataSummary:
         if prepared.chosen is not None
         else {},
         prepared.drawn.told if prepared.drawn is not None else {},
+        {str(side): share for side, share in size_shares(recipe).items()} if data_.scales else {},
     )
 
 # %% ../../nbs/core/21_batch.ipynb #4949502b
@@ -600,13 +625,23 @@ def _columns(prepared: "Prepared | Held", recipe: Recipe, step: int) -> tuple[in
         return 0, every
     return (early, every) if _late(recipe, step) else (0, early)
 
+# %% ../../nbs/core/21_batch.ipynb #6b5ee3d6
+def _turn(prepared: Prepared, recipe: Recipe, step: int) -> tuple[Prepared, Tensor, int]:
+    "What a step reads: images of a size, numbers of those of one shape, how often these were read before."
+    first, sizes = round(recipe.data.early * recipe.train.steps), (prepared, *prepared.more)
+    if first:
+        sizes, step = (prepared.more, step) if step < first else ((prepared,), step - first)
+    lists = [(p, numbers) for p in sizes for numbers in p.buckets or (p.split.train,)]
+    which, nth = turn(recipe.seed, step, tuple(len(numbers) for _, numbers in lists))
+    return *lists[which], nth
+
 # %% ../../nbs/core/21_batch.ipynb #9e39fb84
 def _drawn(prepared: "Prepared | Held", recipe: Recipe, step: int) -> Tensor:
     "(B,) numbers of a step's images: of all that are trained on, in a last stage on few mostly of these."
     n, train, tuning = recipe.train.batch, prepared.split.train, recipe.tuning
-    if prepared.buckets:
-        which, nth = turn(recipe.seed, step, tuple(map(len, prepared.buckets)))
-        return (mine := prepared.buckets[which])[order(recipe.seed, nth, n, len(mine))]
+    if prepared.buckets or prepared.more:
+        _, mine, nth = _turn(prepared, recipe, step)
+        return mine[order(recipe.seed, nth, n, len(mine))]
     index = train[order(recipe.seed, step, n, len(train))]
     first, end, _ = tuning.stage(step, recipe.train.steps)
     if prepared.chosen is None or not first < end == recipe.train.steps:
@@ -633,7 +668,8 @@ def sent(x: Tensor, device: torch.device | str) -> Tensor:
 # %% ../../nbs/core/21_batch.ipynb #78992c14
 def _shown(prepared: "Prepared | Held", recipe: Recipe, step: int, index: Tensor) -> Tensor:
     "Images as a step shows them: some as another run draws them, as long as the recipe says."
-    x0 = prepared.clean(index)
+    more = prepared.buckets or prepared.more
+    x0 = (_turn(prepared, recipe, step)[0] if more else prepared).clean(index)
     if prepared.drawn is None or step >= recipe.synthetic.last(recipe.train.steps):
         return x0
     drawn, rows = prepared.drawn, prepared.drawn.instead[index]
@@ -736,7 +772,7 @@ class Held:
     early: int | None = None          # as of `Prepared`
     chosen: Tensor | None = None      # as of `Prepared`
     drawn: Drawn | None = None        # as of `Prepared`, on the CPU
-    buckets = ()                      # all are of one shape
+    buckets, more = (), ()            # all are of one shape
 
     def clean(self, index: Tensor) -> Tensor:
         "As `Prepared.clean`."
@@ -757,7 +793,7 @@ def hold(prepared: Prepared, device: torch.device | str,
          most: int,                     # bytes that it may take
          ) -> Held | Prepared:          # as it was, where that is more
     "Put on a device all that batches are read from, if it fits and images are of one shape."
-    if isinstance(prepared.images.pixels, Ragged):
+    if isinstance(prepared.images.pixels, Ragged) or prepared.more:
         return prepared
     count, captions_, words = len(prepared.images), len(prepared.states), prepared.states
     row, flags = words.gather(torch.tensor([0]))
@@ -781,5 +817,6 @@ def add_noise(batch: Batch, recipe: Recipe, step: int, device: torch.device,
     "Move a batch to the device and draw its noise and times there."
     n, shape = recipe.train.batch, batch.x0.shape[1:]
     noise = torch.randn(n, *shape, generator=stream(recipe.seed, "noise", step, device=device), device=device)
-    t = timesteps(n, stream(recipe.seed, "time", step, device=device), recipe.flow)
+    flow = at_pixels(recipe, shape[1] * shape[2] * recipe.latents.factor ** 2)
+    t = timesteps(n, stream(recipe.seed, "time", step, device=device), flow)
     return replace(moved(batch, device), noise=noise[part], t=t[part])
