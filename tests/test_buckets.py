@@ -120,7 +120,7 @@ def test_it_trains_and_draws_each_shape(whole):
         whole.sample("disc", size=(16, 18))
 
 
-@pytest.mark.parametrize("at,when", [(5, "before"), (10, "after")])
+@pytest.mark.parametrize("at,when", [(12, "before"), (16, "after")])
 def test_a_killed_run_goes_on_to_the_bit(at, when, whole, recipe, tmp_path):
     left = strike(recipe, tmp_path, at, when)
     same(train(recipe, left, progress=False, device="cpu"), whole)
