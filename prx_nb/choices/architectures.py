@@ -209,7 +209,8 @@ class Architecture(Network):
     @classmethod
     def refuse(cls, recipe: Recipe) -> Iterator[str]:
         "Settings that only PRX has."
-        for name, off in (("fusion", "null"), ("bottleneck_size", "null"), ("resolution_embeds", "false")):
+        for name, off in (("fusion", "null"), ("bottleneck_size", "null"), ("resolution_embeds", "false"),
+                          ("size_token", "false"), ("span", "null")):
             if value := getattr(recipe.denoiser, name):
                 yield (f"denoiser.{name} = {value} with denoiser.kind = '{recipe.denoiser.kind}': only PRX "
                        f"has it; set denoiser.kind to 'prx', or denoiser.{name} to {off}")

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import captions, data, text
-from .flow import timesteps
-from .images import Item, border_of, cut_share, pixels_key
-from .recipe import Captions, Denoiser, Recipe, Tuning
-from .seeds import order, stream
+from .flow import at_pixels, timesteps
+from .images import Item, Ragged, bucket_of, border_of, cut_share, pixels_key
+from .recipe import Captions, Denoiser, Recipe, Tuning, further_sizes, size_shares
+from .seeds import order, stream, turn
 from .settings import Choice
 from .show import from_uint8
 from .stream import Frozen, Stream, Taken, frozen_of, note_bad, open_stream, read_ahead, take
@@ -52,11 +52,13 @@ class Prepared:
     stream: Stream | None = None      # what is trained on, where that is not these images
     chosen: Tensor | None = None      # numbers of the images that a last stage is on; none: no such stage
     drawn: Drawn | None = None        # what is shown in place of some images; none: all are real
+    buckets: tuple[Tensor, ...] = ()  # numbers of the images that are trained on, by shape; none: one shape
+    more: tuple["Prepared", ...] = () # the same images at further sizes, `data.scales`
 
     def clean(self, index: Tensor) -> Tensor:
-        "Images in [-1, 1], or latents: (B,) indices -> (B, C, h, w) float32."
+        "Images of one shape in [-1, 1], or latents: (B,) indices -> (B, C, h, w) float32."
         if self.latents is None:
-            return self.images.batch(index)
+            return self.images.shaped(index)
         return torch.from_numpy(self.latents[index.numpy()]).float()
 
     @property
@@ -147,6 +149,67 @@ def _images(recipe: Recipe, progress: bool) -> tuple[data.Images, data.Split, St
     images = data.load(recipe.data, progress)
     return images, data.split(images, recipe.data), None
 
+# %% ../../nbs/core/21_batch.ipynb #04d83ee5
+@dataclass(frozen=True)
+class _OneShape:
+    "Some images of a set, all of one shape, as `latents_of` reads images."
+    images: data.Images
+    numbers: Tensor                   # (M,)
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(f"{self.images.key}{self.numbers.tolist()}".encode()).hexdigest()[:12]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def batch(self, index: Tensor) -> Tensor:
+        return self.images.shaped(self.numbers[index])
+
+# %% ../../nbs/core/21_batch.ipynb #2f38af44
+@dataclass(frozen=True)
+class _ByShape:
+    "Latents of images of several shapes: of each shape a set of its own."
+    parts: list                       # indexed by (B,) numpy numbers
+    at: Tensor                        # (N, 2) part and row of each image
+
+    def __getitem__(self, index: object) -> object:
+        "(B, C, h, w) of images of one shape. Raises `DataError` for two shapes."
+        part, rows = self.at[torch.as_tensor(index)].T
+        if len(set(part.tolist())) > 1:
+            raise data.DataError("latents of several shapes are no one array")
+        return self.parts[int(part[0])][rows.numpy()]
+
+# %% ../../nbs/core/21_batch.ipynb #e2f5a66f
+def _latents(images: data.Images, recipe: Recipe, **options) -> object:
+    "Latents of all images (N, C, h, w) from the disk, of each shape by itself; none: pixels."
+    if recipe.latents.autoencoder == "pixels":
+        return None
+    from prx_nb.core.latents import latents_of
+    groups = images.alike(torch.arange(len(images)))
+    if not isinstance(images.pixels, Ragged):
+        return latents_of(images, recipe.latents, **options)
+    at = torch.empty(len(images), 2, dtype=torch.long)
+    for part, numbers in enumerate(groups):
+        at[numbers, 0], at[numbers, 1] = part, torch.arange(len(numbers))
+    return _ByShape([latents_of(_OneShape(images, n), recipe.latents, **options) for n in groups], at)
+
+# %% ../../nbs/core/21_batch.ipynb #ef9e9652
+def _by_shape(images: data.Images, train: Tensor) -> tuple[Tensor, ...]:
+    "The numbers of the images that are trained on, by shape; none: all are of one."
+    alike = images.alike(train)
+    return tuple(train[same] for same in alike) if len(alike) > 1 else ()
+
+# %% ../../nbs/core/21_batch.ipynb #1cd7d71e
+def _at_size(found: Prepared, recipe: Recipe, size: int, progress: bool) -> Prepared:
+    "The same images at another size. Raises `DataError` where these are not the same ones."
+    images = data.load(recipe.data.model_copy(update={"size": size}), progress)
+    if [i.key for i in images.items] != [i.key for i in found.images.items]:
+        raise data.DataError(f"data.scales: of {len(found.images)} images {len(images)} are there at {size} "
+                             "px; the same must be at every size")
+    latents = _latents(images, recipe, progress=progress, device="cpu")
+    return replace(found, images=images, latents=latents, buckets=_by_shape(images, found.split.train))
+
 # %% ../../nbs/core/21_batch.ipynb #3715b19d
 def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
     "Fetch, draw, encode and open. Raises `DataError`, `TextError`, `FetchError`, `LatentsError`."
@@ -158,21 +221,22 @@ def prepare(recipe: Recipe, progress: bool = True) -> Prepared:
     asked = [captions.caption(item, recipe.evaluate.captions) for item in images.items]
     states = _states(recipe, [t for ts in [*texts, asked] for t in ts], progress)
     rows = states.rows([t for ts in texts for t in ts]).view(len(texts), -1)
-    latents = None
-    if recipe.latents.autoencoder != "pixels":
-        from prx_nb.core.latents import latents_of
-        device = "cuda" if streamed and torch.cuda.is_available() else "cpu"
-        latents = latents_of(images, recipe.latents, progress=progress, device=device)
+    device = "cuda" if streamed and torch.cuda.is_available() else "cpu"
+    latents = _latents(images, recipe, progress=progress, device=device)
     chosen = chosen_of(images.items, split.train, recipe.tuning)
-    found = Prepared(images, split, states, texts, rows, asked, latents, early, streamed, chosen)
+    found = Prepared(images, split, states, texts, rows, asked, latents, early, streamed, chosen,
+                     buckets=_by_shape(images, split.train))
+    more = tuple(_at_size(found, recipe, size, progress) for size in further_sizes(recipe.data))
+    found = replace(found, more=more)
     return _with_drawings(found, recipe, progress)
-
 
 # %% ../../nbs/core/21_batch.ipynb #a77fda4d
 def data_key(prepared: Prepared) -> str:         # twelve hex digits
     "Images, captions and what is held out, by content. How they are encoded the recipe says."
     parts = [rows.tolist() for rows in (prepared.split.train, prepared.split.concepts, prepared.split.pairs)]
     found = hashlib.sha256(prepared.images.content.encode())
+    for other in prepared.more:
+        found.update(other.images.content.encode())
     if prepared.stream:
         found.update(prepared.stream.key.encode())
     for part in (prepared.texts, prepared.asked, parts):
@@ -209,6 +273,7 @@ class DataSummary:
     stream: dict = field(default_factory=dict)  # shards, buffer; prepared: images, of which all else is said
     tuning: dict = field(default_factory=dict)  # rules, images: of a last stage
     drawn: dict = field(default_factory=dict)  # images that another run drew: how many, whose, how
+    sizes: dict = field(default_factory=dict)  # side of the images -> share of the steps, if several
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
@@ -263,9 +328,24 @@ def _about_captions(s: DataSummary) -> list[str]:
         ]
     return lines
 
+# %% ../../nbs/core/21_batch.ipynb #46bff90a
+def _about_buckets(s: DataSummary) -> list[str]:
+    "Which shapes pictures keep, and what that takes."
+    if not (buckets := s.fit.get("buckets")):
+        return []
+    first = ", ".join(f"{shape} {n}" for shape, n in [*buckets.items()][:6])
+    more = f" and {len(buckets) - 6} more; the rarest has {min(buckets.values())}" if len(buckets) > 6 else ""
+    lines = [f"nothing is cropped; buckets: {first}{more}"]
+    if out := s.fit.get("out"):
+        lines += [f"drawn out by up to {out['most']:.1%}: {out['images']} images ({out['name']})"]
+    if white := s.fit.get("white"):
+        lines += [f"filled up with white of up to {white['most']} px: {white['images']} images "
+                  f"({white['name']}); data.stretch allows to draw them out"]
+    return lines
+
 # %% ../../nbs/core/21_batch.ipynb #8b9b7a2c
 def _about_shapes(s: DataSummary) -> list[str]:
-    "What was done to the pictures to make them square."
+    "What was done to the pictures to give them their shape."
     lines = ["shapes: " + ", ".join(f"{shape} {n}" for shape, n in s.shapes.items())] if s.shapes else []
     if s.fit.get("cut"):
         side = "width" if s.fit["most"] > 0 else "height"
@@ -277,7 +357,7 @@ def _about_shapes(s: DataSummary) -> list[str]:
         ]
     if s.fit.get("small"):
         lines += [f"enlarged: {s.fit['small']} images are smaller than {s.size} px"]
-    return lines
+    return lines + _about_buckets(s)
 
 # %% ../../nbs/core/21_batch.ipynb #27d83dcc
 def _streamed_words(s: DataSummary) -> str:
@@ -290,15 +370,19 @@ def _streamed_words(s: DataSummary) -> str:
 # %% ../../nbs/core/21_batch.ipynb #7b379e0a
 def _lines(s: DataSummary) -> list[str]:
     "A summary in words, what is as it should be left out."
-    held = s.concepts + s.pairs
+    held, about = s.concepts + s.pairs, "about " if s.fit.get("how") == "keep" else ""
     lines = [
-        f"{s.images} images of {s.size} x {s.size} px from {s.source}" + (f" {s.path}" if s.path else ""),
+        f"{s.images} images of {about}{s.size} x {s.size} px from {s.source}"
+        + (f" {s.path}" if s.path else ""),
         f"to train on {s.train}" + _streamed_words(s),
         f"held out {s.concepts} images of concepts never seen, "
         f"{s.pairs} of concepts seen in other styles only",
     ]
     if s.tuning:
         lines += [f"a last stage is on {s.tuning['images']} of them: {', '.join(s.tuning['rules'])}"]
+    if s.sizes:
+        each = [f"{side} px in {share:.0%}" for side, share in s.sizes.items()]
+        lines += [f"sizes: {', '.join(each)} of the steps"]
     if s.drawn:
         lines += [f"{s.drawn['images']} of them are shown as {s.drawn['teacher']} draws them, until step "
                   f"{s.drawn['until']}: {s.drawn['weights']}"]
@@ -325,10 +409,29 @@ def _unsaid(items: Sequence[Item]) -> dict[str, list]:
             found[instead] = [count + 1, [*names, item.key][:5]]
     return found
 
+# %% ../../nbs/core/21_batch.ipynb #0bb0eccb
+def _kept(shapes: dict[str, tuple[int, int]],     # key -> width and height of a picture's file
+          size: int, grid: int, stretch: float) -> dict:
+    "What became of pictures that keep their shape: buckets, what is drawn out, what is white."
+    found = {key: bucket_of(shape, size, grid, stretch) for key, shape in shapes.items()}
+    white = {k: w + h - x - y for k, (w, h, x, y) in found.items() if (w, h) != (x, y)}
+    factor = lambda key: found[key][2] * shapes[key][1] / found[key][3] / shapes[key][0]
+    out = {k: max(factor(k), 1 / factor(k)) - 1 for k in found if k not in white}
+    buckets = Counter(f"{w} x {h}" for w, h, *_ in found.values())
+    told = {"how": "keep", "buckets": dict(buckets.most_common())}
+    for name, by in (("out", {k: v for k, v in out.items() if v > 0}), ("white", white)):
+        if by:
+            worst = max(by, key=by.get)
+            told[name] = {"images": len(by), "most": round(by[worst], 4), "name": worst}
+    small = sum(w * h < size ** 2 for w, h in shapes.values())
+    return told | ({"small": small} if small else {})
+
 # %% ../../nbs/core/21_batch.ipynb #a2b0052b
-def _fitted(items: Sequence[Item], how: str, size: int) -> dict:
-    "How pictures that are not square were made so."
+def _fitted(items: Sequence[Item], how: str, size: int, grid: int | None = None, stretch: float = 0) -> dict:
+    "How pictures got the shape that they are shown in: those that are not square, those that fill no bucket."
     shapes = {i.key: i.facts["shape"] for i in items if "shape" in i.facts}
+    if how == "keep":
+        return _kept(shapes, size, grid, stretch)
     cut = {key: cut_share(shape) for key, shape in shapes.items() if shape[0] != shape[1]}
     most = max(cut, key=lambda key: abs(cut[key]), default=None)
     told = {"how": how, "cut": len(cut), "most": round(cut[most], 4), "name": most} if cut else {}
@@ -385,7 +488,7 @@ def summarise(prepared: Prepared, recipe: Recipe) -> DataSummary:
         unknown,
         {"groups": len(twins), "images": sum(map(len, twins)), "names": names} if twins else {},
         dict(shapes.most_common(5)),
-        _fitted(images.items, data_.fit, images.size),
+        _fitted(images.items, data_.fit, images.size, data_.grid, data_.stretch),
         {"shards": len(streamed.shards.files), "buffer": data_.buffer, "prepared": len(images)}
         if streamed
         else {},
@@ -393,6 +496,7 @@ def summarise(prepared: Prepared, recipe: Recipe) -> DataSummary:
         if prepared.chosen is not None
         else {},
         prepared.drawn.told if prepared.drawn is not None else {},
+        {str(side): share for side, share in size_shares(recipe).items()} if data_.scales else {},
     )
 
 # %% ../../nbs/core/21_batch.ipynb #4949502b
@@ -521,10 +625,23 @@ def _columns(prepared: "Prepared | Held", recipe: Recipe, step: int) -> tuple[in
         return 0, every
     return (early, every) if _late(recipe, step) else (0, early)
 
+# %% ../../nbs/core/21_batch.ipynb #6b5ee3d6
+def _turn(prepared: Prepared, recipe: Recipe, step: int) -> tuple[Prepared, Tensor, int]:
+    "What a step reads: images of a size, numbers of those of one shape, how often these were read before."
+    first, sizes = round(recipe.data.early * recipe.train.steps), (prepared, *prepared.more)
+    if first:
+        sizes, step = (prepared.more, step) if step < first else ((prepared,), step - first)
+    lists = [(p, numbers) for p in sizes for numbers in p.buckets or (p.split.train,)]
+    which, nth = turn(recipe.seed, step, tuple(len(numbers) for _, numbers in lists))
+    return *lists[which], nth
+
 # %% ../../nbs/core/21_batch.ipynb #9e39fb84
 def _drawn(prepared: "Prepared | Held", recipe: Recipe, step: int) -> Tensor:
     "(B,) numbers of a step's images: of all that are trained on, in a last stage on few mostly of these."
     n, train, tuning = recipe.train.batch, prepared.split.train, recipe.tuning
+    if prepared.buckets or prepared.more:
+        _, mine, nth = _turn(prepared, recipe, step)
+        return mine[order(recipe.seed, nth, n, len(mine))]
     index = train[order(recipe.seed, step, n, len(train))]
     first, end, _ = tuning.stage(step, recipe.train.steps)
     if prepared.chosen is None or not first < end == recipe.train.steps:
@@ -551,7 +668,8 @@ def sent(x: Tensor, device: torch.device | str) -> Tensor:
 # %% ../../nbs/core/21_batch.ipynb #78992c14
 def _shown(prepared: "Prepared | Held", recipe: Recipe, step: int, index: Tensor) -> Tensor:
     "Images as a step shows them: some as another run draws them, as long as the recipe says."
-    x0 = prepared.clean(index)
+    more = prepared.buckets or prepared.more
+    x0 = (_turn(prepared, recipe, step)[0] if more else prepared).clean(index)
     if prepared.drawn is None or step >= recipe.synthetic.last(recipe.train.steps):
         return x0
     drawn, rows = prepared.drawn, prepared.drawn.instead[index]
@@ -654,6 +772,7 @@ class Held:
     early: int | None = None          # as of `Prepared`
     chosen: Tensor | None = None      # as of `Prepared`
     drawn: Drawn | None = None        # as of `Prepared`, on the CPU
+    buckets, more = (), ()            # all are of one shape
 
     def clean(self, index: Tensor) -> Tensor:
         "As `Prepared.clean`."
@@ -673,7 +792,9 @@ def _in_parts(read: Callable, count: int, like: Tensor, device: torch.device | s
 def hold(prepared: Prepared, device: torch.device | str,
          most: int,                     # bytes that it may take
          ) -> Held | Prepared:          # as it was, where that is more
-    "Put on a device all that batches are read from, if it fits."
+    "Put on a device all that batches are read from, if it fits and images are of one shape."
+    if isinstance(prepared.images.pixels, Ragged) or prepared.more:
+        return prepared
     count, captions_, words = len(prepared.images), len(prepared.states), prepared.states
     row, flags = words.gather(torch.tensor([0]))
     row = row.half()                                # as they are stored
@@ -696,5 +817,6 @@ def add_noise(batch: Batch, recipe: Recipe, step: int, device: torch.device,
     "Move a batch to the device and draw its noise and times there."
     n, shape = recipe.train.batch, batch.x0.shape[1:]
     noise = torch.randn(n, *shape, generator=stream(recipe.seed, "noise", step, device=device), device=device)
-    t = timesteps(n, stream(recipe.seed, "time", step, device=device), recipe.flow)
+    flow = at_pixels(recipe, shape[1] * shape[2] * recipe.latents.factor ** 2)
+    t = timesteps(n, stream(recipe.seed, "time", step, device=device), flow)
     return replace(moved(batch, device), noise=noise[part], t=t[part])

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .denoiser import Route, build_network, kept, kind_of
-from .recipe import Recipe, RecipeError, image_tokens, routing
+from .recipe import Recipe, RecipeError, image_tokens, routing, size_shares
 
 # %% ../../nbs/core/16_cost.ipynb #b83956cc
 def _batch(recipe: Recipe, text_tokens: int | None) -> tuple[torch.Tensor, ...]:
@@ -55,6 +55,10 @@ def flops_step(recipe: Recipe,
                text_tokens: int | None = None,   # a caption's; none: the recipe's, as batches are padded
                ) -> float:                       # operations
     "Floating point operations of a step, forward and backward: the mean over steps with and without a route."
+    if recipe.data.scales:
+        alone = lambda size: recipe.replace({"data.size": size, "data.scales": (), "data.early": 0.0})
+        shares = size_shares(recipe).items()
+        return sum(share * flops_step(alone(size), text_tokens) for size, share in shares)
     r, steps = routing(recipe), recipe.train.steps
     count = lambda routed: float(_counted(recipe, text_tokens, True, routed).get_total_flops())
     if r is None:

@@ -390,13 +390,20 @@ def _refuse_folder(root: Path, jobs: list[dict], over: dict[Path, str]) -> None:
         raise DataError(f"{_printed(root)} holds no images: expected a metadata file or files ending in "
                         f"{', '.join(_SUFFIXES)}{'; ' if told else ''}{told}")
 
+# %% ../../nbs/core/07_data.ipynb #7596e84c
+def _fit_of(data: recipe.Data) -> dict:
+    "What a job says of how its picture gets its shape; nothing where it is cropped."
+    if data.fit == "keep":
+        return {"fit": "keep", "grid": data.grid, "stretch": data.stretch}
+    return {} if data.fit == "crop" else {"fit": data.fit}
+
 # %% ../../nbs/core/07_data.ipynb #8058bdea
 def _folder_jobs(data: recipe.Data) -> tuple[list[dict], str, dict]:
     "The images of a folder, whose they are, and what was left out."
     root = Path(data.path).expanduser()
     jobs, over = _listed(root, data)
     _refuse_folder(root, jobs, over)
-    settled = [_settled(job, data) | ({"fit": "pad"} if data.fit == "pad" else {}) for job in jobs]
+    settled = [_settled(job, data) | _fit_of(data) for job in jobs]
     kept = thin([job for job in settled if "left_out" not in job], data.limit)
     notes = {"found": len(jobs), "passed_over": _passed_over(root, over)}
     notes |= {"left_out": left} if (left := [j["item"]["key"] for j in settled if "left_out" in j]) else {}
@@ -466,7 +473,7 @@ def _hf_job(row: dict, number: int, image: str, data: recipe.Data) -> dict:
     said = _captions_in(row if column in (None, *row) else row | {column: None}, column, f"row {number}")
     item = _row_item(name, row, said) | {"label": (said or ("",))[0]}
     raw = base64.b64encode(_encoded(row[image]) or b"").decode()
-    return _settled({"item": item, "bytes": raw} | ({"fit": "pad"} if data.fit == "pad" else {}), data)
+    return _settled({"item": item, "bytes": raw} | _fit_of(data), data)
 
 # %% ../../nbs/core/07_data.ipynb #3c2b8129
 def _hf_jobs(data: recipe.Data) -> tuple[Iterator[dict], str]:
@@ -637,7 +644,7 @@ def _content_key(data: recipe.Data) -> str:
             raise DataError(f"data.path = {data.path!r}: there is no such folder")
         known |= {"drawing": 5, "path": data.path, "files": _files_of(data),
                   "column": data.caption_column, "encoding": data.encoding, "none": data.no_caption,
-                  "fit": data.fit}
+                  "fit": data.fit} | ({"shape": [data.grid, data.stretch]} if data.fit == "keep" else {})
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../../nbs/core/07_data.ipynb #06047bb2

@@ -49,12 +49,15 @@ def rotary(h: int, w: int,                    # grid of tokens
            axes: tuple[int, int],             # head numbers given to rows and to columns, both even
            theta: float,
            device: str = "cpu",
+           span: int | None = None,           # positions are scaled as if a side had so many; none: one apart
            ) -> Tensor:                       # (h * w, sum(axes) / 2) complex64: cos + i sin of each angle
     "The turn of every position, as complex numbers of length one (arXiv 2104.09864)."
     angles = []
     for count, axis, shape in ((h, axes[0], (h, 1)), (w, axes[1], (1, w))):
         speed = theta ** (-torch.arange(0, axis, 2, dtype=torch.float64) / axis)
-        angle = torch.arange(count, dtype=torch.float64)[:, None] * speed
+        at = torch.arange(count, dtype=torch.float64)
+        at = at if span is None else (at + 0.5) * span / math.sqrt(h * w) - 0.5
+        angle = at[:, None] * speed
         angles.append(angle.view(*shape, -1).expand(h, w, -1))
     angle = torch.cat(angles, -1).flatten(0, 1)
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device)
@@ -323,7 +326,8 @@ class PRX(Network):
                  axes_dim: tuple[int, int] | None = None, theta: int = 10_000, time_factor: float = 1000.0,
                  time_max_period: int = 10_000, bottleneck_size: int | None = None,
                  resolution_embeds: bool = False, fusion: tuple[int, int | None] | None = None,
-                 words: str | None = None, kind: str = "prx"):
+                 words: str | None = None, size_token: bool = False, span: int | None = None,
+                 kind: str = "prx"):
         super().__init__()
         if kind != "prx":
             raise ValueError(f"denoiser.kind = '{kind}', and this is 'prx'; build_network(recipe) makes any")
@@ -340,7 +344,9 @@ class PRX(Network):
         self.final_layer = FinalLayer(hidden_size, width)
         self.fusion = Fusion(hidden_size) if fusion else None   # last: all else draws what it draws without
         self.words = WORDS[words](context_in_dim) if words else None
-        own = {"fusion": fusion and stretch(*fusion, depth), "words": words}    # diffusers has neither:
+        self.size_token = Embedder(256, hidden_size) if size_token else None
+        own = {"fusion": fusion and stretch(*fusion, depth), "words": words,
+               "size_token": size_token, "span": span}                        # diffusers has none of them:
         self.config = {k: v for k, v in (self.config | own).items() if k not in own or v}   # only if there
         self.initialise(torch.Generator().manual_seed(0))
 
@@ -365,14 +371,19 @@ def initialise(self: PRX, generator: torch.Generator) -> PRX:
 
 PRX.initialise = initialise
 
+# %% ../../nbs/core/14_denoiser.ipynb #4b17b918
+def _size_waves(self: PRX, t: Tensor, h: int, w: int) -> Tensor:       # (B, 256)
+    "Waves of height and width of x_t, one row for each time (B,)."
+    size = [torch.full_like(t, n, dtype=torch.float32) for n in (h, w)]
+    return torch.cat([waves(n, 128, self.config["time_max_period"]) for n in size], -1)
+
 # %% ../../nbs/core/14_denoiser.ipynb #3bb4e969
 def time_vector(self: PRX, t: Tensor, h: int, w: int) -> Tensor:
     "(B,) times in [0, 1] and the size of x_t -> (B, hidden), already through SiLU where blocks need it."
     c = self.config
     vec = self.time_in(waves(t.float() * c["time_factor"], 256, c["time_max_period"]))
     if c["resolution_embeds"]:
-        size = [waves(torch.full_like(t, n, dtype=torch.float32), 128, c["time_max_period"]) for n in (h, w)]
-        vec = vec + self.resolution_embedder["mlp"](torch.cat(size, -1))
+        vec = vec + self.resolution_embedder["mlp"](_size_waves(self, t, h, w))
     return vec
 
 # %% ../../nbs/core/14_denoiser.ipynb #95ef1f55
@@ -450,6 +461,15 @@ def _read(self: Network, text: Tensor, mask: Tensor | None) -> Tensor:     # (B,
 
 Network.read = _read
 
+# %% ../../nbs/core/14_denoiser.ipynb #9a0c5a44
+def _with_size(self: PRX, text: Tensor, mask: Tensor | None, t: Tensor, h: int, w: int,
+               ) -> tuple[Tensor, Tensor | None]:      # (B, L + 1, hidden), (B, L + 1), or as they were
+    "Text tokens and one that says the size of x_t, where the network has such a one."
+    if self.size_token is None:
+        return text, mask
+    token = self.size_token(_size_waves(self, t, h, w))[:, None].to(text.dtype)
+    return torch.cat((text, token), 1), None if mask is None else F.pad(mask.bool(), (0, 1), value=True)
+
 # %% ../../nbs/core/14_denoiser.ipynb #b474b7ba
 def forward(self: PRX,
             x_t: Tensor,                      # (B, C, H, W) noisy images or latents
@@ -463,10 +483,12 @@ def forward(self: PRX,
     "Predict what the recipe asks for (velocity, image or noise), with the taps. Raises `ValueError`."
     _check(self, x_t, taps, route)
     h, w = x_t.shape[-2:]
-    p, text = self.config["patch_size"], self.read(text, text_mask)
+    p = self.config["patch_size"]
+    text, text_mask = _with_size(self, self.read(text, text_mask), text_mask, t, h, w)
     x, vec = self.img_in(patchify(x_t, p)), time_vector(self, t, h, w)
     mask = None if text_mask is None else F.pad(text_mask.bool(), (0, x.shape[1]), value=True)[:, None, None]
-    turn = rotary(h // p, w // p, self.config["axes_dim"], float(self.config["theta"]), str(x.device))
+    axes, theta, span = self.config["axes_dim"], float(self.config["theta"]), self.config.get("span")
+    turn = rotary(h // p, w // p, axes, theta, str(x.device), span)
     turn = torch.view_as_real(turn) if self.compiled else turn      # compilers know no complex numbers
     x, seen = _through(self, x, text, mask, F.silu(vec), turn, route, taps)
     prediction = unpatchify(self.final_layer(x, vec), p, h, w)

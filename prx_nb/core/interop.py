@@ -45,6 +45,10 @@ def _refuse_fusion(d: recipe.Denoiser) -> None:
         raise InteropError(f"denoiser.fusion = {d.fusion} cannot be exported: "
                            "diffusers' PRXTransformer2DModel has no place for the weights "
                            "that fuse two streams (denoiser.fusion)")
+    for name, value in (("size_token", d.size_token), ("span", d.span)):
+        if value:
+            raise InteropError(f"denoiser.{name} = {value} cannot be exported: diffusers' "
+                               "PRXTransformer2DModel has no place for it")
     if d.words:
         raise InteropError(f"denoiser.words = '{d.words}' cannot be exported: "
                            "diffusers' PRXTransformer2DModel has no place for words that it learns itself")
@@ -93,7 +97,8 @@ def denoiser_config(d: recipe.Denoiser | dict) -> dict[str, Any]:
     config = d.model_dump(mode="json", exclude={"kind"})
     head = d.hidden_size // d.num_heads
     config["axes_dim"] = list(d.axes_dim or (head // 2, head // 2))
-    quiet = {"bottleneck_size": None, "resolution_embeds": False, "fusion": None, "words": None}
+    quiet = {"bottleneck_size": None, "resolution_embeds": False, "fusion": None, "words": None,
+             "size_token": False, "span": None}
     for name, silent in quiet.items():
         if config[name] == silent:
             del config[name]

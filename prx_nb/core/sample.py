@@ -14,7 +14,7 @@ from torch import Tensor
 from . import precision
 from . import recipe as recipes
 from .denoiser import Route, choose
-from .flow import FlowMatching, shifted
+from .flow import FlowMatching, shift_ratio, shifted
 from .seeds import stream
 from .settings import Choice
 
@@ -147,7 +147,8 @@ def way(model: torch.nn.Module, recipe: recipes.Recipe,
     start = noise(seed, numbers, shape).to(device) * recipe.flow.noise_scale
     words = [v.to(device) for v in (text, mask, null, null_mask)]
     words = words if s.guide != "route" else words[:2] * 2             # the same captions on both branches
-    times, tokens = grid(s.steps, s.shift, s.grid), shape[1] * shape[2] // recipe.denoiser.patch_size**2
+    shift = s.shift * shift_ratio(recipe, shape[1] * shape[2] * recipe.latents.factor ** 2)
+    times, tokens = grid(s.steps, shift, s.grid), shape[1] * shape[2] // recipe.denoiser.patch_size**2
     weak = None if s.guide == "caption" else routes(recipe, numbers, tokens, times, seed)
     flow = FlowMatching(recipe.flow)
     return guided(model, flow, *words, s.guidance, None, weak, s.stretch, correct), start, times

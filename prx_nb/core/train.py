@@ -73,11 +73,15 @@ def validation_set(prepared: Prepared, recipe: Recipe, device: torch.device) -> 
     n = max(min(recipe.train.validate_samples, len(held)), len(BINS) - 1)
     index = held[torch.linspace(0, len(held) - 1, n).round().long()]
     words, mask = prepared.states.lookup([prepared.asked[i] for i in index])
-    x0 = prepared.clean(index)
-    noise = torch.stack([torch.randn(x0.shape[1:], generator=stream(0, "validate", i)) for i in range(n)])
-    t = ((torch.randperm(n, generator=stream(0, "validate", "times")) + 0.5) / n).float()
-    whole = (index, *(v.to(device) for v in (x0, words, mask, torch.zeros(n, dtype=torch.bool), noise, t)))
-    return [Batch(*(v[i:i + 64] for v in whole)) for i in range(0, n, 64)]
+    t, found = ((torch.randperm(n, generator=stream(0, "validate", "times")) + 0.5) / n).float(), []
+    for some in prepared.images.alike(index):
+        x0 = prepared.clean(index[some])
+        numbers = [stream(0, "validate", i) for i in some.tolist()]
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in numbers])
+        whole = (x0, words[some], mask[some], torch.zeros(len(some), dtype=torch.bool), noise, t[some])
+        whole = (index[some], *(v.to(device) for v in whole))
+        found += [Batch(*(v[i:i + 64] for v in whole)) for i in range(0, len(some), 64)]
+    return found
 
 # %% ../../nbs/core/25_train.ipynb #4d253368
 @torch.no_grad()
