@@ -6,8 +6,6 @@
 __all__ = ['cost_a_pixel', 'judged_at', 'on_ground', 'error_at']
 
 # %% ../../nbs/choices/11_resolution.ipynb #7f6ba082
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
