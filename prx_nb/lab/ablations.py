@@ -350,6 +350,7 @@ def as_data(ablation: Ablation) -> dict[str, Any]:
     "A declaration as JSON has it, to be kept beside a run."
     found = {f.name: getattr(ablation, f.name) for f in fields(ablation)}
     found |= {"variants": {name: _plain(changes) for name, changes in ablation.variants.items()},
+              "base": _plain(ablation.base),
               "published": [asdict(p) for p in ablation.published], "references": list(ablation.references)}
     return {k: dict(v) if isinstance(v, Mapping) else v for k, v in found.items()}
 
@@ -363,7 +364,7 @@ def from_data(data: Any,              # what `as_data` made, or anything
         if not all(isinstance(v, str) for v in texts.values()):
             raise TypeError("a name, a question or a baseline is no text")
         rest = {"variants": {name: _with_factors(c) for name, c in data["variants"].items()},
-                "base": data["base"], "margin": float(data["margin"]),
+                "base": _with_factors(data["base"]), "margin": float(data["margin"]),
                 "efficient": bool(data.get("efficient")), "expected": dict(data.get("expected", {})),
                 "seed_shift": {k: int(v) for k, v in data["seed_shift"].items()}}
         said = {"references": tuple(map(str, data["references"])),
