@@ -7,13 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-from prx_nb.core import batch, data
+from prx_nb.core import batch, data, images
 from prx_nb.core.batch import prepare, read_batch, summarise
 from prx_nb.core.data import DataError
 from prx_nb.core.drawing import DrawingError
 from prx_nb.core.images import Ragged, bucket_of
 from prx_nb.core.recipe import Data, RecipeError, preset
 from prx_nb.core.train import Run, train, validation_set
+from prx_nb.lab import judge
 from runs import CPU, plain, same, strike, weights
 
 SHAPES = {(48, 48): (16, 16), (60, 40): (24, 16), (40, 60): (16, 24), (64, 48): (16, 12), (48, 64): (12, 16), (80, 40): (24, 12)}
@@ -331,3 +332,18 @@ def test_what_diffusers_has_no_place_for_is_not_exported(recipe):
         with pytest.raises(InteropError, match=f"denoiser.{name}"):
             denoiser_config(recipe.replace(f"denoiser.{name}", value).denoiser)
     assert not {"size_token", "span"} & denoiser_config(recipe.denoiser).keys()
+
+
+def test_the_exam_draws_each_picture_in_its_shape_and_nothing_is_cut_off(recipe, prepared, whole):
+    asked = judge.exam(prepared, recipe)
+    drawn = judge.draw(whole, prepared, asked)
+    assert drawn.shape == asked.reference.shape == (len(asked.index), 3, prepared.images.size, prepared.images.size)
+    kinds = {tuple(prepared.images.shapes[i]) for i in asked.index.tolist()}
+    assert len(kinds) > 2
+    for i, picture, real in zip(asked.index.tolist(), drawn, asked.reference):
+        h, w = prepared.images.shapes[i]
+        edge = (slice(None), slice(None), 0) if h > w else (slice(None), 0)
+        assert h == w or (picture[edge] == 1).all() and (real[edge] == 1).all(), "white beside it, in both"
+        pad = images.as_square(Image.fromarray(prepared.images.pixels[i]), prepared.images.size, "pad")
+        assert real.equal(torch.from_numpy(np.asarray(pad).copy()).permute(2, 0, 1) / 127.5 - 1)
+    assert not drawn[0].equal(drawn[1])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMED', 'PALETTE', 'DataError', 'Item', 'Ragged', 'Images', 'border_of', 'pixels_key', 'same_pixels', 'oklab',
-           'colours', 'draw', 'on_ground', 'measure', 'upright', 'as_square', 'bucket_of', 'as_shape', 'cut_share',
-           'prepare', 'chance', 'thin', 'make_images', 'as_images', 'cached']
+           'colours', 'draw', 'on_ground', 'measure', 'upright', 'as_square', 'squares', 'bucket_of', 'as_shape',
+           'cut_share', 'prepare', 'chance', 'thin', 'make_images', 'as_images', 'cached']
 
 # %% ../../nbs/core/05_images.ipynb #b6b5a291
 import base64
@@ -111,6 +111,11 @@ class Images:
         "Side of the images, pixels; of several shapes that of the square among them."
         return self.pixels.size if isinstance(self.pixels, Ragged) else self.pixels.shape[1]
 
+    @property
+    def shapes(self) -> np.ndarray | None:
+        "(N, 2) height and width, pixels; none: all are squares."
+        return self.pixels.shapes if isinstance(self.pixels, Ragged) else None
+
     @functools.cached_property
     def content(self) -> str:
         """Hash of the pixels themselves, wherever they came from. `key` is of what they were made from, and
@@ -123,12 +128,11 @@ class Images:
         return same_pixels(self.pixels)
 
     def batch(self, index: "torch.Tensor") -> "torch.Tensor":
-        "Images `index` (B,) as (B, 3, size, size) float32 in [-1, 1]; of other shapes the middle: `shaped`."
+        "Images `index` (B,) as (B, 3, size, size) float32 in [-1, 1]; of other shapes whole, on white squares."
         if not isinstance(self.pixels, Ragged):
             return self.shaped(index)
         import torch
-        middle = lambda i: as_square(Image.fromarray(self.pixels[int(i)]), self.size)
-        return _as_floats(np.stack([np.asarray(middle(i)) for i in torch.as_tensor(index).tolist()]))
+        return squares((self.pixels[i] for i in torch.as_tensor(index).tolist()), self.size)
 
 # %% ../../nbs/core/05_images.ipynb #96104341
 def _shaped(self: Images, index: "torch.Tensor",       # (B,)
@@ -299,6 +303,12 @@ def as_square(image: Image.Image,        # RGB
         ground.paste(image.resize((w, h), Image.Resampling.LANCZOS), ((size - w) // 2, (size - h) // 2))
         return ground
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+
+# %% ../../nbs/core/05_images.ipynb #310f5fb2
+def squares(pictures: Iterable[np.ndarray],      # (H, W, 3) uint8
+            size: int) -> "torch.Tensor":        # (N, 3, size, size) float32 in [-1, 1]
+    "Whole pictures on white squares: what encoders and the eye compare."
+    return _as_floats(np.stack([np.asarray(as_square(Image.fromarray(p), size, "pad")) for p in pictures]))
 
 # %% ../../nbs/core/05_images.ipynb #6a780a08
 @functools.lru_cache(8)

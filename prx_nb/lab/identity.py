@@ -20,7 +20,6 @@ from typing import Any
 
 from ..core import data
 from ..core import recipe as recipes
-from ..core.denoiser import kind_of
 from ..core.recipe import Recipe
 
 # %% ../../nbs/lab/03_identity.ipynb #1c61a6b3
@@ -170,7 +169,10 @@ def _teacher(recipe: Recipe) -> dict[str, str]:
 # %% ../../nbs/lab/03_identity.ipynb #ac4c7329
 def _architecture(recipe: Recipe) -> list[str]:
     "The module of the recipe's network, where no import leads to it: it is looked up by name."
-    return [kind_of(recipe).__module__] if recipe.denoiser.kind != "prx" else []
+    if recipe.denoiser.kind == "prx":
+        return []
+    from prx_nb.core.denoiser import kind_of                    # which imports torch
+    return [kind_of(recipe).__module__]
 
 # %% ../../nbs/lab/03_identity.ipynb #0fe716fe
 @lru_cache(256)

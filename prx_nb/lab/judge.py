@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..core import captions, metrics, text, train
 from ..core import sample as sampling
-from ..core.images import Item, border_of
+from ..core.images import Images, Item, border_of, squares
 from ..core.files import atomic, read_json, write_json
 from ..core.flow import FlowMatching
 from ..core.recipe import Recipe
@@ -110,16 +110,32 @@ def chosen(run: Run) -> Recipe:
         return run.recipe
     return run.recipe.replace({f"sample.{name}": found[name] for name in ("guidance", "stretch")})
 
+# %% ../../nbs/lab/11_judge.ipynb #e26ef97e
+def _in_shapes(draw: Callable[[Tensor, tuple[int, int]], Tensor], images: Images, index: Tensor) -> Tensor:
+    "Pictures drawn in the shapes of some images, one shape at a time, on white squares of one size."
+    found = torch.empty(len(index), 3, images.size, images.size)
+    for places in images.alike(index):
+        height, width = images.shapes[int(index[places[0]])]
+        drawn = to_uint8(draw(places, (int(height), int(width)))).permute(0, 2, 3, 1)
+        found[places] = squares(drawn.cpu().numpy(), images.size)
+    return found
+
 # %% ../../nbs/lab/11_judge.ipynb #6a473fbf
 def draw(run: Run, prepared: Prepared, questions: Exam,
          recipe: Recipe | None = None,     # how to sample; none: as was chosen for the run, if it was
          ) -> Tensor:                      # (N, 3, H, W) in [-1, 1], on the CPU
-    "One picture a prompt, by the run's averaged weights; what techniques do to the answer is taken back."
+    """One picture a prompt, by the run's averaged weights; what techniques do to the answer is taken back.
+    Where pictures have shapes each is drawn in its own, and all are put on white squares, as the real ones."""
     states, mask = prepared.states.lookup(questions.prompts)
-    recipe, null = recipe or chosen(run), prepared.states.null(1)
-    drawn = sampling.draw(run.model, recipe, states, mask, *null, questions.noise,
-                          correct=correction(run.recipe, prepared))
-    return run.space.decode(drawn).clamp(-1, 1)
+    recipe, null, correct = recipe or chosen(run), prepared.states.null(1), correction(run.recipe, prepared)
+
+    def of(places: Tensor | slice, size: tuple[int, int] | None) -> Tensor:
+        drawn = sampling.draw(run.model, recipe, states[places], mask[places], *null, questions.noise, size,
+                              correct=correct)
+        return run.space.decode(drawn).clamp(-1, 1)
+    if prepared.images.shapes is None:
+        return of(slice(None), None)
+    return _in_shapes(of, prepared.images, questions.index)
 
 # %% ../../nbs/lab/11_judge.ipynb #cf8c2d06
 def keep(folder: Path, images: Tensor, questions: Exam, notice: str, count: int) -> None:
