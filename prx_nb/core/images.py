@@ -128,7 +128,7 @@ class Images:
         return same_pixels(self.pixels)
 
     def batch(self, index: "torch.Tensor") -> "torch.Tensor":
-        "Images `index` (B,) as (B, 3, size, size) float32 in [-1, 1]; of other shapes whole, on white squares."
+        "Images `index` (B,) as (B, 3, size, size) float32 in [-1, 1]; other shapes are on white squares."
         if not isinstance(self.pixels, Ragged):
             return self.shaped(index)
         import torch

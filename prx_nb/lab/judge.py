@@ -125,7 +125,7 @@ def draw(run: Run, prepared: Prepared, questions: Exam,
          recipe: Recipe | None = None,     # how to sample; none: as was chosen for the run, if it was
          ) -> Tensor:                      # (N, 3, H, W) in [-1, 1], on the CPU
     """One picture a prompt, by the run's averaged weights; what techniques do to the answer is taken back.
-    Where pictures have shapes each is drawn in its own, and all are put on white squares, as the real ones."""
+    Where pictures have shapes each is drawn in its own, then put on a white square, as the real ones."""
     states, mask = prepared.states.lookup(questions.prompts)
     recipe, null, correct = recipe or chosen(run), prepared.states.null(1), correction(run.recipe, prepared)
 
