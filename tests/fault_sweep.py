@@ -33,6 +33,7 @@ PASSING = ("kernel killed", "process killed", "checkpoint corrupt", "memory shor
 LASTING = ("loss not finite", "time limit")                                                           # fail, and stay failed
 EXPECTED = {"loss not finite": "non-finite loss", "time limit": "timeout"}
 LIMIT = 60                                     # seconds a run may take
+NEVER = 15                                     # and one that never ends
 
 CELL = '''
 # What goes wrong in this run, if anything: faults.json beside the runs says. Most faults strike on the first attempt alone.
@@ -77,7 +78,9 @@ def notebook(folder: Path) -> Path:
 
 def jobs(folder: Path, name: str, seeds: int) -> list[plan.Job]:
     ablation = dataclasses.replace(ablations.get("prediction_target"), notebook=str(folder / "prediction_target.ipynb"))
-    return plan.plan(ablation, "smoke", seeds, out=folder / name, timeout=LIMIT)
+    planned = plan.plan(ablation, "smoke", seeds, out=folder / name, timeout=LIMIT)
+    faults = read_json(planned[0].group / "faults.json") if (planned[0].group / "faults.json").exists() else {}
+    return [dataclasses.replace(job, timeout=NEVER) if faults.get(job.name) == "time limit" else job for job in planned]
 
 
 def drive(folder: Path, name: str, seeds: int, at_once: int) -> subprocess.Popen:
