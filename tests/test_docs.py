@@ -42,7 +42,7 @@ def test_readme_explains_a_word_before_it_uses_it_and_names_a_command_for_each_w
 def test_the_minutes_of_the_readme_are_those_of_the_published_runs():
     text, records = (ROOT / "README.md").read_text(), sorted((ROOT / "outputs/published/prediction_target/records").glob("*-s[012].json"))
     costs = [json.loads(path.read_text())["cost"] for path in records]
-    two_at_a_time = int(re.search(r"curves and samples \| (\d+) minutes", text)[1])
+    two_at_a_time = int(re.search(r"`make ablate`: [^|]+\| (\d+) minutes", text)[1])
     assert two_at_a_time == round(sum(c["total_seconds"] for c in costs) / 60 / 2)
     assert "about two minutes of training" in text and round(sum(c["train_seconds"] for c in costs) / 60 / len(costs)) == 2
 
