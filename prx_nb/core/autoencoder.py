@@ -9,6 +9,7 @@ __all__ = ['NAMED', 'Settings', 'standardised', 'fresh', 'posterior', 'error', '
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def fit(settings: Settings, images: Images,
         optimizer.step()
         optimizer.zero_grad()
         if progress and (step + 1) % max(1, s.steps // 5) == 0:
-            print(f"autoencoder: step {step + 1} of {s.steps}, loss {loss.item():.3f}", flush=True)
+            print(f"autoencoder: step {step + 1} of {s.steps}, loss {loss.item():.3f}", file=sys.stderr)
     return model.eval().requires_grad_(False)
 
 # %% ../../nbs/core/12_autoencoder.ipynb #5d5722e2
@@ -183,7 +184,12 @@ def _held_out(model: nn.Module, images: Images, parts: data.Split) -> Tensor:
 def _trained(settings: Settings, images: Images, progress: bool) -> tuple[nn.Module, dict]:
     "Train, standardise and judge; the network, and what is written about it."
     parts = data.split(images, settings.data)
-    raw = fit(settings, images, parts.train, progress)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                       # more would give other weights
+    try:
+        raw = fit(settings, images, parts.train, progress)
+    finally:
+        torch.set_num_threads(threads)
     mean, deviation = channel_moments(raw, images, parts.train)
     model = standardised(raw, mean.float(), deviation.float())
     seen = _held_out(model, images, parts)
