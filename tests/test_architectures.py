@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import Stops
 from torch import nn
 
 from prx_nb.choices import architectures as choice
@@ -15,7 +16,6 @@ from prx_nb.core.denoiser import KINDS, PRX, Network, Route, build_network, comp
 from prx_nb.core.files import write_json
 from prx_nb.core.recipe import RecipeError, preset
 from prx_nb.core.seeds import stream
-from prx_nb.core.technique import Technique
 from prx_nb.core.train import Run, train
 from prx_nb.lab import ablations, explore, identity
 
@@ -219,22 +219,13 @@ def test_compiled_blocks_answer_as_plain_ones(kind):
     assert quick.compiled and not copy.deepcopy(quick).compiled
 
 
-class Stumble(Technique):
-    "Stops a training once."
-    observes = True
-
-    def loss(self, step):
-        if step.number == 15:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("kind", NAMES)
 def test_it_trains_goes_on_to_the_bit_and_draws(kind, prepared, tmp_path):
     more = {"techniques.tread.rate": 0.5, "techniques.tread.first": 1} if kind in ("dit", "uvit") else {}
     r = asked(kind, **more, **({"optimizer.name": "muon"} if kind in ("mmdit", "uvit") else {}))
     run = train(r, tmp_path / "whole", progress=False, prepared=prepared, device="cpu")
     with pytest.raises(KeyboardInterrupt):
-        train(r, tmp_path / "halves", progress=False, prepared=prepared, device="cpu", techniques=[Stumble()])
+        train(r, tmp_path / "halves", progress=False, prepared=prepared, device="cpu", techniques=[Stops(15)])
     halves = train(r, tmp_path / "halves", progress=False, prepared=prepared, device="cpu")
     assert all(v.equal(run.model.state_dict()[k]) for k, v in halves.model.state_dict().items())
     fresh = build_network(r).initialise(stream(r.seed, "weights")).state_dict()

@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import CPU, plain, same, weights
+from runs import CPU, Stops, plain, same, weights
 from torch import nn
 
 from prx_nb.core.checkpoint import new_state, read_checkpoint
@@ -276,19 +276,13 @@ def test_a_watch_changes_nothing_and_survives_an_interruption(prepared, whole, t
     fixed = validation_set(prepared, SMOKE, CPU)
     seen = tokens_of(feature_maps("effnet-lite0", prepared.images, "tap4", (4, 4)).batch(torch.cat([b.index for b in fixed])))
 
-    class Stumble(Technique):
-        observes = True
-
-        def loss(self, step):
-            if step.number == 7:
-                raise KeyboardInterrupt
     make = lambda: Watch(fixed, seen, 2, (0, 4, 9))
     watch, second = make(), make()
     run = train(SMOKE, tmp_path / "a", prepared=prepared, progress=False, device="cpu", techniques=[watch])
     assert plain(run).equals(plain(whole)) and all(v.equal(weights(run)[k]) for k, v in weights(whole).items())
     assert watch.found.isfinite().all() and watch.found[2].tolist() != watch.found[0].tolist()
     with pytest.raises(KeyboardInterrupt):
-        train(SMOKE, tmp_path / "b", prepared=prepared, progress=False, device="cpu", techniques=[make(), Stumble()])
+        train(SMOKE, tmp_path / "b", prepared=prepared, progress=False, device="cpu", techniques=[make(), Stops(7)])
     train(SMOKE, tmp_path / "b", prepared=prepared, progress=False, device="cpu", techniques=[second])
     assert second.found.equal(watch.found), "what was seen before is in the checkpoint"
     fresh = PRX(**SMOKE.denoiser.model_dump())

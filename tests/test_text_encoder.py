@@ -4,6 +4,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from runs import Stops
 from test_text import TEXTS, own_cache, tiny, wordlevel  # noqa: F401
 
 from prx_nb.choices import text_encoder as choice
@@ -12,7 +13,6 @@ from prx_nb.core.denoiser import PRX, WORDS
 from prx_nb.core.images import PALETTE, Item
 from prx_nb.core.recipe import RecipeError, preset
 from prx_nb.core.seeds import stream
-from prx_nb.core.technique import Technique
 from prx_nb.core.train import Run, train
 from prx_nb.lab import ablations
 
@@ -89,15 +89,6 @@ def test_only_words_with_positions_know_the_order(words, order):
     assert net(x, t, *a).prediction.allclose(net(x, t, *b).prediction, atol=1e-5) != order
 
 
-class Stumble(Technique):
-    "Raises at a step, once."
-    observes = True
-
-    def loss(self, step):
-        if step.number == 3:
-            raise KeyboardInterrupt
-
-
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory):
     r = SMOKE.replace({"text.encoder": "pieces", "denoiser.words": "transformer", "denoiser.context_in_dim": 24})
@@ -120,7 +111,7 @@ def test_words_are_trained_averaged_kept_and_drawn_with(learnt):
 def test_words_go_on_to_the_bit(learnt, tmp_path):
     r, prepared, run = learnt
     with pytest.raises(KeyboardInterrupt):
-        train(r, tmp_path, progress=False, prepared=prepared, device="cpu", techniques=[Stumble()])
+        train(r, tmp_path, progress=False, prepared=prepared, device="cpu", techniques=[Stops(3)])
     halves = train(r, tmp_path, progress=False, prepared=prepared, device="cpu")
     assert all(v.equal(run.model.state_dict()[k]) for k, v in halves.model.state_dict().items())
 
