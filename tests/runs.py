@@ -24,6 +24,8 @@ TECHNIQUES = {                   # what a recipe says to have one technique or c
     "tread": {"techniques.tread.rate": 0.5},
     "sprint": {"techniques.sprint.rate": 0.75, "denoiser.fusion": [1, None]},
     "perceptual": {"techniques.perceptual.weight": 0.1, "techniques.perceptual.size": 32},
+    "p_dino": {"techniques.p_dino.weight": 0.01, "techniques.p_dino.encoder": "effnet-lite0", "techniques.p_dino.taps": ["tap5"],
+               "techniques.p_dino.size": 32, "techniques.p_dino.one_in": 2},
     "muon": {"optimizer.name": "muon"},
     "bf16": {"train.weights": "bf16"},
     "augment_label": {"data.augment": ["flip", "crop"], "techniques.augment_label.words": 1},

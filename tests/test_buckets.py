@@ -226,6 +226,7 @@ def test_squares_are_not_touched(recipe, folder):
 def test_techniques_train_on_shapes(technique, recipe, prepared, tmp_path):
     run = train(recipe.replace({"train.steps": 4} | technique), tmp_path, prepared=prepared, progress=False, device="cpu")
     assert run.record["status"] == "done" and Run.load(tmp_path).sample("disc", size=(12, 24)).images.isfinite().all()
+    assert judge.draw(run, prepared, judge.exam(prepared, run.recipe)).isfinite().all()
 
 
 # ---------------------------------------------------------------- several sizes, and what depends on the size
@@ -267,7 +268,10 @@ def test_small_first_then_large(recipe, tmp_path):
     from prx_nb.core.cost import flops_step
     alone = [flops_step(r.replace({"data.size": s, "data.scales": [], "data.early": 0.0})) for s in (8, 16)]
     assert flops_step(r) == pytest.approx(sum(alone) / 2)
-    assert train(r, tmp_path, prepared=ready, progress=False, device="cpu").record["status"] == "done"
+    aligned = train(r.replace({"techniques.repa.weight": 0.5, "data.augment": []}), tmp_path, progress=False, device="cpu")
+    assert aligned.record["status"] == "done"
+    aligns = aligned.curves[aligned.curves.name == "loss REPA"]
+    assert len(aligns) == r.train.steps and (aligns.value.abs() <= 0.5).all(), "at both sizes"
 
 
 def test_times_are_shifted_by_each_batchs_own_pixels(sized):

@@ -17,6 +17,7 @@ SMOKE = preset("smoke").replace({"train.steps": 4, "train.checkpoint_every": 2, 
 ON = TECHNIQUES | {"repa_e": {"techniques.repa.weight": 0.5, "techniques.repa_e.weight": 1.5}}
 LATENT = {"latents.channels": 4, "latents.factor": 4, "denoiser.in_channels": 4, "denoiser.patch_size": 1}   # where there is an autoencoder to train
 REFUSED = {("tread", "sprint"): "both route tokens and only one can", ("perceptual", "repa_e"): "it compares images, and latents are none",
+           ("p_dino", "repa_e"): "it compares images, and latents are none",
            ("repa", "augment_label"): "with data.augment", ("irepa", "augment_label"): "with data.augment",
            ("augment_label", "repa_e"): "data.augment"}
 SAME = {("repa", "irepa"), ("repa", "repa_e")}         # one is the other, and more
@@ -45,7 +46,8 @@ def test_pair(pair, prepared, tmp_path, request):
     recipe = recipe.replace(changes)
     whole = train(recipe, tmp_path / "whole", prepared=prepared, progress=False)
     losses = {name for name in whole.curves.name if name.startswith("loss ")}
-    adds = {"repa": ["REPA"], "irepa": ["REPA"], "repa_e": ["REPA", "REPAE"], "contrastive": ["Contrastive"], "perceptual": ["Perceptual"]}
+    adds = {"repa": ["REPA"], "irepa": ["REPA"], "repa_e": ["REPA", "REPAE"], "contrastive": ["Contrastive"], "perceptual": ["Perceptual"],
+            "p_dino": ["PDINO"]}
     assert losses == {f"loss {name}" for name in ("flow", *adds.get(pair[0], []), *adds.get(pair[1], []))}, "each adds its own"
 
     shutil.copytree(whole.dir, tmp_path / "half")

@@ -73,5 +73,5 @@ def test_each_part_of_the_speedrun_is_left_out_alone():
     ablation = ablations.get("speedrun")
     whole = ablations.recipe(ablation, "whole", "cpu")
     left = {v: {p.rpartition(".")[0] for p in ablations.recipe(ablation, v, "cpu").diff(whole)} for v in ablation.variants if v.startswith("without_")}
-    assert len(left) == 7 and all(left.values())
+    assert len(left) == 9 and all(left.values())
     assert left["without_muon"] == {"optimizer"} and left["without_routing"] == {"techniques.tread", "sample"} and left["without_x"] == {"flow"}

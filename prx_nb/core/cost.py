@@ -76,10 +76,17 @@ def flops_parts(recipe: Recipe,
     return {name.partition(".")[2]: float(sum(ops.values()))          # without the name of the class
             for name, ops in counts.items() if name != "Global"}
 
+# %% ../../nbs/core/16_cost.ipynb #d9a27807
+def _largest(recipe: Recipe) -> Recipe:
+    "The same with images of the largest of its sizes only: what memory must hold."
+    size = max(size_shares(recipe))
+    return recipe.replace({"data.size": size, "data.scales": (), "data.early": 0.0})
+
 # %% ../../nbs/core/16_cost.ipynb #48f0e401
 def gpu_memory(recipe: Recipe) -> float:         # bytes, estimated
     """What training takes of a GPU: weights and their memories, what the backward pass needs, a share for
     CUDA."""
+    recipe = _largest(recipe)
     d = recipe.denoiser
     with torch.device("meta"):
         weights = sum(p.numel() for p in build_network(recipe).parameters())
@@ -115,7 +122,8 @@ def in_memory(recipe: Recipe) -> Iterator[None]:
 def least_memory(recipe: Recipe,
                  ) -> int:          # bytes, in each process
     "What training takes at least: the weights and what belongs to them, a batch, and what its blocks saw."
-    r, d, route, side = recipe, recipe.denoiser, routing(recipe), recipe.data.size // recipe.latents.factor
+    r, d, route = _largest(recipe), recipe.denoiser, routing(recipe)
+    side = r.data.size // r.latents.factor
     tokens = image_tokens(r) * (1 - (route.rate if route else 0))
     outer, inner = kind_of(r).keeps
     seen = tokens * d.hidden_size * d.depth * (outer + inner * d.mlp_ratio)         # numbers, of an image

@@ -790,7 +790,7 @@ def _refuse_kept(r: "Recipe") -> None:
         if value:
             raise ValueError(f"{setting} = {value} with {kept}: chosen and drawn images are squares of one "
                              "size; set data.fit to 'crop' or 'pad', and data.scales to []")
-    if needed := _switched(r, "whole_set"):
+    if needed := _switched(r, "whole_set" if keeps else "one_size"):
         raise ValueError(f"{' and '.join(needed)} with {kept}: it reads all images as squares of one "
                          "size; set data.fit to 'crop' or 'pad', and data.scales to []")
 

@@ -165,6 +165,7 @@ class Acts(Node):
     autoencoder: ClassVar[str] = ""               # folder, in a run's, of the autoencoder it trained; or none
     teacher_field: ClassVar[str] = ""             # the field that names a frozen encoder it learns from
     whole_set: ClassVar[bool] = False             # whether it needs all training images before the first step
+    one_size: ClassVar[bool] = False              # whether it can do with images of one size only
 
     start: int | float = 0                        # first step
     stop: int | float | None = None               # first step at which it no longer acts; none: never

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEGATIVES', 'other_caption', 'rolled', 'contrastive_loss', 'Settings', 'Contrastive', 'plain', 'mean_image',
-           'taken_back', 'caption_distance']
+           'mean_by_shape', 'mean_for', 'taken_back', 'caption_distance']
 
 # %% ../../nbs/techniques/03_contrastive.ipynb #64a85989
 import math
@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -107,7 +108,7 @@ class Contrastive(Technique, name="contrastive", settings=Settings):
         c, flow = recipe.techniques.contrastive, FlowMatching(recipe.flow)
         if (c.span(recipe.train.steps)[1] or math.inf) < recipe.train.steps:
             return None
-        return taken_back(flow, c.weight, mean_image(prepared), c.negatives == "roll")
+        return taken_back(flow, c.weight, mean_by_shape(prepared), c.negatives == "roll")
 
     def other(self, batch: Batch) -> Tensor:                          # (B,) index, -1 where there is none
         "Who is whose negative."
@@ -136,17 +137,35 @@ def plain(velocity: Tensor,    # (..., C, H, W) that a network trained with `wei
 
 # %% ../../nbs/techniques/03_contrastive.ipynb #b9166666
 def mean_image(prepared: Prepared,
-               most: int = 2048,      # images looked at, spread evenly
-               ) -> Tensor:           # (C, h, w): of the training images, or of their latents
+               train: Tensor | None = None,   # (N,) numbers of images of one shape; none: all trained on
+               most: int = 2048,              # images looked at, spread evenly
+               ) -> Tensor:                   # (C, h, w): of the images, or of their latents
     "The image that is left when all are averaged."
-    train = prepared.split.train
+    train = prepared.split.train if train is None else train
     index = train[torch.linspace(0, len(train) - 1, min(most, len(train))).round().long()]
     return torch.stack([prepared.clean(part).mean(0) * len(part) for part in index.split(256)]).sum(0) / len(
         index)
 
+# %% ../../nbs/techniques/03_contrastive.ipynb #7d801f1b
+def mean_by_shape(prepared: Prepared) -> list[Tensor]:       # (C, h, w) each
+    "The mean image of every shape and size that is trained on."
+    sizes = (prepared, *prepared.more)
+    return [mean_image(p, numbers) for p in sizes for numbers in p.buckets or (p.split.train,)]
+
+# %% ../../nbs/techniques/03_contrastive.ipynb #a0660d17
+def mean_for(means: list[Tensor],    # (C, h, w) each, of different shapes
+             x: Tensor,              # (B, C, H, W)
+             ) -> Tensor:            # (C, H, W), where x is
+    "The mean image of the shape of x; of another the most alike, drawn out."
+    ratios = lambda m: (torch.tensor(m.shape[-2:]) / torch.tensor(x.shape[-2:])).log().abs().sum()
+    mean = min(means, key=ratios).to(x)
+    if mean.shape[-2:] == x.shape[-2:]:
+        return mean
+    return F.interpolate(mean[None], x.shape[-2:], mode="bilinear", antialias=True)[0]
+
 # %% ../../nbs/techniques/03_contrastive.ipynb #7d772ca6
 def taken_back(flow: FlowMatching, weight: float,
-               mean: Tensor,          # (C, h, w) mean image
+               means: list[Tensor],   # (C, h, w) each: the mean image of every shape
                everywhere: bool,      # also where the caption is empty
                ) -> Callable:         # (answer, x, t, of the caption: bool) -> answer
     "`plain` for the sampler, whatever the network is asked for, in the space in which it was pushed."
@@ -155,7 +174,8 @@ def taken_back(flow: FlowMatching, weight: float,
     def correct(answer: Tensor, x: Tensor, t: Tensor, captioned: bool) -> Tensor:
         if not (captioned or everywhere):
             return answer
-        others = spread(dict(x=1 + 0 * t, v=coefficients(t, f.path)[2], eps=0 * t)[f.loss], x) * mean.to(x)
+        share = dict(x=1 + 0 * t, v=coefficients(t, f.path)[2], eps=0 * t)[f.loss]
+        others = spread(share, x) * mean_for(means, x)
         pushed = convert(answer, x, t, f.prediction, f.loss, f.path, f.clamp)
         return convert(plain(pushed, others, weight), x, t, f.loss, f.prediction, f.path, f.clamp)
     return correct

@@ -66,7 +66,6 @@ class Immiscible(Technique, name="immiscible", settings=Settings):
     def of(cls, recipe: Recipe, prepared: Prepared | None = None, device: str | torch.device = "cpu",
            built: Mapping[str, Technique] = MappingProxyType({})) -> "Immiscible":
         "As `techniques.immiscible` says."
-        "As `techniques.immiscible` says."
         c = recipe.techniques.immiscible
         return cls(c.group, c.start, c.stop)
 

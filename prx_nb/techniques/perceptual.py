@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ..core.encoders import EncoderError, VisionEncoder, load_vision_encoder
@@ -63,11 +63,12 @@ class Settings(Acts):
     size: int | None = Field(None, ge=16)  # side the encoder works at, pixels; none: its own
     one_in: int = Field(1, ge=1)  # one image in so many of a batch is compared: cheaper
 
-    @model_validator(mode="after")
-    def _consistent(self):
-        if not self.taps or len(set(self.taps)) != len(self.taps):
-            raise ValueError(f"techniques.perceptual.taps = {self.taps!r}: at least one tap, each once")
-        return self
+    @field_validator("taps")
+    @classmethod
+    def _each_once(cls, taps):
+        if not taps or len(set(taps)) != len(taps):
+            raise ValueError("should be at least one tap, each once")
+        return taps
 
     def refuse(self, recipe, path):
         if recipe.latents.autoencoder != "pixels":
@@ -113,10 +114,10 @@ class Perceptual(Technique, name="perceptual", settings=Settings):
     def of(cls, recipe: Recipe, prepared: Prepared, device: str | torch.device = "cpu",
            built: Mapping[str, Technique] = MappingProxyType({})) -> "Perceptual":
         "As a recipe asks. Raises `EncoderError` (no such encoder or tap) or `FetchError`."
-        c = recipe.techniques.perceptual
+        c = getattr(recipe.techniques, cls.name)
         encoder = load_vision_encoder(c.encoder, c.size, device)
         if not encoder.size:
-            raise EncoderError(f"techniques.perceptual.size = {c.size} "
+            raise EncoderError(f"techniques.{cls.name}.size = {c.size} "
                                f"is smaller than one patch of '{c.encoder}'")
         return cls(encoder, c.taps, c.weight, c.distance, c.t_max, c.one_in, c.start, c.stop)
 

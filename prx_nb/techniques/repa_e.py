@@ -71,7 +71,7 @@ def alignment(repa: REPA, step: Step,
 class Settings(Acts):
     "Alignment that also trains the autoencoder (REPA-E, arXiv 2504.10483: weight 1.5, repa's 0.5). 0: off."
     trains, autoencoder = True, "autoencoder"
-    whole_set = True
+    whole_set, one_size = True, True
 
     weight: float = Field(0.0, ge=0)              # of the alignment; reconstruction has 1
     kl: float = Field(1e-3, ge=0)                 # of the posterior's divergence from a unit normal
