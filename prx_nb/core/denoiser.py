@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORDS', 'VARIANTS', 'KINDS', 'patchify', 'unpatchify', 'rotary', 'rotate', 'waves', 'Embedder', 'norm', 'Attention',
            'Modulation', 'added', 'modulate', 'Block', 'FinalLayer', 'Route', 'Output', 'take', 'put', 'kept', 'choose',
-           'Fusion', 'WordBlock', 'Words', 'Network', 'PRX', 'initialise', 'time_vector', 'forward', 'compile_blocks',
-           'kind_of', 'build_network']
+           'Fusion', 'WordBlock', 'Words', 'Network', 'PRX', 'initialise', 'time_vector', 'Heard', 'hear', 'turns',
+           'forward', 'compile_blocks', 'kind_of', 'build_network']
 
 # %% ../../nbs/core/14_denoiser.ipynb #5ee120fb
 import importlib
@@ -117,11 +117,18 @@ class Attention(nn.Module):
         "(B, N, parts * hidden) -> parts x (B, heads, N, D)"
         return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, turn: Tensor) -> Tensor:
+    def words(self, text: Tensor) -> tuple[Tensor, Tensor]:     # (B, L, hidden) -> (B, heads, L, D) twice
+        "Keys and values of the text: the same in every step of a sampler."
+        k, v = self.split(self.txt_kv_proj(text), 2)
+        return norm(k, self.norm_added_k).to(v.dtype), v
+
+    def forward(self, x: Tensor,
+                text: Tensor | tuple[Tensor, Tensor],           # or what `words` made of it
+                mask: Tensor | None, turn: Tensor) -> Tensor:
         q, k, v = self.split(self.img_qkv_proj(x), 3)
-        text_k, text_v = self.split(self.txt_kv_proj(text), 2)
+        text_k, text_v = self.words(text) if isinstance(text, Tensor) else text
         q, k = rotate(norm(q, self.norm_q), turn), rotate(norm(k, self.norm_k), turn)
-        k = torch.cat((norm(text_k, self.norm_added_k).to(v.dtype), k.to(v.dtype)), 2)
+        k = torch.cat((text_k, k.to(v.dtype)), 2)
         out = F.scaled_dot_product_attention(q.to(v.dtype), k, torch.cat((text_v, v), 2), mask)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
@@ -158,7 +165,8 @@ class Block(nn.Module):
         self.gate_proj, self.up_proj = (nn.Linear(hidden, inner, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(inner, hidden, bias=False)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None, vec: Tensor, turn: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor | tuple[Tensor, Tensor], mask: Tensor | None, vec: Tensor,
+                turn: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(vec)
         x = added(x, gate1, self.attention(modulate(x, shift1, scale1), text, mask, turn))
         y = modulate(x, shift2, scale2)
@@ -416,11 +424,11 @@ def _check(self: Network, x_t: Tensor, taps: tuple[int, ...], route: Route | Non
 Network.check = _check
 
 # %% ../../nbs/core/14_denoiser.ipynb #fdff6e52
-def _on_route(route: Route, x: Tensor, text: Tensor, mask: Tensor | None, turn: Tensor,
+def _on_route(route: Route, x: Tensor, mask: Tensor | None, turn: Tensor,
               ) -> tuple[Tensor, Tensor | None, Tensor]:     # tokens (B, K, hidden), their mask, their turns
     "The kept tokens; each takes its own position along."
-    x = take(x, route.keep)
-    mask = None if mask is None else mask[..., :text.shape[1] + x.shape[1]]
+    skipped, x = x.shape[1] - route.keep.shape[1], take(x, route.keep)
+    mask = None if mask is None else mask[..., :mask.shape[-1] - skipped]
     return x, mask, turn[route.keep].unsqueeze(1)
 
 # %% ../../nbs/core/14_denoiser.ipynb #0cf0173d
@@ -434,7 +442,7 @@ def _run(self: Network, block: nn.Module, *args: Tensor | None) -> Tensor:
 Network.run = _run
 
 # %% ../../nbs/core/14_denoiser.ipynb #4b6efa1c
-def _through(self: PRX, x: Tensor, text: Tensor, mask: Tensor | None, vec: Tensor, turn: Tensor,
+def _through(self: PRX, x: Tensor, text: Tensor | tuple, mask: Tensor | None, vec: Tensor, turn: Tensor,
              route: Route | None, taps: tuple[int, ...]) -> tuple[Tensor, dict[int, Tensor]]:
     "Tokens (B, N, hidden) through all blocks, with what the tapped ones gave."
     first, last = (route.start, route.end) if route else self.config.get("fusion", (None, None))
@@ -443,9 +451,9 @@ def _through(self: PRX, x: Tensor, text: Tensor, mask: Tensor | None, vec: Tenso
         if i == first:
             early = x
             if route:
-                x, visible, turns = _on_route(route, x, text, mask, turn)
+                x, visible, turns = _on_route(route, x, mask, turn)
         if x.shape[1]:
-            x = _run(self, block, x, text, visible, vec, turns)
+            x = _run(self, block, x, text if isinstance(text, Tensor) else text[i], visible, vec, turns)
         if i in taps:
             seen[i] = x
         if i == last:
@@ -470,11 +478,40 @@ def _with_size(self: PRX, text: Tensor, mask: Tensor | None, t: Tensor, h: int, 
     token = self.size_token(_size_waves(self, t, h, w))[:, None].to(text.dtype)
     return torch.cat((text, token), 1), None if mask is None else F.pad(mask.bool(), (0, 1), value=True)
 
+# %% ../../nbs/core/14_denoiser.ipynb #d8d3dffb
+@dataclass(frozen=True)
+class Heard:
+    "Captions as a network's blocks take them, for pictures of one size."
+    words: tuple[tuple[Tensor, Tensor], ...]     # keys and values of each block
+    mask: Tensor | None                          # (B, L) True where there is a token
+
+
+def hear(self: PRX, text: Tensor,                # (B, L, context_in_dim), or (B, L, 2): `words`
+         mask: Tensor | None,                    # (B, L)
+         size: tuple[int, int],                  # height and width of x_t
+         ) -> Heard:
+    "What `forward` takes in place of the text in many steps, with the same result."
+    none = torch.zeros(len(text), device=text.device)
+    text, mask = _with_size(self, self.read(text, mask), mask, none, *size)
+    return Heard(tuple(block.attention.words(text) for block in self.blocks), mask)
+
+
+PRX.hear = hear
+
+# %% ../../nbs/core/14_denoiser.ipynb #f62c9d81
+def turns(self: PRX, rows: int, columns: int, device: str | torch.device) -> Tensor:    # (N, D / 2) complex
+    "The turns of a grid's tokens, as `rotary` gives them."
+    axes, theta, span = self.config["axes_dim"], float(self.config["theta"]), self.config.get("span")
+    return rotary(rows, columns, axes, theta, str(device), span)
+
+
+PRX.turns = turns
+
 # %% ../../nbs/core/14_denoiser.ipynb #b474b7ba
 def forward(self: PRX,
             x_t: Tensor,                      # (B, C, H, W) noisy images or latents
             t: Tensor,                        # (B,) times in [0, 1], 1 is pure noise
-            text: Tensor,                     # (B, L, context_in_dim) token states, or (B, L, 2): `words`
+            text: Tensor | Heard,             # (B, L, context_in_dim) token states, or (B, L, 2): `words`
             text_mask: Tensor | None = None,  # (B, L) True where there is a token
             *,
             route: Route | None = None,       # skip blocks for all but some tokens
@@ -484,11 +521,13 @@ def forward(self: PRX,
     _check(self, x_t, taps, route)
     h, w = x_t.shape[-2:]
     p = self.config["patch_size"]
-    text, text_mask = _with_size(self, self.read(text, text_mask), text_mask, t, h, w)
+    if isinstance(text, Heard):
+        text, text_mask = text.words, text.mask
+    else:
+        text, text_mask = _with_size(self, self.read(text, text_mask), text_mask, t, h, w)
     x, vec = self.img_in(patchify(x_t, p)), time_vector(self, t, h, w)
     mask = None if text_mask is None else F.pad(text_mask.bool(), (0, x.shape[1]), value=True)[:, None, None]
-    axes, theta, span = self.config["axes_dim"], float(self.config["theta"]), self.config.get("span")
-    turn = rotary(h // p, w // p, axes, theta, str(x.device), span)
+    turn = self.turns(h // p, w // p, x.device)
     turn = torch.view_as_real(turn) if self.compiled else turn      # compilers know no complex numbers
     x, seen = _through(self, x, text, mask, F.silu(vec), turn, route, taps)
     prediction = unpatchify(self.final_layer(x, vec), p, h, w)

@@ -26,7 +26,7 @@ from ..core import checkpoint, denoiser, drawing
 from ..core import recipe as recipes
 from ..core import sample as sampling
 from ..core.checkpoint import CheckpointError, find_checkpoint, read_checkpoint
-from ..core.denoiser import PRX, patchify, rotary, rotate
+from ..core.denoiser import PRX, patchify, rotate
 from ..core.drawing import Drawing, figure_html, kept_encoder, row_html, words
 from ..core.encoders import load_vision_encoder
 from ..core.files import atomic
@@ -100,15 +100,14 @@ def entering(model: PRX, x_t: Tensor, taps: dict[int, Tensor]) -> list[Tensor]:
 
 # %% ../../nbs/lab/25_explore.ipynb #a7ea3dc0
 def shares(block: Any, x: Tensor,             # (B, N, hidden) tokens that enter it
-           text: Tensor, mask: Tensor,        # (B, L, hidden) projected states, (B, L)
+           text_k: Tensor, mask: Tensor,      # (B, heads, L, D) keys of the words, (B, L)
            vec: Tensor, turn: Tensor,         # time, and turns of positions, as the block takes them
            ) -> Tensor:                       # (B, heads, N, L + N): shares that add up to 1
     "How a block's attention is shared out among word pieces and patches."
     a, (shift, scale, *_) = block.attention, block.modulation(vec)
     q, k, _ = a.split(a.img_qkv_proj(denoiser.modulate(x, shift, scale)), 3)
-    text_k, _ = a.split(a.txt_kv_proj(text), 2)
     q, k = (rotate(denoiser.norm(v, n), turn) for v, n in ((q, a.norm_q), (k, a.norm_k)))
-    keys = torch.cat((denoiser.norm(text_k, a.norm_added_k), k), 2)
+    keys = torch.cat((text_k, k), 2)
     scores = q @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5
     there = F.pad(mask.bool(), (0, x.shape[1]), value=True)[:, None, None]
     return scores.masked_fill(~there, float("-inf")).softmax(-1)
@@ -135,9 +134,9 @@ def word_maps(run: Run, prompt: str, image: Tensor,     # (C, h, w): what is dra
     h, w = (n // model.config["patch_size"] for n in x_t.shape[-2:])
     taps = model(x_t, time, text, mask, taps=tuple(range(len(model.blocks)))).taps
     vec = F.silu(denoiser.time_vector(model, time, *x_t.shape[-2:]))
-    turn = rotary(h, w, model.config["axes_dim"], float(model.config["theta"]), str(device))
-    found = [shares(block, x, model.read(text, mask), mask, vec, turn).mean(1)[0]
-             for block, x in zip(model.blocks, entering(model, x_t, taps))]
+    said, turn = model.hear(text, mask, x_t.shape[-2:]), model.turns(h, w, device)
+    found = [shares(block, x, keys, said.mask, vec, turn).mean(1)[0]
+             for block, x, (keys, _) in zip(model.blocks, entering(model, x_t, taps), said.words)]
     count = int(mask.sum())
     return torch.stack(found)[:, :, :count].transpose(1, 2).unflatten(2, (h, w)).cpu()
 
