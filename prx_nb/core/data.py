@@ -397,6 +397,18 @@ def _fit_of(data: recipe.Data) -> dict:
         return {"fit": "keep", "grid": data.grid, "stretch": data.stretch}
     return {} if data.fit == "crop" else {"fit": data.fit}
 
+# %% ../../nbs/core/07_data.ipynb #1d1d7498
+def _notice(root: Path, over: dict[Path, str]) -> str:
+    "What the folder's own NOTICE says, which is then not among what is passed over; or that it says nothing."
+    found = [p for p in over if p.parent == root and p.stem.lower() == "notice"
+             and p.suffix.lower() in ("", ".txt", ".md")]
+    for path in found:
+        del over[path]
+    said = [p.read_text("utf-8", errors="replace").strip() for p in sorted(found)]
+    if not any(said):
+        return f"Images from the folder {_printed(root.name)}; their licence is whatever their owner says.\n"
+    return f"Images from the folder {_printed(root.name)}:\n" + "\n".join(said) + "\n"
+
 # %% ../../nbs/core/07_data.ipynb #8058bdea
 def _folder_jobs(data: recipe.Data) -> tuple[list[dict], str, dict]:
     "The images of a folder, whose they are, and what was left out."
@@ -405,15 +417,12 @@ def _folder_jobs(data: recipe.Data) -> tuple[list[dict], str, dict]:
     _refuse_folder(root, jobs, over)
     settled = [_settled(job, data) | _fit_of(data) for job in jobs]
     kept = thin([job for job in settled if "left_out" not in job], data.limit)
+    notice = _notice(root, over)
     notes = {"found": len(jobs), "passed_over": _passed_over(root, over)}
     notes |= {"left_out": left} if (left := [j["item"]["key"] for j in settled if "left_out" in j]) else {}
     if not kept:
         raise DataError(f"no image in {_printed(root)} has a caption, and data.no_caption = 'skip'")
-    return (
-        kept,
-        f"Images from the folder {_printed(root.name)}; their licence is whatever their owner says.\n",
-        notes,
-    )
+    return kept, notice, notes
 
 # %% ../../nbs/core/07_data.ipynb #861e333e
 def _hf_stream(path: str):
