@@ -308,10 +308,10 @@ def _called(row) -> str:     # of an overview
     return said if said.startswith(f"{plain} against") else f"{plain}: {said}"
 
 # %% ../../nbs/lab/19_docs.ipynb #7be1c0a6
-def _others(rest: Mapping[int, list[str]]) -> str:     # links by place: 2 equivalent, 3 undecided, 4 no word
-    "What has no row of its own, in a sentence."
-    heads = {2: "Equivalent within the margin", 3: "Undecided", 4: "Without a verdict"}
-    return " ".join(f"{heads[place]}: {'; '.join(links)}." for place, links in rest.items() if links)
+def _others(rest: Mapping[int, list[str]]) -> str:     # links by place: 1 worse, 2 equivalent, 3 undecided, ...
+    "What has no row of its own, a paragraph each kind."
+    heads = {1: "Worse", 2: "Equivalent within the margin", 3: "Undecided", 4: "Without a verdict"}
+    return "\n\n".join(f"{heads[place]}: {'; '.join(links)}." for place, links in rest.items() if links)
 
 # %% ../../nbs/lab/19_docs.ipynb #d0b5e67d
 def in_short(names: list[str],               # ablations
@@ -319,19 +319,18 @@ def in_short(names: list[str],               # ablations
              preset: str = "cpu",
              home: str = "..",               # the way to the checkout from where this is read
              ):                              # an IPython Markdown object
-    "Technique, effect on the declared question, cost of what was told apart; the others in a sentence."
+    "Technique, effect on the declared question and cost of what is better; the others in a sentence each kind."
     from IPython.display import Markdown
     published = folder or root() / "outputs" / "published"
-    told, rest = [], {2: [], 3: [], 4: []}
+    told, rest = [], {1: [], 2: [], 3: [], 4: []}
     for row in overview.overview(published, names, preset).itertuples(index=False):
         place, effect = _decided_first(row[3])
         link = f"[{_called(row)}]({home}/outputs/published/{overview.place(row.ablation, preset)}/report.md)"
-        if place < 2:
-            told.append((place, link, effect, _first_cost(row.cost)))
+        if place == 0:
+            told.append((link, effect, _first_cost(row.cost)))
         else:
-            rest[place].append(link)
-    table = pd.DataFrame([row[1:] for row in sorted(told, key=lambda row: row[0])],
-                         columns=["technique", "effect on the error", "cost"])
+            rest[place].append(f"{link} {effect.rpartition(': ')[2]}" if place == 1 else link)
+    table = pd.DataFrame(told, columns=["technique", "effect on the error", "cost"])
     parts = [in_cells(table)] * bool(told) + [_others(rest)] * any(rest.values())
     return Markdown("\n\n".join(parts) or "Nothing is published yet.")
 
