@@ -245,7 +245,7 @@ def controls(names: Mapping[str, str],       # controls -> preset that they are 
 class Claim:
     "A sentence of the study, and what published runs must show for it."
     sentence: str
-    rule: str                         # differ, better, worse, none better, alike, some alike
+    rule: str                         # differ, better, worse, none better, alike, some alike, some no worse
     of: tuple[str, ...]               # ablation, ablation@label, or ablation:variant,variant
     where: str = ""                   # said beside the answer: what our setting cannot show
 
@@ -257,7 +257,8 @@ class Claim:
         yes, no = {"differ": (any(apart), all(alike)), "alike": (all(alike), any(apart)),
                    "better": (better, known and not better), "worse": (worse, known and not worse),
                    "none better": (known and not better, better),
-                   "some alike": (any(alike), all(apart))}[self.rule]
+                   "some alike": (any(alike), all(apart)),
+                   "some no worse": (better or any(alike), all(w == "worse" for w in words))}[self.rule]
         return ("no run is published yet" if not words else "**supported**" if yes
                 else "**contradicted**" if no else "not distinguishable at our scale")
 
