@@ -109,7 +109,7 @@ def test_in_the_playground_a_prompt_is_typed_and_new_samples_appear(lab, home):
     assert "samples in " in play.locator("[role=status]").inner_text()
 
 
-@pytest.mark.parametrize("notebook", ["core/25_train"])
+@pytest.mark.parametrize("notebook", ["core/27_train"])
 def test_the_rooms_of_training_run(lab, notebook):
     lab.open(f"nbs/{notebook}.ipynb")
     lab.run_all()

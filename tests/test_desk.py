@@ -62,8 +62,11 @@ def clone(tmp_path):
 
 
 def wear(clone):
-    for path in (clone / "nbs" / "techniques").glob("*.ipynb"):
+    "As JupyterLab saves what was opened; how many notebooks."
+    worn = [*(clone / "nbs" / "techniques").glob("*.ipynb")]
+    for path in worn:
         path.write_text(json.dumps(as_jupyter_saves(json.loads(path.read_text()))))
+    return len(worn)
 
 
 def test_git_sees_nothing_of_a_session_in_any_editor_once_the_filter_is_named(clone):
@@ -82,16 +85,16 @@ def test_git_sees_nothing_of_a_session_in_any_editor_once_the_filter_is_named(cl
 
 
 def test_without_the_filter_a_clone_works_as_any_other(clone):
-    wear(clone)
-    assert git(clone, "status", "--short").count(" M ") == 9
+    worn = wear(clone)
+    assert git(clone, "status", "--short").count(" M ") == worn > 5
     git(clone, "commit", "-qam", "worn")
     assert git(clone, "status", "--short") == ""
 
 
 def test_the_filter_of_an_environment_that_has_gone_takes_files_as_they_are(clone):
     git(clone, "config", "filter.prx-notebooks.clean", desk.filter_command(str(clone / "gone" / "python")))
-    wear(clone)
-    assert git(clone, "status", "--short").count(" M ") == 9
+    worn = wear(clone)
+    assert git(clone, "status", "--short").count(" M ") == worn > 5
 
 
 def test_own_hooks_and_an_own_filter_stay(clone):

@@ -309,7 +309,7 @@ def _called(row) -> str:     # of an overview
     return said if said.startswith(f"{plain} against") else f"{plain}: {said}"
 
 # %% ../../nbs/lab/19_docs.ipynb #7be1c0a6
-def _others(rest: Mapping[int, list[str]]) -> str:     # links by place: 1 worse, 2 equivalent, 3 undecided, ...
+def _others(rest: Mapping[int, list[str]]) -> str:     # links by place: 1 worse, 2 equivalent, ...
     "What has no row of its own, a paragraph each kind."
     heads = {1: "Worse", 2: "Equivalent within the margin", 3: "Undecided", 4: "Without a verdict"}
     return "\n\n".join(f"{heads[place]}: {'; '.join(links)}." for place, links in rest.items() if links)
@@ -320,7 +320,7 @@ def in_short(names: list[str],               # ablations
              preset: str = "cpu",
              home: str = "..",               # the way to the checkout from where this is read
              ):                              # an IPython Markdown object
-    "Technique, effect on the declared question and cost of what is better; the others in a sentence each kind."
+    "What is better, its effect on the declared question and its cost; the others in a paragraph each kind."
     from IPython.display import Markdown
     published = folder or root() / "outputs" / "published"
     told, rest = [], {1: [], 2: [], 3: [], 4: []}
