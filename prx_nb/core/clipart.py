@@ -76,7 +76,7 @@ def _plain(text: str | None) -> str:
     "One line of text."
     return " ".join((text or "").split())
 
-
+# %% ../../nbs/core/35_clipart.ipynb #589b23d2
 def told(name: str, svg: bytes) -> Told | None:
     "What a file says of itself; none: nothing that can be read."
     try:
@@ -173,7 +173,7 @@ def _mark(image: Image.Image) -> str:
     "A hash of pixels and size."
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
-
+# %% ../../nbs/core/35_clipart.ipynb #52a5c2e7
 def _look(files: Iterator[tuple[str, bytes]], folder: Path, side: int, grey: bool, progress: bool,
           ) -> tuple[list[Told], Counter]:       # what was drawn, and why how many were not
     "Draw what can be drawn into a folder."

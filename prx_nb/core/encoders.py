@@ -9,6 +9,7 @@ __all__ = ['PACKAGED', 'ENCODERS', 'EncoderError', 'ConvNorm', 'Bottleneck', 'Ef
 # %% ../../nbs/core/15_encoders.ipynb #0e405c85
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -477,8 +478,8 @@ def feature_maps(name: str,                          # one of `PACKAGED`, a fold
     if tap not in encoder.taps:
         raise EncoderError(f"{name} has no tap {tap!r}; it has {', '.join(encoder.taps)}")
     folder = cache_dir("maps", f"{encoder.key}-{images.key}-{tap}-{grid[0]}x{grid[1]}")
-    tell = print if progress else lambda *args, **options: None
-    say = lambda done: tell(f"{name} {tap}: maps of {done} of {len(images)} images", flush=True)
+    line = f"{name} {tap}: maps of {{}} of {len(images)} images"
+    say = lambda done: progress and print(line.format(done), file=sys.stderr, flush=True)
     make = lambda which: _maps_of(encoder, images, which, tap, grid)
     shards = keep_rows(folder, len(images), make, say=say)
     return FeatureMaps(shards, encoder.taps[tap], grid)
