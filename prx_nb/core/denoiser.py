@@ -485,7 +485,7 @@ class Heard:
     words: tuple[tuple[Tensor, Tensor], ...]     # keys and values of each block
     mask: Tensor | None                          # (B, L) True where there is a token
 
-
+# %% ../../nbs/core/14_denoiser.ipynb #af077b21
 def hear(self: PRX, text: Tensor,                # (B, L, context_in_dim), or (B, L, 2): `words`
          mask: Tensor | None,                    # (B, L)
          size: tuple[int, int],                  # height and width of x_t
