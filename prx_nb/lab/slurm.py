@@ -512,7 +512,8 @@ def _settle(job: Job, status: dict) -> dict:
     if "slurm" not in status or status.get("state") not in may_change or runs.alive(status, job.out):
         return status
     known = _known(status["slurm"])
-    if state := state_by_slurm(status["state"], known):
+    status = runs.read_status(job.out)          # a run's own last word may have come since it was looked at
+    if state := state_by_slurm(status.get("state", ""), known):
         cause = (f"Slurm says {known.get('JobState', 'nothing any more')} of task {status['slurm']}; "
                  f"see {known.get('StdErr', 'the logs in .slurm')}")
         now = datetime.now().astimezone().isoformat(timespec="seconds")
