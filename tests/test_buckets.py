@@ -1,7 +1,9 @@
 "Pictures that keep their shape: 200 of 6 shapes train, are drawn at each shape, go on to the bit, in two processes as in one."
 import json
 import math
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from prx_nb.core.train import Run, train, validation_set
 from prx_nb.lab import judge
 from runs import CPU, plain, same, strike, weights
 
+ROOT = Path(__file__).parents[1]
 SHAPES = {(48, 48): (16, 16), (60, 40): (24, 16), (40, 60): (16, 24), (64, 48): (16, 12), (48, 64): (12, 16), (80, 40): (24, 12)}
 COUNTS = (50, 40, 35, 30, 25, 20)
 
@@ -227,6 +230,27 @@ def test_techniques_train_on_shapes(technique, recipe, prepared, tmp_path):
     run = train(recipe.replace({"train.steps": 4} | technique), tmp_path, prepared=prepared, progress=False, device="cpu")
     assert run.record["status"] == "done" and Run.load(tmp_path).sample("disc", size=(12, 24)).images.isfinite().all()
     assert judge.draw(run, prepared, judge.exam(prepared, run.recipe)).isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,variant", [("contrastive", "contrastive"), ("latent_space", "pixels"), ("target_map", "x_in_x"),
+                                          ("augmentation", "flip")])
+def test_ablations_look_into_runs_on_shapes(name, variant, recipe, tmp_path):
+    "Their diagnostics too; what the captions of a folder do not name is no number, and no reason to lose the run."
+    data = {f"data.{k}": v for k, v in recipe.data.model_dump().items() if k in ("source", "path", "limit", "fit", "holdout_concepts")}
+    said = {"preset": "smoke", "variant": variant, "seed": 0, "out": str(tmp_path), "overrides":
+            data | {"data.grid": 4, "train.steps": 4, "train.checkpoint_every": 4, "train.validate_every": 2, "sample.steps": 2}}
+    cells = [c for c in json.loads((ROOT / f"nbs/ablations/{name}.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+    names, shown = {"__name__": "__main__"}, pytest.MonkeyPatch()
+    shown.setenv("MPLBACKEND", "Agg")
+    for source in ("".join(c["source"]) for c in cells):
+        exec(source, names)
+        names |= said if source.startswith("variant =") else {}
+    shown.undo(), plt.close("all")
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["metrics"]["joint[effnet-lite0]"] > 0 and record["diagnostic"]
+    if name == "augmentation":
+        assert None in record["diagnostic"]["errors"]["real"].values()
 
 
 # ---------------------------------------------------------------- several sizes, and what depends on the size

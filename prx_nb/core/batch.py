@@ -61,6 +61,10 @@ class Prepared:
             return self.images.shaped(index)
         return torch.from_numpy(self.latents[index.numpy()]).float()
 
+    def in_shapes(self, index: Tensor) -> list[Tensor]:
+        "As `clean`, of images of any shapes: those of each shape, (B, C, h, w), the flattest first."
+        return [self.clean(index[some]) for some in self.images.alike(index)]
+
     @property
     def heldout(self) -> Tensor:
         "Indices of all held-out images; if nothing is held out, of the training images."

@@ -13,9 +13,10 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -331,6 +332,18 @@ def bounds(prepared: Prepared, recipe: Recipe) -> dict[str, dict[str, float]]:
     return found | {
         kind: reference.limits_of(index, kind, lambda x, kind=kind: spoiled(x, kind)) for kind in SPOILED}
 
+# %% ../../nbs/lab/11_judge.ipynb #5cbdb7c0
+def _in_json(part: Any, where: str, lost: list[str]) -> Any:
+    "A part of a record as JSON has it: null where a number is not finite, which `lost` then names."
+    if isinstance(part, Mapping):
+        return {name: _in_json(value, f"{where} / {name}", lost) for name, value in part.items()}
+    if isinstance(part, list | tuple):
+        return [_in_json(value, f"{where} / {n}", lost) for n, value in enumerate(part)]
+    if not isinstance(part, float) or math.isfinite(part):
+        return part
+    lost.append(f"{where} is {part}")
+    return None
+
 # %% ../../nbs/lab/11_judge.ipynb #3aea99cf
 def complete(run: Run,
              ablation: str | ablations.Ablation, variant: str, preset: str,
@@ -338,7 +351,12 @@ def complete(run: Run,
              begin: float,                          # `time.monotonic()` when the notebook began
              **more: dict,                          # further parts of the record, e.g. a diagnostic
              ) -> dict:
-    "Finish the record of a run. Returns it."
+    "Finish the record of a run; a diagnostic's number that is not finite is null, and said. Returns it."
+    lost = []
+    if "diagnostic" in more:
+        more["diagnostic"] = _in_json(more["diagnostic"], "diagnostic", lost)
+    for line in lost:
+        print(f"{line}: kept as null")
     with contextlib.suppress(OSError, ValueError):
         more = {"exam": read_json(run.dir / "exam.json")} | more
     seed = run.recipe.seed - ablations.shift(ablation, variant)

@@ -6,6 +6,8 @@
 __all__ = ['patch_spectrum', 'dimension', 'floor', 'plot_spectrum', 'loss_weight']
 
 # %% ../../nbs/techniques/06_jit.ipynb #cd914ffd
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,14 +15,15 @@ from ..core.denoiser import patchify
 from ..core.flow import conversion
 
 # %% ../../nbs/techniques/06_jit.ipynb #10808017
-def patch_spectrum(images: Tensor,   # (N, C, H, W)
-                   patch: int,       # side
-                   ) -> Tensor:      # (C * patch * patch,) float64, largest first
+def patch_spectrum(images: Tensor | Sequence[Tensor],   # (N, C, H, W), or several of different shapes
+                   patch: int,                          # side
+                   ) -> Tensor:                         # (C * patch * patch,) float64, largest first
     "Variances of the principal components of patches. Raises `ValueError` if patches do not fill the image."
-    if images.shape[-2] % patch or images.shape[-1] % patch:
-        raise ValueError(f"patches of {patch} x {patch} do not fill images of "
-                         f"{images.shape[-2]} x {images.shape[-1]}")
-    rows = patchify(images, patch).flatten(0, 1).double()
+    parts = [images] if isinstance(images, Tensor) else list(images)
+    for height, width in (part.shape[-2:] for part in parts):
+        if height % patch or width % patch:
+            raise ValueError(f"patches of {patch} x {patch} do not fill images of {height} x {width}")
+    rows = torch.cat([patchify(part, patch).flatten(0, 1) for part in parts]).double()
     rows = rows - rows.mean(0)
     return torch.linalg.eigvalsh(rows.T @ rows / len(rows)).flip(0).clamp_min(0)
 
