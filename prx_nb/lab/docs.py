@@ -309,10 +309,12 @@ def _called(row) -> str:     # of an overview
     return said if said.startswith(f"{plain} against") else f"{plain}: {said}"
 
 # %% ../../nbs/lab/19_docs.ipynb #7be1c0a6
-def _others(rest: Mapping[int, list[str]]) -> str:     # links by place: 1 worse, 2 equivalent, ...
-    "What has no row of its own, a paragraph each kind."
-    heads = {1: "Worse", 2: "Equivalent within the margin", 3: "Undecided", 4: "Without a verdict"}
-    return "\n\n".join(f"{heads[place]}: {'; '.join(links)}." for place, links in rest.items() if links)
+def _others(rest: Mapping[int, Mapping[str, list[str]]]) -> str:   # place -> linked ablation -> variants
+    "What has no row of its own, a paragraph each kind: 1 worse, 2 equivalent, ..."
+    heads = {1: "Worse than its baseline", 2: "Equivalent within the margin", 3: "Undecided",
+             4: "Without a verdict"}
+    lines = lambda links: "; ".join(f"{link} {', '.join(said)}".strip() for link, said in links.items())
+    return "\n\n".join(f"{heads[place]}: {lines(links)}." for place, links in rest.items() if links)
 
 # %% ../../nbs/lab/19_docs.ipynb #d0b5e67d
 def in_short(names: list[str],               # ablations
@@ -323,14 +325,17 @@ def in_short(names: list[str],               # ablations
     "What is better, its effect on the declared question and its cost; the others in a paragraph each kind."
     from IPython.display import Markdown
     published = folder or root() / "outputs" / "published"
-    told, rest = [], {1: [], 2: [], 3: [], 4: []}
+    told, rest = [], {1: {}, 2: {}, 3: {}, 4: {}}
     for row in overview.overview(published, names, preset).itertuples(index=False):
         place, effect = _decided_first(row[3])
-        link = f"[{_called(row)}]({home}/outputs/published/{overview.place(row.ablation, preset)}/report.md)"
+        link = f"[{{}}]({home}/outputs/published/{overview.place(row.ablation, preset)}/report.md)"
         if place == 0:
-            told.append((link, effect, _first_cost(row.cost)))
-        else:
-            rest[place].append(f"{link} {effect.rpartition(': ')[2]}" if place == 1 else link)
+            told.append((link.format(_called(row)), effect, _first_cost(row.cost)))
+            continue
+        name, said = (v.replace("_", " ").replace("@", ", ")
+                      for v in (row.ablation, row.variant.partition(" against ")[0]))
+        words = [said] * (said != name) + [effect.rpartition(": ")[2]] * (place == 1)
+        rest[place].setdefault(link.format(name), []).append(" ".join(words))
     table = pd.DataFrame(told, columns=["technique", "effect on the error", "cost"])
     parts = [in_cells(table)] * bool(told) + [_others(rest)] * any(rest.values())
     return Markdown("\n\n".join(parts) or "Nothing is published yet.")
@@ -622,7 +627,7 @@ EVERYTHING = "## Everything else"
 MORE = """
 ## Everything else
 
-[The index](nbs/index.ipynb) goes on with a picture of each technique and a list of all notebooks.
+[The index](nbs/index.ipynb) shows a picture of each technique and lists all notebooks.
 
 Licence: Apache-2.0. The drawings belong to their makers; see [NOTICE](outputs/published/NOTICE).
 """

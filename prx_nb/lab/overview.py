@@ -81,6 +81,17 @@ def _effect(
     return {family: percent(r.difference / scale, r.difference_low / scale, r.difference_high / scale),
             "verdict": r.verdict + judge}
 
+# %% ../../nbs/lab/18_overview.ipynb #c05cf5a2
+def _ours(rows: pd.DataFrame, ablation: Ablation, variant: str, known: tuple[str, ...]) -> dict[str, str]:
+    "Our difference on each family and its verdict; of several joint errors the one that was asked for."
+    asked, said = ablation.primary if ablation.primary.startswith("joint") else "joint", {}
+    for family in FAMILIES:
+        of = asked if family == "joint" else family
+        found = _effect(rows, of, variant, ablation.baseline, known)
+        word = ", ".join(filter(None, (found["verdict"], of.removeprefix(family).strip())))
+        said[f"{family}, ours"] = f"{found[of]} ({word})" if found["verdict"] else found[of]
+    return said
+
 # %% ../../nbs/lab/18_overview.ipynb #cc145ced
 def _cost(folder: Path, variant: str, baseline: str) -> str:
     "Seconds and operations a step, as multiples of the baseline's."
@@ -121,7 +132,8 @@ def overview(folder: Path,                     # outputs/published
              preset: str = "cpu",
              ) -> pd.DataFrame:                # one row a variant that was published, in words
     """Ablation, variant, published effect, ours on each family with verdict, agreement, seeds, cost. Without
-    what is not published, and what was judged by an older exam."""
+    what is not published, and what was judged by an older exam. Where the declared question is of another
+    joint error, that one is shown, and the verdict says which."""
     rows = []
     for name in names:
         ablation, home = ablations.get(name.partition("@")[0]), folder / place(name, preset)
@@ -134,12 +146,9 @@ def overview(folder: Path,                     # outputs/published
         paid = _paid(home, folder, ablation)
         for variant in dict.fromkeys(v for v in found.variant if v != ablation.baseline):
             known = teachers(ablations.recipe(ablation, variant, preset, 0))
-            effects = {
-                family: _effect(found, family, variant, ablation.baseline, known) for family in FAMILIES}
             row = {"ablation": name, "variant": f"{variant} against {ablation.baseline}",
                    "published": theirs(ablation.published, variant)}
-            row |= {f"{f}, ours": " ".join(filter(None, (e[f], f"({e['verdict']})" if e["verdict"] else "")))
-                    for f, e in effects.items()}
+            row |= _ours(found, ablation, variant, known)
             rows.append(
                 row
                 | {
