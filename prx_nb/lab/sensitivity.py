@@ -6,9 +6,10 @@
 __all__ = ['axes_of', 'sensitivity', 'ranges', 'sensitivity_figure']
 
 # %% ../../nbs/lab/23_sensitivity.ipynb #8a3de3ce
-import contextlib
+import functools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -16,7 +17,7 @@ import pandas as pd
 from ..core.recipe import flatten
 from . import ablations, results
 from .ablations import Ablation, AblationError
-from .decision import Decision, decide, fit_prior
+from .decision import Decision
 
 # %% ../../nbs/lab/23_sensitivity.ipynb #870ba433
 def axes_of(ablation: Ablation,
@@ -61,15 +62,14 @@ def sensitivity(
     metric = metric or results.primary(ablation, {m for found in runs.metrics for m in found})
     up, rows = results.better_up(metric), []
     values = {v: list(results.by_seed(runs, v, metric).values()) for v in ablation.variants}
-    prior = fit_prior([results.log_scatter(v) for v in values.values()])
+    # as in the report: where the best is the baseline, its words are these words
+    words = functools.cache(lambda best: results.decisions(runs, replace(ablation, baseline=best), metric))
     for name, of in axes_of(ablation, preset).items():
         each = {v: values[v] for v in of if values[v]}
+        best = _best(each, up) if each else None
         for variant in each:
-            best = _best(each, up)
-            d = None
-            with contextlib.suppress(ValueError):
-                d = decide(each[variant], each[best], up, ablation.margin, prior)
-            rows.append((name, variant, of[variant], *_said(d, variant == best), len(each[variant])))
+            said = _said(None if variant == best else words(best).get(variant), variant == best)
+            rows.append((name, variant, of[variant], *said, len(each[variant])))
     return pd.DataFrame(
         rows, columns=["setting", "variant", "value", "word", "ratio", "low", "high", "seeds"])
 
