@@ -233,7 +233,7 @@ def _answers(jobs: list) -> tuple:      # the metric that decides, {variant: dec
     runs = results.collect(jobs[0].group)
     runs = runs[runs.folder.isin([job.out for job in jobs])].reset_index(drop=True)
     ablation = ablations.from_notebook(jobs[0].notebook)
-    metric = results.primary(ablation, list(dict.fromkeys(name for m in runs.metrics for name in m)))
+    metric = results.primary(ablation, results.metric_names(runs))
     return metric, results.decisions(runs, ablation, metric)
 
 # %% ../../nbs/lab/21_cli.ipynb #17d57314

@@ -378,8 +378,8 @@ def efficiencies(runs: pd.DataFrame,               # of the ablation, from `coll
     is not about efficiency. Raises `EfficiencyError` for a cost file that cannot be read."""
     if not (ablation.efficient and len(runs)):
         return {}
-    names, found = list(dict.fromkeys(name for m in runs.metrics for name in m)), {}
-    metric, kind = results.primary(ablation, names), runs.preset.iloc[0]
+    found, metric = {}, results.primary(ablation, results.metric_names(runs))
+    kind = runs.preset.iloc[0]
     if metric is None or results.better_up(metric):
         return {}
     seen = max((c.get("images_seen") or 0 for c in runs.cost), default=0)

@@ -139,8 +139,8 @@ def factorial_picture(
 def decided(name: str, folder: str | Path | None = None, preset: str = "cpu") -> dict[str, Decision]:
     "The words on an ablation's declared question by its published runs; empty: not run."
     runs, ablation = stack.records_of(name, preset, published_folder(folder)), ablations.get(name)
-    metrics = list(dict.fromkeys(m for found in runs.get("metrics", ()) for m in found))
-    return results.decisions(runs, ablation, results.primary(ablation, metrics)) if len(runs) else {}
+    metric = results.primary(ablation, results.metric_names(runs))
+    return results.decisions(runs, ablation, metric) if len(runs) else {}
 
 # %% ../../nbs/lab/30_lessons.ipynb #54515376
 def decided_part(name: str, folder: str | Path | None = None, preset: str = "cpu") -> str:  # Markdown
@@ -329,9 +329,7 @@ def negatives(folder: str | Path | None = None) -> pd.DataFrame:
     for name, ablation in ablations.known().items():
         for home in homes_of(name, folder) if not (ablation.expected or ablation.seed_shift) else ():
             whole, runs = list(records(home)), results.from_records(home / "records")
-            metric = results.primary(
-                ablation, list(dict.fromkeys(m for ms in runs.metrics for m in ms or {}))
-            )
+            metric = results.primary(ablation, results.metric_names(runs))
             for variant, d in results.decisions(runs, ablation, metric).items():
                 if d.word in ("worse", "equivalent"):
                     point = "" if home.name == name else f", {home.name}"

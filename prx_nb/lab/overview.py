@@ -84,7 +84,8 @@ def _effect(
 # %% ../../nbs/lab/18_overview.ipynb #c05cf5a2
 def _ours(rows: pd.DataFrame, ablation: Ablation, variant: str, known: tuple[str, ...]) -> dict[str, str]:
     "Our difference on each family and its verdict; of several joint errors the one that was asked for."
-    asked, said = ablation.primary if ablation.primary.startswith("joint") else "joint", {}
+    said, asked = {}, ablation.primary.partition("[")[0]
+    asked = asked if asked.startswith("joint") else "joint"
     for family in FAMILIES:
         of = asked if family == "joint" else family
         found = _effect(rows, of, variant, ablation.baseline, known)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'ORDER', 'pretend_runs', 'ReportError', 'collect', 'point', 'unfinished', 'retried', 'trained_elsewhere',
            'odd_data', 'odd_runs', 'in_list', 'better_up', 'by_seed', 'variant_order', 'main_metrics', 'bounds',
-           'at_chance', 'primary', 'parts', 'log_scatter', 'published_scatter', 'scatter_beside', 'decisions',
-           'from_records', 'answered', 'table', 'kin', 'agreement', 'answer', 'published_table', 'agreement_words',
-           'published_lines', 'in_words', 'direction', 'misranked', 'known_pictures', 'dial', 'chosen', 'sampled',
-           'same_sign', 'flags', 'p_words', 'verdicts', 'means', 'readable', 'declared', 'control_words', 'plan_words',
-           'dial_words', 'sentences', 'curves', 'at_moment', 'verdict_words', 'equal_time', 'costs', 'cost_words',
-           'pareto', 'chance', 'command']
+           'at_chance', 'metric_names', 'primary', 'parts', 'log_scatter', 'published_scatter', 'scatter_beside',
+           'decisions', 'from_records', 'answered', 'table', 'kin', 'agreement', 'answer', 'published_table',
+           'agreement_words', 'published_lines', 'in_words', 'direction', 'misranked', 'known_pictures', 'dial',
+           'chosen', 'sampled', 'same_sign', 'flags', 'p_words', 'verdicts', 'means', 'readable', 'declared',
+           'control_words', 'plan_words', 'dial_words', 'sentences', 'curves', 'at_moment', 'verdict_words',
+           'equal_time', 'costs', 'cost_words', 'pareto', 'chance', 'command']
 
 # %% ../../nbs/lab/13_results.ipynb #70ec2628
 import contextlib
@@ -374,6 +374,11 @@ def at_chance(runs: pd.DataFrame, metric: str, guess: float | None) -> bool:
             return False
     return True
 
+# %% ../../nbs/lab/13_results.ipynb #7e5de52b
+def metric_names(runs: pd.DataFrame) -> list[str]:
+    "Names of all metrics of some runs, in the order of measuring: the first of a family decides."
+    return list(dict.fromkeys(name for found in runs.get("metrics", ()) for name in found or {}))
+
 # %% ../../nbs/lab/13_results.ipynb #018a7c0d
 def primary(ablation: Ablation, metrics: Iterable[str]) -> str | None:
     """The metric that decides: the declared one, by its name or the first of its family. Tables from before
@@ -552,7 +557,7 @@ def table(
     confidence: float = 0.95,
 ) -> pd.DataFrame:  # one row a metric and variant, `COLUMNS`; `seeds` are those of the mean
     "Means, differences and verdicts."
-    metrics = list(dict.fromkeys(name for m in runs.metrics for name in m))
+    metrics = metric_names(runs)
     guess = bounds(runs).get("guessing", {})
     read = {m for m in metrics if _is_main(m) and not at_chance(runs, m, guess.get(m))}
     found = [
@@ -1067,7 +1072,7 @@ def chance(runs: pd.DataFrame, ablation: Ablation, n: int = 3) -> pd.DataFrame:
     """Of the main metrics: metric, variant, rate, low, high, seeds; empty if no variant is a null check or
     there are fewer than n seeds."""
     parts = [pd.DataFrame(columns=["metric", "rate", "low", "high", "seeds", "variant"])]
-    metrics = [m for m in dict.fromkeys(name for ms in runs.metrics for name in ms) if _is_main(m)]
+    metrics = [m for m in metric_names(runs) if _is_main(m)]
     for variant in ablation.seed_shift:
         pools = {m: (by_seed(runs, variant, m), by_seed(runs, ablation.baseline, m)) for m in metrics}
         pools = {m: pair for m, pair in pools.items() if min(map(len, pair)) >= n}

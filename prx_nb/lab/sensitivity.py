@@ -59,7 +59,7 @@ def sensitivity(
 ) -> pd.DataFrame:  # setting, variant, value, word, ratio, low, high (to the best), seeds
     """Every value of every setting against the best value of that setting; values that were not run are left
     out."""
-    metric = metric or results.primary(ablation, list(dict.fromkeys(m for ms in runs.metrics for m in ms)))
+    metric = metric or results.primary(ablation, results.metric_names(runs))
     up, rows = results.better_up(metric), []
     values = {v: list(results.by_seed(runs, v, metric).values()) for v in ablation.variants}
     # as in the report: where the best is the baseline, its words are these words

@@ -248,7 +248,7 @@ def reached(runs: pd.DataFrame, ablation: Ablation,
             metric: str | None = None,        # none: the ablation's primary one
             ) -> efficiency.Equivalent | None:
     "Share of its steps after which the stack is as good as the baseline at its end; none: too few runs."
-    metric = metric or results.primary(ablation, list(dict.fromkeys(m for ms in runs.metrics for m in ms)))
+    metric = metric or results.primary(ablation, results.metric_names(runs))
     each = zip(runs.cost, runs.metrics, runs.variant)
     seen = [(c.get("images_seen"), m.get(metric), v) for c, m, v in each]
     table = pd.DataFrame(seen, columns=["steps", "value", "variant"]).dropna()
