@@ -313,7 +313,8 @@ def _others(rest: Mapping[int, Mapping[str, list[str]]]) -> str:   # place -> li
     "What has no row of its own, a paragraph each kind: 1 worse, 2 equivalent, ..."
     heads = {1: "Worse than its baseline", 2: "Equivalent within the margin", 3: "Undecided",
              4: "Without a verdict"}
-    lines = lambda links: "; ".join(f"{link} {', '.join(said)}".strip() for link, said in links.items())
+    itself = lambda said: ", ".join(v or "itself" for v in said) if any(said) else ""
+    lines = lambda links: "; ".join(f"{link} {itself(said)}".strip() for link, said in links.items())
     return "\n\n".join(f"{heads[place]}: {lines(links)}." for place, links in rest.items() if links)
 
 # %% ../../nbs/lab/19_docs.ipynb #d0b5e67d

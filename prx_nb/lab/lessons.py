@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['AIM', 'published_folder', 'not_run', 'percent', 'p_words', 'design_words', 'checks_words', 'effects_table',
            'stack_words', 'factorial_part', 'factorial_picture', 'decided', 'decided_part', 'pairs_part',
-           'pairs_picture', 'records', 'equal_time_part', 'best_part', 'weights', 'scaling_part', 'against_posts',
-           'posts_part', 'homes_of', 'days', 'change', 'negatives', 'negatives_part', 'limits_part', 'cards_part']
+           'pairs_picture', 'records', 'equal_time_part', 'time_words', 'best_part', 'best_in_short', 'weights',
+           'scaling_part', 'against_posts', 'posts_part', 'homes_of', 'days', 'change', 'negatives', 'negatives_part',
+           'limits_part', 'cards_part']
 
 # %% ../../nbs/lab/30_lessons.ipynb #eb7c17c9
 from collections.abc import Iterable, Iterator
@@ -227,26 +228,44 @@ def equal_time_part(folder: str | Path | None = None, preset: str = "cpu") -> st
 AIM = 1 / 3                           # of the baseline's time, in which preset best should be as good
 
 
+def time_words(runs: pd.DataFrame,    # of `best`
+               home: Path,            # of published results
+               preset: str = "cpu") -> str:
+    "In what share of the baseline's time preset best is as good as that is at its end, and what of the aim."
+    ablation = ablations.get("best")
+    best = [v for v in ablation.variants if v != ablation.baseline]
+    cost = efficiency.cost_ratio(home, ablation, "best", preset, runs)
+    share = stack.time_to_reach(runs, ablation, best, cost)
+    if share is None:
+        return "In what share of the baseline's time it is as good cannot be said from these runs yet."
+    how = "in turns" if cost.in_turns else "by the records' own seconds a step"
+    aim = ("reached" if share[2] <= AIM else "not reached" if share[1] > AIM
+           else "neither reached nor missed yet")
+    return (f"**Preset `best` is as good as the baseline at its end in {share[0]:.2f} [{share[1]:.2f}, "
+            f"{share[2]:.2f}] of its time** ({stack.reached(runs, ablation, best)} of its steps, times "
+            f"x{cost.time.ratio:.2f} for a step, measured {how}); the aim, {AIM:.2f} or less, is {aim}.")
+
+# %% ../../nbs/lab/30_lessons.ipynb #364cf37a
 def best_part(folder: str | Path | None = None, preset: str = "cpu") -> str:      # Markdown
     "Preset best beside the baseline: at equal steps, and the share of the time in which it is as good."
-    home, ablation = published_folder(folder), ablations.get("best")
+    home = published_folder(folder)
     runs = stack.records_of("best", preset, home)
     if not len(runs):
         return not_run("best", preset)
-    best = [v for v in ablation.variants if v != ablation.baseline]
-    cost = efficiency.cost_ratio(home, ablation, "best", preset, runs)
-    steps = stack.reached(runs, ablation, best)
-    share = stack.time_to_reach(runs, ablation, best, cost)
-    how = "in turns" if cost and cost.in_turns else "by the records' own seconds a step"
-    if share is None:
-        said = "In what share of the baseline's time it is as good cannot be said from these runs yet."
-    else:
-        aim = ("reached" if share[2] <= AIM else "not reached" if share[1] > AIM
-               else "neither reached nor missed yet")
-        said = ("**Preset `best` is as good as the baseline at its end in "
-                f"{share[0]:.2f} [{share[1]:.2f}, {share[2]:.2f}] of its time** ({steps} of its steps, times "
-                f"x{cost.time.ratio:.2f} for a step, measured {how}); the aim, {AIM:.2f} or less, is {aim}.")
-    return f"{said}\n\n{decided_part('best', folder, preset)}"
+    return f"{time_words(runs, home, preset)}\n\n{decided_part('best', folder, preset)}"
+
+# %% ../../nbs/lab/30_lessons.ipynb #c273be2d
+def best_in_short(folder: str | Path | None = None, preset: str = "cpu") -> str:      # Markdown
+    "Preset best in two sentences: what is in it and its effect, and the time in which it is as good."
+    home = published_folder(folder)
+    runs, found = stack.records_of("best", preset, home), decided("best", folder, preset)
+    if "best" not in found:
+        return not_run("best", preset)
+    d, time = found["best"], time_words(runs, home, preset).partition("** (")
+    effect = f"**{d.word}**, {percent(d.ratio, d.low, d.high)}"
+    return (f"**Preset `best`** ({', '.join(stack.STACK)}) against the plain one, {min(d.seeds)} seeds, at equal "
+            f"steps: {effect}. {time[0].replace('**', '').replace('Preset `best`', 'It')}"
+            f"{'.' if time[1] else ''}")
 
 # %% ../../nbs/lab/30_lessons.ipynb #6e6e1cf1
 def weights(recipe) -> int:
