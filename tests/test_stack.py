@@ -4,7 +4,7 @@ import math
 import pytest
 
 from prx_nb.choices.stack import FOUR, RATES, STACK
-from prx_nb.core.recipe import PRESETS, RecipeError, preset
+from prx_nb.core.recipe import PRESETS, RecipeError, image_tokens, preset
 from prx_nb.lab import ablations, factorial, stack
 
 DECIDED = stack.chosen()
@@ -33,6 +33,8 @@ def test_a_constant_that_does_not_follow_the_runs_would_be_noticed(monkeypatch):
 @pytest.mark.parametrize("size", PRESETS)
 def test_preset_best_is_the_variant_of_its_ablation(size):
     best, plain = preset("best", base=size), preset(size)
+    plain = plain.replace(ablations.in_numbers({k: v for k, v in stack.exam().items() if not k.startswith("evaluate.")}, plain, {}))
+    assert image_tokens(plain) == image_tokens(preset(size)) and (plain == preset(size)) == (size != "paper"), "in pixels, as it was found"
     found = ablations.in_numbers(stack.together(STACK), plain, {})
     assert dict(best.diff(plain)) and set(best.diff(plain)) <= set(found) and best == plain.replace(found)
     assert preset("best", 10, base=size).train.steps == 10

@@ -6,7 +6,6 @@
 __all__ = ['STACK', 'FOUR', 'RATES']
 
 # %% ../../nbs/choices/12_stack.ipynb #85870ce4
-# by the published effects of each alone, until `combine` is published
-STACK = ("muon", "x")
-FOUR = ("muon", "x", "perceptual", "lr2")
+STACK = ("x", "muon", "perceptual")
+FOUR = ("x", "muon", "perceptual", "roll")
 RATES = {"baseline": 1.0, "best": 1.0}        # until `equal_time` is published: the preset's own
