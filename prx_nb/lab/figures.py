@@ -9,6 +9,7 @@ __all__ = ['COLOURS', 'MARKS', 'PANEL', 'DOTS', 'look', 'band', 'curve_figure', 
 # %% ../../nbs/lab/15_figures.ipynb #f4be4c84
 import json
 import math
+import re
 import textwrap
 from pathlib import Path
 
@@ -292,6 +293,15 @@ def _strip(images: np.ndarray, gap: int = 2) -> np.ndarray:    # (N, 3, H, W) ->
     padded = np.pad(images, ((0, 0), (0, 0), (0, 0), (0, gap)), constant_values=255)
     return np.concatenate(list(padded.transpose(0, 2, 3, 1)), 1)[:, :-gap]
 
+# %% ../../nbs/lab/15_figures.ipynb #12e3827d
+def _in_lines(name: str, width: int = 13) -> str:      # of a variant
+    "A name that is written along a row of pictures, in lines that are no longer than the row is high."
+    lines = [""]
+    for part in re.findall(r"[^+_@-]+[+_@-]*|[+_@-]+", name):
+        fits = len(lines[-1]) + len(part) <= width
+        lines = [*lines[:-1], lines[-1] + part] if fits else [*lines, part]
+    return "\n".join(filter(None, lines))
+
 # %% ../../nbs/lab/15_figures.ipynb #b98f632c
 def samples_figure(runs: pd.DataFrame, ablation: Ablation, seed: int = 0, count: int = 8, first: int = 0):
     """One row a variant, one column a prompt: a matplotlib figure, `None` without samples. Its `beside` are
@@ -306,22 +316,24 @@ def samples_figure(runs: pd.DataFrame, ablation: Ablation, seed: int = 0, count:
     any_ = next(iter(found.values()))
     rows = ([("held out", any_["reference"])] if "reference" in any_ else []) + [
         (v, s["images"]) for v, s in found.items()]
+    labels = {name: _in_lines(name) for name, _ in rows}
+    longest = 1 + max(words.count("\n") for words in labels.values())        # in lines
     count = min(count, len(any_["images"]) - first)
     prompts, beside = headings(any_["prompts"][first:first + count])
     prompts = [textwrap.fill(p, 20, max_lines=4, placeholder=" ...") for p in prompts]
     top = 0.1 + 0.14 * max((p.count("\n") + 1 for p in prompts), default=0)          # inches for the words
     fig, axes = plt.subplots(
-        len(rows), figsize=(1.25 * count + 0.4, 1.25 * len(rows) + top), dpi=DOTS, squeeze=False)
+        len(rows), figsize=(1.25 * count + 0.26 + 0.14 * longest, 1.25 * len(rows) + top), dpi=DOTS, squeeze=False)
     for ax, (name, images) in zip(axes[:, 0], rows):
         ax.imshow(_strip(images[first:first + count]), interpolation="nearest")
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-        ax.set_ylabel(name, fontsize=11)
+        ax.set_ylabel(labels[name], fontsize=11 if longest < 2 else 9)
     width = (any_["images"].shape[-1] + 2)
     for i, words in enumerate(prompts):
         axes[0, 0].text(
             i * width + width / 2 - 1, -2, words, fontsize=7, ha="center", va="bottom", parse_math=False)
     fig.beside = beside
     fig.subplots_adjust(
-        left=0.3 / fig.get_figwidth(), right=1, bottom=0.01, top=1 - top / fig.get_figheight(), hspace=0.04)
+        left=(0.16 + 0.14 * longest) / fig.get_figwidth(), right=1, bottom=0.01, top=1 - top / fig.get_figheight(), hspace=0.04)
     return fig
