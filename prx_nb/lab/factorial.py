@@ -76,7 +76,7 @@ def signs(variants: Sequence[str],         # as `design` calls them
 
 # %% ../../nbs/lab/16_factorial.ipynb #ef48884d
 def is_design(variants: Iterable[str]) -> bool:
-    "Whether variants are called as `design` calls them, each factor on in half of them, whatever the others are."
+    "Whether variants are called as `design` calls them, each factor on in half of them, the others balanced."
     variants = list(variants)
     x = signs(variants).to_numpy()
     return (len(variants) >= 4 and "none" in variants
@@ -168,18 +168,19 @@ def design_words(variants: Iterable[str]) -> str:
     aliased = (f"Aliased with each other: {'; '.join(shared)}." if shared else
                "No effect and no pair is aliased with another; what three do together is taken to be "
                "nothing, and is aliased with pairs.")
-    return (f"{len(x)} of the {full} combinations of {x.shape[1]} factors, resolution {roman}; in half of the "
-            f"combinations a factor is on. {aliased}")
+    return (f"{len(x)} of the {full} combinations of {x.shape[1]} factors, resolution {roman}; in half of "
+            f"the combinations a factor is on. {aliased}")
 
 # %% ../../nbs/lab/16_factorial.ipynb #7c30f66b
 def model_words(found: pd.DataFrame,       # from `effects`
                 alpha: float = 0.05) -> str:
     "The model, and how its words are corrected."
-    return ("The logarithm of the error is a mean, plus an effect of each factor, plus one of each pair, plus "
-            f"the scatter of seeds, which is taken from runs of the same combination, {int(found.df.iloc[0])} "
-            "degrees of freedom. An effect is the change by switching a factor on, on average over the others. "
-            f"{len(found)} comparisons: each word is said at {alpha / len(found):.2%} (Bonferroni), so that all "
-            f"intervals hold together in {100 * (1 - alpha):.0f} of 100 such studies.")
+    return ("The logarithm of the error is a mean, plus an effect of each factor, plus one of each pair, "
+            "plus the scatter of seeds, which is taken from runs of the same combination, "
+            f"{int(found.df.iloc[0])} degrees of freedom. An effect is the change by switching a factor on, "
+            f"on average over the others. {len(found)} comparisons: each word is said at "
+            f"{alpha / len(found):.2%} (Bonferroni), so that all intervals hold together in "
+            f"{100 * (1 - alpha):.0f} of 100 such studies.")
 
 # %% ../../nbs/lab/16_factorial.ipynb #ad637528
 def p_words(p: float) -> str:
@@ -195,7 +196,8 @@ def checks_words(runs: pd.DataFrame, metric: str | None = None) -> str:
             f"{rest.residual.std():.3f} of the logarithm, the largest {rest.residual.abs().max():.3f}. Equal "
             f"scatter over combinations (Levene): p {found['equal scatter']}; normal (Shapiro and Wilk): "
             f"p {found['normal']}. A small p would be a reason for doubt; with few seeds a large one is no "
-            "proof. That nothing beyond pairs matters cannot be tested where the terms use up all combinations.")
+            "proof. That nothing beyond pairs matters cannot be tested where the terms use up all "
+            "combinations.")
 
 # %% ../../nbs/lab/16_factorial.ipynb #83ce13de
 def percent(ratio: float, low: float, high: float) -> str:

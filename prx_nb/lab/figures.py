@@ -318,12 +318,13 @@ def samples_figure(runs: pd.DataFrame, ablation: Ablation, seed: int = 0, count:
         (v, s["images"]) for v, s in found.items()]
     labels = {name: _in_lines(name) for name, _ in rows}
     longest = 1 + max(words.count("\n") for words in labels.values())        # in lines
+    room = 0.16 + 0.14 * longest                                             # inches for them
     count = min(count, len(any_["images"]) - first)
     prompts, beside = headings(any_["prompts"][first:first + count])
     prompts = [textwrap.fill(p, 20, max_lines=4, placeholder=" ...") for p in prompts]
     top = 0.1 + 0.14 * max((p.count("\n") + 1 for p in prompts), default=0)          # inches for the words
     fig, axes = plt.subplots(
-        len(rows), figsize=(1.25 * count + 0.26 + 0.14 * longest, 1.25 * len(rows) + top), dpi=DOTS, squeeze=False)
+        len(rows), figsize=(1.25 * count + room + 0.1, 1.25 * len(rows) + top), dpi=DOTS, squeeze=False)
     for ax, (name, images) in zip(axes[:, 0], rows):
         ax.imshow(_strip(images[first:first + count]), interpolation="nearest")
         ax.set(xticks=[], yticks=[])
@@ -335,5 +336,5 @@ def samples_figure(runs: pd.DataFrame, ablation: Ablation, seed: int = 0, count:
             i * width + width / 2 - 1, -2, words, fontsize=7, ha="center", va="bottom", parse_math=False)
     fig.beside = beside
     fig.subplots_adjust(
-        left=(0.16 + 0.14 * longest) / fig.get_figwidth(), right=1, bottom=0.01, top=1 - top / fig.get_figheight(), hspace=0.04)
+        left=room / fig.get_figwidth(), right=1, bottom=0.01, top=1 - top / fig.get_figheight(), hspace=0.04)
     return fig

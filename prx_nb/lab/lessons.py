@@ -72,9 +72,10 @@ def factorial_picture(
     "Effects of factors and pairs, the cost of a step beside them."
     runs = stack.records_of(stack.DESIGN, preset, published_folder(folder))
     try:
-        return factorial.effects_figure(factorial.effects(runs), factorial.step_costs(runs)) if len(runs) else None
+        found = factorial.effects(runs) if len(runs) else None
     except ValueError:
         return None
+    return None if found is None else factorial.effects_figure(found, factorial.step_costs(runs))
 
 # %% ../../nbs/lab/30_lessons.ipynb #9aaf8e24
 def decided(name: str, folder: str | Path | None = None, preset: str = "cpu") -> dict[str, Decision]:
@@ -203,8 +204,8 @@ def best_in_short(folder: str | Path | None = None, preset: str = "cpu") -> str:
         return not_run("best", preset)
     d, time = found["best"], time_words(runs, home, preset).partition("** (")
     effect = f"**{d.word}**, {percent(d.ratio, d.low, d.high)}"
-    return (f"**Preset `best`** ({', '.join(stack.STACK)}) against the plain one, {min(d.seeds)} seeds, at equal "
-            f"steps: {effect}. {time[0].replace('**', '').replace('Preset `best`', 'It')}"
+    return (f"**Preset `best`** ({', '.join(stack.STACK)}) against the plain one, {min(d.seeds)} seeds, at "
+            f"equal steps: {effect}. {time[0].replace('**', '').replace('Preset `best`', 'It')}"
             f"{'.' if time[1] else ''}")
 
 # %% ../../nbs/lab/30_lessons.ipynb #6e6e1cf1

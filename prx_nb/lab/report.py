@@ -83,8 +83,8 @@ def _opening(page: Page, f: Findings) -> None:
     page.text(f.ablation.question)
     for found in efficiency.efficiencies(f.runs, f.ablation, f.group.parents[1]).values():
         page.text(f"**{efficiency.headline(found)}**")
-    effects = f.effects
-    for line in (results.declared(f.table, f.ablation) if effects is None else factorial.factor_lines(effects)):
+    found = f.effects
+    for line in (results.declared(f.table, f.ablation) if found is None else factorial.factor_lines(found)):
         page.text(f"**{line}**")
     for line in results.control_words(f.table, f.ablation):
         page.text(line, "small")
@@ -114,7 +114,7 @@ def _factors(page: Page, f: Findings) -> None:
     page.text(f"**Assumptions.** {factorial.checks_words(f.runs, f.decides)}")
     page.frame(factorial.effects_rows(found), f"Effects of factors and pairs on {f.decides}")
     page.figures((factorial.effects_figure(found, factorial.step_costs(f.runs)), "effects",
-                  f"Effects of factors on {f.decides} with intervals, and on the seconds of a step"), wide=True)
+                  f"Effects of factors on {f.decides} with intervals, and on a step's seconds"), wide=True)
 
 # %% ../../nbs/lab/18_report.ipynb #35dbcc58
 _HOW = (

@@ -92,7 +92,8 @@ def named(name: str, base: Recipe) -> Recipe:
     in one space need not hold in another. Raises `AblationError`, `RecipeError`."""
     ablation, variant = PRESETS[name]
     space = {path: v for path, v in exam().items() if path.startswith(("latents.", "denoiser."))}
-    return base.replace(ablations.in_numbers(space | dict(ablations.get(ablation).variants[variant]), base, {}))
+    changes = space | dict(ablations.get(ablation).variants[variant])
+    return base.replace(ablations.in_numbers(changes, base, {}))
 
 # %% ../../nbs/lab/28_stack.ipynb #9bf5b60a
 def foremost(found: pd.DataFrame,          # from `factorial.effects`
