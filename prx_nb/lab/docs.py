@@ -48,8 +48,8 @@ def heading(path: Path) -> tuple[str, str]:
     return title[1] if title else path.stem, line[1] if line else ""
 
 # %% ../../nbs/lab/20_docs.ipynb #abaf69b9
-_NOT_FOR_PAGES = ("add_show_docs", "exec_show_docs", "FrontmatterProc", "populate_language", "insert_warning",
-                  "rm_export")
+_NOT_FOR_PAGES = ("add_links", "add_show_docs", "exec_show_docs", "FrontmatterProc", "populate_language",
+                  "insert_warning", "rm_export")
 
 # %% ../../nbs/lab/20_docs.ipynb #d93688c3
 def processed(path: Path):            # -> a notebook as nbformat has it
