@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GENERATORS', 'levels', 'resolution', 'design', 'signs', 'is_design', 'terms', 'effects', 'solved', 'leftover',
-           'checks', 'design_words', 'model_words', 'p_words', 'checks_words', 'percent', 'effects_rows',
-           'factor_lines', 'effects_figure', 'step_costs', 'stacked']
+           'checks', 'design_words', 'model_words', 'checks_words', 'percent', 'effects_rows', 'factor_lines',
+           'effects_figure', 'step_costs', 'stacked']
 
 # %% ../../nbs/lab/16_factorial.ipynb #74a37253
 import itertools
@@ -19,6 +19,7 @@ import pandas as pd
 from . import results
 from .ablations import AblationError
 from .decision import Effect, word_of
+from .results import p_words
 
 # %% ../../nbs/lab/16_factorial.ipynb #f3431153
 # number of factors -> (how many take all combinations, products for the others: columns, sign)
@@ -181,11 +182,6 @@ def model_words(found: pd.DataFrame,       # from `effects`
             f"on average over the others. {len(found)} comparisons: each word is said at "
             f"{alpha / len(found):.2%} (Bonferroni), so that all intervals hold together in "
             f"{100 * (1 - alpha):.0f} of 100 such studies.")
-
-# %% ../../nbs/lab/16_factorial.ipynb #ad637528
-def p_words(p: float) -> str:
-    "A p value; it comes last, after the effect and its interval."
-    return "<0.001" if p < 0.001 else f"{p:.2g}"
 
 # %% ../../nbs/lab/16_factorial.ipynb #00108f30
 def checks_words(runs: pd.DataFrame, metric: str | None = None) -> str:

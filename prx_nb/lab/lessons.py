@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AIM', 'published_folder', 'not_run', 'stack_words', 'factorial_part', 'factorial_picture', 'decided', 'decided_part',
-           'pairs_part', 'pairs_picture', 'records', 'equal_time_part', 'time_words', 'best_part', 'best_in_short',
-           'weights', 'scaling_part', 'against_posts', 'posts_part', 'homes_of', 'days', 'change', 'negatives',
-           'negatives_part', 'limits_part', 'cards_part']
+           'pairs_part', 'pairs_picture', 'records', 'equal_time_part', 'time_share', 'time_words', 'best_part',
+           'best_in_short', 'weights', 'scaling_part', 'against_posts', 'posts_part', 'homes_of', 'days', 'change',
+           'negatives', 'negatives_part', 'limits_part', 'cards_part']
 
 # %% ../../nbs/lab/30_lessons.ipynb #eb7c17c9
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,8 @@ from ..core.recipe import preset as recipe_preset
 from . import ablations, efficiency, factorial, overview, results, scaling, stack
 from .ablations import Ablation
 from .decision import Decision
-from .factorial import p_words, percent
+from .factorial import percent
+from .results import p_words
 
 # %% ../../nbs/lab/30_lessons.ipynb #52f301df
 def published_folder(folder: str | Path | None = None) -> Path:
@@ -166,25 +167,31 @@ def equal_time_part(folder: str | Path | None = None, preset: str = "cpu") -> st
             f"{decided_part('equal_time', folder, preset)}")
 
 # %% ../../nbs/lab/30_lessons.ipynb #e47b9475
-AIM = 1 / 3                           # of the baseline's time, in which preset best should be as good
-
-
-def time_words(runs: pd.DataFrame,    # of `best`
+def time_share(runs: pd.DataFrame,    # of `best`
                home: Path,            # of published results
-               preset: str = "cpu") -> str:
-    "In what share of the baseline's time preset best is as good as that is at its end, and what of the aim."
+               preset: str = "cpu",
+               ) -> tuple:            # (share, low, high) or none, `Equivalent` of steps, cost of a step
+    "In what share of the baseline's time preset best is as good as that at its end, and of what it is made."
     ablation = ablations.get("best")
     best = [v for v in ablation.variants if v != ablation.baseline]
     cost = efficiency.cost_ratio(home, ablation, "best", preset, runs)
-    share = stack.time_to_reach(runs, ablation, best, cost)
+    return (stack.time_to_reach(runs, ablation, best, cost), stack.reached(runs, ablation, best), cost)
+
+# %% ../../nbs/lab/30_lessons.ipynb #e3aae9c2
+AIM = 1 / 3                           # of the baseline's time, in which preset best should be as good
+
+
+def time_words(runs: pd.DataFrame, home: Path, preset: str = "cpu") -> str:      # as `time_share`
+    "The share of the time in a sentence: how it is known, and what of the aim."
+    share, steps, cost = time_share(runs, home, preset)
     if share is None:
         return "In what share of the baseline's time it is as good cannot be said from these runs yet."
     how = "in turns" if cost.in_turns else "by the records' own seconds a step"
     aim = ("reached" if share[2] <= AIM else "not reached" if share[1] > AIM
            else "neither reached nor missed yet")
     return (f"**Preset `best` is as good as the baseline at its end in {share[0]:.2f} [{share[1]:.2f}, "
-            f"{share[2]:.2f}] of its time** ({stack.reached(runs, ablation, best)} of its steps, times "
-            f"x{cost.time.ratio:.2f} for a step, measured {how}); the aim, {AIM:.2f} or less, is {aim}.")
+            f"{share[2]:.2f}] of its time** ({steps} of its steps, times x{cost.time.ratio:.2f} for a step, "
+            f"measured {how}); the aim, {AIM:.2f} or less, is {aim}.")
 
 # %% ../../nbs/lab/30_lessons.ipynb #364cf37a
 def best_part(folder: str | Path | None = None, preset: str = "cpu") -> str:      # Markdown
@@ -202,11 +209,11 @@ def best_in_short(folder: str | Path | None = None, preset: str = "cpu") -> str:
     runs, found = stack.records_of("best", preset, home), decided("best", folder, preset)
     if "best" not in found:
         return not_run("best", preset)
-    d, time = found["best"], time_words(runs, home, preset).partition("** (")
-    effect = f"**{d.word}**, {percent(d.ratio, d.low, d.high)}"
+    d, (share, _, _) = found["best"], time_share(runs, home, preset)
+    time = "" if share is None else (f" It is as good as the baseline at its end in {share[0]:.2f} "
+                                     f"[{share[1]:.2f}, {share[2]:.2f}] of its time.")
     return (f"**Preset `best`** ({', '.join(stack.STACK)}) against the plain one, {min(d.seeds)} seeds, at "
-            f"equal steps: {effect}. {time[0].replace('**', '').replace('Preset `best`', 'It')}"
-            f"{'.' if time[1] else ''}")
+            f"equal steps: **{d.word}**, {percent(d.ratio, d.low, d.high)}.{time}")
 
 # %% ../../nbs/lab/30_lessons.ipynb #6e6e1cf1
 def weights(recipe) -> int:
