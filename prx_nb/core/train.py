@@ -166,7 +166,7 @@ def optimise(state: State, losses: dict[str, Tensor], recipe: Recipe, step: int,
     precision.step(state.optimizer, precision.emulated(recipe, state.model))
     state.optimizer.zero_grad(set_to_none=True)
     if spent and recipe.ema.share:                                 # so many steps as the clock will allow
-        state.ema.keeps = recipe.ema.keeps(step / spent)
+        state.ema.keeps = recipe.ema.keeps((step + 1) / spent)
     average.update(state.averages(), state.model, recipe.ema, step)
     return norm
 
