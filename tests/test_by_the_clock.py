@@ -67,6 +67,22 @@ def test_steps_are_the_upper_limit(prepared, tmp_path, monkeypatch):
         continue_(run, 3)
 
 
+def test_the_half_life_is_a_share_of_the_steps_that_the_clock_allows(prepared, tmp_path, monkeypatch):
+    clock, objective, kept = Clock(monkeypatch), training.objective, []
+
+    def slow(*given):
+        clock.now += 1.0           # a real step takes its time before the average, the first one too
+        return objective(*given)
+
+    def seen(averages, model, ema, step):
+        kept.append(next(iter(averages)).keeps)
+    monkeypatch.setattr(training, "objective", slow)
+    monkeypatch.setattr(training.average, "update", seen)
+    train(CLOCKED, tmp_path / "run", prepared=prepared, progress=False)
+    # steps of 2 s, the average after 1, 3, 5, 7 and 9 of 10 s: so many steps in all, as the clock has it then
+    assert kept == pytest.approx([0.5 ** (1 / (0.2 * 10 * (n + 1) / (2 * n + 1))) for n in range(5)])
+
+
 def test_a_run_without_a_budget_says_nothing_of_it(prepared, tmp_path):
     run = train(preset("smoke").replace("train.steps", 2), tmp_path / "run", progress=False)
     assert "ended" not in run.record
