@@ -263,6 +263,8 @@ def test_estimates_follow_the_closest_records(tmp_path):
         assert guess() == 140
     one = [p for p in sweep.history(tmp_path) if p.seconds == 100][0]
     assert one.for_images(64000) == 180 and one.for_images(0) == 20
+    assert (one.for_images(64000, 30), one.for_images(64000, 500)) == (50, 180), "by the clock: no longer than its budget"
+    assert guess(overrides={"train.steps": 50000, "train.seconds": 30.0}) == pytest.approx(90), "the rest of each run, and 30 s"
     seconds, words = sweep.estimate(jobs() * 4, tmp_path, at_once=2)
     assert seconds == 280 and words.startswith("about 4.7 min with 2 at a time (9.3 min of work), judged by earlier runs on abacus")
     mixed = jobs() + plan.plan("prediction_target", "paper", 1, ["v"], out=tmp_path)

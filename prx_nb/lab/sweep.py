@@ -536,10 +536,12 @@ class Past:
     images: float          # that it trained on
     hardware: str
 
-    def for_images(self, images: float) -> float:
-        "Seconds if it had trained on so many images."
-        return (self.seconds - self.training + self.training * images / self.images if self.images
-                else self.seconds)
+    def for_images(self, images: float,
+                   budget: float | None = None,     # `train.seconds`
+                   ) -> float:
+        "Seconds if it had trained on so many images, and no longer than the budget."
+        training = self.training * images / self.images if self.images else self.training
+        return self.seconds - self.training + (min(training, budget) if budget else training)
 
 # %% ../../nbs/lab/09_sweep.ipynb #576c35dd
 def _past(path: Path, published: bool = False) -> Past | None:
@@ -606,9 +608,10 @@ def seconds_each(
     for job in jobs:
         choice, kind = _closest(job, index)
         train = job.recipe["train"]
-        asked = id(choice), 0 if job.out in taken else train["steps"] * train["batch"]
+        images = 0 if job.out in taken else train["steps"] * train["batch"]
+        asked = id(choice), images, train.get("seconds")
         if asked not in medians and choice:
-            medians[asked] = statistics.median(p.for_images(asked[1]) for p in choice)
+            medians[asked] = statistics.median(p.for_images(*asked[1:]) for p in choice)
             hardware |= {p.hardware: None for p in choice}
         found.append(medians.get(asked) if choice else None)
         kinds[kind] += 1
