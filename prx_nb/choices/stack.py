@@ -8,4 +8,4 @@ __all__ = ['STACK', 'FOUR', 'RATES']
 # %% ../../nbs/choices/12_stack.ipynb #85870ce4
 STACK = ("x", "muon", "perceptual")
 FOUR = ("x", "muon", "perceptual", "roll")
-RATES = {"baseline": 1.0, "best": 1.0}        # until `equal_time` is published: the preset's own
+RATES = {"baseline": 2.0, "best": 2.0}
