@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GENERATORS', 'levels', 'resolution', 'design', 'signs', 'is_design', 'terms', 'effects', 'solved', 'leftover',
-           'checks', 'design_words', 'model_words', 'checks_words', 'percent', 'effects_rows', 'factor_lines',
+           'checks', 'design_words', 'model_words', 'checks_words', 'percent', 'effects_rows', 'factor_lines', 'dots',
            'effects_figure', 'step_costs', 'stacked']
 
 # %% ../../nbs/lab/16_factorial.ipynb #74a37253
@@ -116,7 +116,7 @@ def _solved(y: np.ndarray,                  # (N,)
 def effects(runs: pd.DataFrame,           # from `results.collect` or `results.from_records`
             metric: str | None = None,    # none: the first joint error
             margin: float = 0.05, alpha: float = 0.05,
-            ) -> pd.DataFrame:            # term, kind, word, ratio (on over off), low, high, p, df
+            ) -> pd.DataFrame:            # term, kind, word, ratio (on over off), low, high, p, df, error
     "Effects of all factors and pairs on a metric whose values are positive. Raises `ValueError`."
     metric = metric or next(m for found in runs.metrics for m in found if m.startswith("joint"))
     runs = runs[[m.get(metric) is not None for m in runs.metrics]]
@@ -137,8 +137,8 @@ def solved(y: np.ndarray,                 # (N,) logarithms
         kind = "pair" if " x " in name else "factor"
         effect = Effect(2 * b, 2 * e, df, (half, half))
         d = word_of(effect, higher_is_better, margin, (half,), alpha / len(found))
-        rows.append((name, kind, d.word, d.ratio, d.low, d.high, d.p, df))
-    return pd.DataFrame(rows, columns=["term", "kind", "word", "ratio", "low", "high", "p", "df"])
+        rows.append((name, kind, d.word, d.ratio, d.low, d.high, d.p, df, effect.error))
+    return pd.DataFrame(rows, columns=["term", "kind", "word", "ratio", "low", "high", "p", "df", "error"])
 
 # %% ../../nbs/lab/16_factorial.ipynb #df3e7498
 def leftover(runs: pd.DataFrame, metric: str | None = None,
@@ -224,8 +224,8 @@ def factor_lines(found: pd.DataFrame) -> list[str]:       # from `effects`
 _COLOURS = {"better": "#0072b2", "worse": "#d55e00", "equivalent": "#555555", "undecided": "#aaaaaa"}
 
 
-def _rows(ax, found: pd.DataFrame, title: str) -> None:
-    "Dots and intervals, in percent."
+def dots(ax, found: pd.DataFrame, title: str) -> None:
+    "Effects and intervals of `found` (term, word, ratio, low, high), in percent."
     for y, r in enumerate(found[::-1].itertuples()):
         ax.plot([100 * (r.low - 1), 100 * (r.high - 1)], [y, y], color=_COLOURS[r.word], lw=2)
         ax.plot(100 * (r.ratio - 1), y, "o", color=_COLOURS[r.word])
@@ -243,11 +243,11 @@ def effects_figure(found: pd.DataFrame,                  # from `effects`
     shown = shown.assign(term=[t if len(t) < 40 else t[:37] + "..." for t in shown.term])
     fig, axes = plt.subplots(1, 1 if cost is None else 2, figsize=(9, 0.8 + 0.3 * len(shown)), dpi=72,
                              sharey=True, layout="constrained", squeeze=False)
-    _rows(axes[0, 0], shown, "change of the error by switching it on, %")
+    dots(axes[0, 0], shown, "change of the error by switching it on, %")
     if cost is not None:
         there = cost.set_index("term").loc[main.term].reset_index()
         missing = shown[len(main):].assign(ratio=np.nan, low=np.nan, high=np.nan)
-        _rows(axes[0, 1], pd.concat([there, missing]), "change of a step's seconds, %")
+        dots(axes[0, 1], pd.concat([there, missing]), "change of a step's seconds, %")
     return fig
 
 # %% ../../nbs/lab/16_factorial.ipynb #4fffd352

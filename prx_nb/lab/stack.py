@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DESIGN', 'PRESETS', 'FACTORS', 'SPEED', 'parts_of', 'parts', 'together', 'pixel_patch', 'exam', 'less_one',
            'in_pairs', 'named', 'foremost', 'records_of', 'chosen', 'additivity', 'additivity_figure', 'halving',
-           'tuned', 'seconds', 'product', 'reached', 'time_to_reach']
+           'tuned', 'seconds', 'product', 'reached', 'time_to_reach', 'law_of', 'worth_by_the_clock', 'clock_figure']
 
 # %% ../../nbs/lab/28_stack.ipynb #b9f21be2
 import itertools
@@ -282,3 +282,42 @@ def time_to_reach(runs: pd.DataFrame, ablation: Ablation, best: Sequence[str],
     if steps is None or cost is None or not steps.known or not steps.low > 0:
         return None
     return product((steps.times, steps.low, steps.high), (cost.time.ratio, *efficiency.ends(cost.time)))
+
+# %% ../../nbs/lab/28_stack.ipynb #826f2834
+def law_of(runs: pd.DataFrame,           # of `best`, from `records_of`
+           variants: Sequence[str],      # the same recipe at several lengths
+           metric: str) -> efficiency.Power:
+    "How a metric falls with length in some variants. Raises `EfficiencyError` for too few."
+    kept = runs[runs.variant.isin(variants)]
+    rows = [(c.get("images_seen"), m.get(metric), s) for c, m, s in zip(kept.cost, kept.metrics, kept.seed)]
+    return efficiency.exponent(pd.DataFrame(rows, columns=["steps", "value", "seed"]).dropna(), metric)
+
+# %% ../../nbs/lab/28_stack.ipynb #632ba71e
+def worth_by_the_clock(runs: pd.DataFrame,             # of the design, from `records_of`
+                       law: efficiency.Power,          # on the design's metric
+                       margin: float = 0.05, alpha: float = 0.05,
+                       ) -> pd.DataFrame | None:       # term, word, steps, time, ratio, low, high, p, df
+    """Effects of factors at equal steps (`steps`), on the time of a step (`time`), and at equal time; none
+    where seconds are not known. Raises `ValueError`."""
+    cost = factorial.step_costs(runs)
+    if cost is None:
+        return None
+    found, half = factorial.effects(runs, law.metric).set_index("term"), len(runs) // 2
+    rows, factors = [], found.index[found.kind == "factor"]
+    effect_of = lambda r: Effect(math.log(r.ratio), r.error, r.df, (half, half))
+    for term, seconds in cost.set_index("term").loc[factors].iterrows():
+        effect = efficiency.at_equal_time(effect_of(found.loc[term]), law, effect_of(seconds))
+        d = word_of(effect, results.better_up(law.metric), margin, (half,), alpha / len(factors))
+        rows.append((term, d.word, found.ratio[term], seconds.ratio, d.ratio, d.low, d.high, d.p, effect.df))
+    columns = ["term", "word", "steps", "time", "ratio", "low", "high", "p", "df"]
+    return pd.DataFrame(rows, columns=columns).sort_values("ratio", ignore_index=True)
+
+# %% ../../nbs/lab/28_stack.ipynb #e0ed0b55
+def clock_figure(found: pd.DataFrame):      # from `worth_by_the_clock`; a matplotlib figure
+    "Each factor at equal steps (open) and at equal time (filled, with its interval)."
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(6, 0.9 + 0.3 * len(found)), dpi=72, layout="constrained")
+    factorial.dots(ax, found, "change of the error by switching it on, %: at equal steps (open), "
+                              "at equal time (filled)")
+    ax.plot(100 * (found.steps[::-1] - 1), range(len(found)), "o", color="0.4", mfc="white", zorder=3)
+    return fig
