@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DESIGN', 'PRESETS', 'FACTORS', 'SPEED', 'parts_of', 'parts', 'together', 'pixel_patch', 'exam', 'less_one',
            'in_pairs', 'named', 'foremost', 'records_of', 'chosen', 'additivity', 'additivity_figure', 'halving',
-           'tuned', 'seconds', 'product', 'reached', 'time_to_reach', 'law_of', 'worth_by_the_clock', 'clock_figure']
+           'tuned', 'seconds', 'product', 'reached', 'time_to_reach', 'worth_by_the_clock', 'clock_figure']
 
 # %% ../../nbs/lab/28_stack.ipynb #b9f21be2
 import itertools
@@ -283,18 +283,9 @@ def time_to_reach(runs: pd.DataFrame, ablation: Ablation, best: Sequence[str],
         return None
     return product((steps.times, steps.low, steps.high), (cost.time.ratio, *efficiency.ends(cost.time)))
 
-# %% ../../nbs/lab/28_stack.ipynb #826f2834
-def law_of(runs: pd.DataFrame,           # of `best`, from `records_of`
-           variants: Sequence[str],      # the same recipe at several lengths
-           metric: str) -> efficiency.Power:
-    "How a metric falls with length in some variants. Raises `EfficiencyError` for too few."
-    kept = runs[runs.variant.isin(variants)]
-    rows = [(c.get("images_seen"), m.get(metric), s) for c, m, s in zip(kept.cost, kept.metrics, kept.seed)]
-    return efficiency.exponent(pd.DataFrame(rows, columns=["steps", "value", "seed"]).dropna(), metric)
-
 # %% ../../nbs/lab/28_stack.ipynb #632ba71e
 def worth_by_the_clock(runs: pd.DataFrame,             # of the design, from `records_of`
-                       law: efficiency.Power,          # on the design's metric
+                       law: efficiency.Power,          # of the stack, from `efficiency.power_of`
                        margin: float = 0.05, alpha: float = 0.05,
                        ) -> pd.DataFrame | None:       # term, word, steps, time, ratio, low, high, p, df
     """Effects of factors at equal steps (`steps`), on the time of a step (`time`), and at equal time; none
