@@ -109,7 +109,7 @@ def test_published_result_is_read_from_its_files(tmp_path):
     to = tmp_path / "published" / "prediction_target"
     to.mkdir(parents=True)
     rows = pd.read_csv(made / "table.csv")
-    rows.drop(columns=list(results.COLUMNS[-5:])).to_csv(to / "table.csv", index=False)        # as older ones are
+    rows.drop(columns=list(results.DECIDED)).to_csv(to / "table.csv", index=False)        # as older ones are
     (to / "report.md").write_text((made / "report.md").read_text().replace("| better |", "| better, it says |"))
     said = docs.published("prediction_target", tmp_path / "published").data
     assert "| better, it says |" in said and said.count("\n|") > 6 and "seconds a run" not in said, "the table is the report's, row by row"

@@ -58,7 +58,7 @@ def test_a_question_that_is_not_about_efficiency_has_no_such_line(group, tmp_pat
     lengths(tmp_path)
     runs, muon = results.collect(group), ablations.get("muon")
     assert efficiency.efficiencies(runs, muon, tmp_path) and efficiency.efficiencies(runs, replace(muon, efficient=False), tmp_path) == {}
-    assert {a.name for a in ablations.known().values() if a.efficient} == {"tread", "sprint", "repa", "irepa", "muon", "bf16_weights"}
+    assert {a.name for a in ablations.known().values() if a.efficient} == {"tread", "sprint", "repa", "irepa", "muon", "bf16_weights", "thrifty"}
 
 
 def test_numbers_are_those_of_the_formulas(group, tmp_path):

@@ -1,4 +1,5 @@
 "The page of lessons: made from records, and honest about those that are missing."
+import functools
 import json
 import math
 import shutil
@@ -7,8 +8,8 @@ import pytest
 
 from prx_nb.lab import ablations, lessons, overview, stack
 
-PARTS = {"combine": lessons.factorial_part, "pairs": lessons.pairs_part, "equal_time": lessons.equal_time_part, "best": lessons.best_part,
-         "scaling": lessons.scaling_part, "leave_one_out": lambda folder: lessons.decided_part("leave_one_out", folder)}
+PARTS = {"combine": lessons.factorial_part, "pairs": lessons.pairs_part, "equal_time": lessons.equal_time_part, "best": functools.partial(lessons.preset_part, "best"),
+         "thrifty": functools.partial(lessons.preset_part, "thrifty"), "scaling": lessons.scaling_part, "leave_one_out": lambda folder: lessons.decided_part("leave_one_out", folder)}
 
 
 @pytest.mark.parametrize("name", PARTS)

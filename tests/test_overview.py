@@ -28,7 +28,7 @@ def test_effects_are_shares_of_the_baseline_with_their_interval(published):
     said = overview.overview(published, ["prediction_target"]).iloc[0]
     wanted = overview.percent(*(getattr(mine, k) - 1 for k in ("ratio", "ratio_low", "ratio_high")))
     assert said["joint, ours"] == f"{wanted} ({mine.decision})" and "[" in wanted and wanted.startswith("-"), "the declared question"
-    rows.drop(columns=list(results.COLUMNS[-5:])).to_csv(published / "prediction_target" / "table.csv", index=False)
+    rows.drop(columns=list(results.DECIDED)).to_csv(published / "prediction_target" / "table.csv", index=False)
     older = overview.overview(published, ["prediction_target"]).iloc[0]["joint, ours"]
     rows.to_csv(published / "prediction_target" / "table.csv", index=False)
     wanted = overview.percent(*(getattr(mine, k) / base["mean"] for k in ("difference", "difference_low", "difference_high")))
@@ -126,7 +126,7 @@ def test_a_number_that_is_no_test_of_ours_says_why_and_not_agrees(tmp_path):
     line = "tread,{v},cpu,,3,{m},{mean},,,{d},{d},{d},0.01,0.01,{word},9,one"
     rows = [line.format(v=v, m=m, mean=100, d=d, word=word) for v, d, word in (("dense", "", "baseline"), ("tread", 10, "worse")) for m in ("joint[a]", "FD[a]", "MMD[a]")]
     (tmp_path / "tread").mkdir()
-    (tmp_path / "tread" / "table.csv").write_text("\n".join([",".join(results.COLUMNS[:-5]), *rows]))
+    (tmp_path / "tread" / "table.csv").write_text("\n".join([",".join(results.COLUMNS[:-len(results.DECIDED)]), *rows]))
     said = overview.overview(tmp_path, ["tread"]).agreement[0]
     assert said == "256 px: agrees; 1024 px: not comparable (1024 tokens, ours 64 at preset cpu)"
     assert said in overview.found("tread", tmp_path).data

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from prx_nb.choices.stack import FOUR, RATES, STACK
+from prx_nb.choices.stack import FOUR, RATES, STACK, THRIFTY
 from prx_nb.core.recipe import PRESETS, RecipeError, image_tokens, preset
 from prx_nb.lab import ablations, factorial, stack
 
@@ -20,6 +20,11 @@ def test_the_rates_are_what_the_published_halvings_found():
     assert stack.tuned() == RATES, "prx_nb.choices.stack"
 
 
+@pytest.mark.skipif(stack.thrifty() is None, reason="combine and best are not published yet: nothing is known by the clock")
+def test_what_is_thrifty_is_what_the_rule_takes_from_the_published_runs():
+    assert THRIFTY == stack.thrifty(), "prx_nb.choices.stack"
+
+
 def test_a_constant_that_does_not_follow_the_runs_would_be_noticed(monkeypatch):
     "On invented records in which nothing but `roll` helps."
     import pandas as pd
@@ -30,18 +35,19 @@ def test_a_constant_that_does_not_follow_the_runs_would_be_noticed(monkeypatch):
     assert stack.chosen()["STACK"] == ("roll",) != STACK
 
 
+@pytest.mark.parametrize("name, parts", [("best", STACK), ("thrifty", THRIFTY)])
 @pytest.mark.parametrize("size", PRESETS)
-def test_preset_best_is_the_variant_of_its_ablation(size):
-    best, plain = preset("best", base=size), preset(size)
+def test_a_preset_that_was_found_is_the_variant_of_its_ablation(size, name, parts):
+    best, plain = preset(name, base=size), preset(size)
     plain = plain.replace(ablations.in_numbers({k: v for k, v in stack.exam().items() if not k.startswith("evaluate.")}, plain, {}))
     assert image_tokens(plain) == image_tokens(preset(size)) and (plain == preset(size)) == (size != "paper"), "in pixels, as it was found"
-    found = ablations.in_numbers(stack.together(STACK), plain, {})
+    found = ablations.in_numbers(stack.together(parts), plain, {})
     assert dict(best.diff(plain)) and set(best.diff(plain)) <= set(found) and best == plain.replace(found)
-    assert preset("best", 10, base=size).train.steps == 10
+    assert preset(name, 10, base=size).train.steps == 10
 
 
 def test_a_preset_that_is_not_there_is_refused_with_all_that_are():
-    with pytest.raises(RecipeError, match="no preset 'bset'; there are smoke, cpu, gpu, paper, best"):
+    with pytest.raises(RecipeError, match="no preset 'bset'; there are smoke, cpu, gpu, paper, best, thrifty, speedrun"):
         preset("bset")
 
 
@@ -56,7 +62,8 @@ def test_each_ablation_of_the_stack_follows_the_constants():
     known = ablations.known()
     assert list(known["leave_one_out"].variants) == ["stack", *(f"without_{p}" for p in STACK)]
     assert [v for v in known["pairs"].variants if "+" not in v] == ["none", *FOUR]
-    assert known["best"].variants["best"] == stack.together(STACK)
+    for name, names in (("best", STACK), ("thrifty", THRIFTY)):
+        assert known[name].variants == stack.at_lengths(name, names) and known[name].baseline == "plain"
     for size in PRESETS:
         a, b = (ablations.recipe(known["equal_time"], v, size) for v in ("baseline", "best"))
         assert a.train.seconds == b.train.seconds and a.train.steps == b.train.steps == 50 * preset(size).train.steps

@@ -1068,7 +1068,7 @@ PRESETS = tuple(_PRESETS)
 _FOUND = "prx_nb.lab.stack"             # the room of those that runs have found; it is asked by name
 
 
-def preset(name: str,                   # smoke, cpu, gpu or paper; or best, speedrun: found by runs
+def preset(name: str,                   # smoke, cpu, gpu, paper; or best, thrifty, speedrun
            steps: int | None = None,    # of training, with as many looks and checkpoints; none: the preset's
            base: str = "cpu",           # the size of one that was found
            ) -> Recipe:

@@ -32,7 +32,7 @@ def settings(pairs: list[str] | None,     # e.g. ["train.steps=50", "flow.predic
     return found
 
 # %% ../../nbs/lab/21_cli_data.ipynb #39ff1918
-Preset = Annotated[str, typer.Option(help="smoke, cpu, gpu or paper: how big; or best, speedrun")]
+Preset = Annotated[str, typer.Option(help="smoke, cpu, gpu or paper: how big; or best, thrifty, speedrun")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="change a setting of the recipe; may be repeated")]

@@ -6,7 +6,7 @@
 __all__ = ['EVERYTHING', 'MORE', 'notebooks', 'heading', 'processed', 'moved_links', 'as_markdown', 'result_table', 'published',
            'drawn', 'compared', 'controls', 'Claim', 'answers', 'in_short', 'minutes', 'walk', 'stops', 'way',
            'signpost', 'published_line', 'link_notebooks', 'write_pictures', 'gallery', 'listing', 'mathml', 'page',
-           'contents', 'write_sources', 'build', 'main']
+           'contents', 'write_sources', 'build', 'renew_times', 'main']
 
 # %% ../../nbs/lab/20_docs.ipynb #8104ae4b
 import base64
@@ -26,7 +26,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.files import atomic, python
-from . import ablations, overview, results, warm
+from . import ablations, efficiency, overview, results, warm
 from .overview import in_cells, root
 from .run import scratch_folder
 
@@ -622,6 +622,24 @@ def build(home: Path, out: Path, work: Path | None = None) -> Path:     # the fi
          b'<a href="nbs/index.html">PRX Workbook</a>')
     return out / "index.html"
 
+# %% ../../nbs/lab/20_docs.ipynb #3215b4ff
+def renew_times(folder: Path) -> list[Path]:         # outputs/published -> the files that changed
+    "Say in published reports what is known now of a variant's steps and time; their words stay."
+    changed, known = [], [a for a in ablations.known().values() if a.efficient]
+    for path in (p for a in known for p in sorted((folder / a.name).rglob("report.*"))):
+        home, text = path.parent, path.read_text()
+        ablation = ablations.get(path.relative_to(folder).parts[0])
+        runs = results.from_records(home / "records")
+        new = text
+        for found in efficiency.efficiencies(runs, ablation, folder, results.said(home, ablation)).values():
+            said = r" (?:is as good as|cannot be counted in steps of) [^\n<]*?%\]\."
+            new = re.sub(re.escape(found.variant) + said, lambda _, words=efficiency.headline(found): words, new)
+        if new != text:
+            with atomic(path) as part:
+                part.write_text(new)
+            changed.append(path)
+    return changed
+
 # %% ../../nbs/lab/20_docs.ipynb #77cbe3b3
 # the heading below which the index is no longer the README, and what a README ends with
 EVERYTHING = "## Everything else"
@@ -659,6 +677,7 @@ def main() -> None:
     nbs, out = home / "nbs", home / "_docs"
     write_pictures(home)
     if sys.argv[1:] != ["links"]:
+        renew_times(home / "outputs" / "published")
         for name in ("index", "results"):
             _run_again(nbs / f"{name}.ipynb")
     print(f"{link_notebooks(home)} notebooks linked anew to the ones before and after them")

@@ -373,6 +373,7 @@ def headline(found: Efficiency) -> str:
 def efficiencies(runs: pd.DataFrame,               # of the ablation, from `collect` or `from_records`
                  ablation: Ablation,
                  out: str | Path,                  # lengths and costs are looked for there, see `homes`
+                 said: Mapping[str, Decision] | None = None,      # the words; none: as of now
                  ) -> dict[str, Efficiency]:
     """Of every variant, on the primary metric, where lengths and times are known; empty for an ablation that
     is not about efficiency. Raises `EfficiencyError` for a cost file that cannot be read."""
@@ -384,9 +385,11 @@ def efficiencies(runs: pd.DataFrame,               # of the ablation, from `coll
         return {}
     seen = max((c.get("images_seen") or 0 for c in runs.cost), default=0)
     power = power_of(length_runs(out, kind), metric, seen)
-    for variant, said in (results.decisions(runs, ablation, metric) if power else {}).items():
-        if (cost := known_cost(runs, ablation, variant, out)) and not said.effect.plain:
-            worth, then = equivalent_steps(said.effect, power), at_equal_time(said.effect, power, cost.time)
+    words = results.decisions(runs, ablation, metric) if said is None else said
+    effects = {v: d.effect for v, d in words.items() if d.effect and not d.effect.plain} if power else {}
+    for variant, effect in effects.items():
+        if cost := known_cost(runs, ablation, variant, out):
+            worth, then = equivalent_steps(effect, power), at_equal_time(effect, power, cost.time)
             beyond = not power.reach[0] <= worth.times * power.reach[1] <= power.reach[1]
             found[variant] = Efficiency(variant, ablation.baseline, metric, worth, cost,
                                         word_of(then, False, ablation.margin), beyond)

@@ -112,7 +112,8 @@ def _paid(home: Path, folder: Path, ablation: ablations.Ablation) -> dict[str, s
         return {}
     costs = {v: efficiency.known_cost(runs, ablation, v, folder) for v in set(runs.variant)}
     words = {v: f"time {c}, FLOPs x{c.flops:.2f}" for v, c in costs.items() if c and c.in_turns}
-    return words | {v: str(e) for v, e in efficiency.efficiencies(runs, ablation, folder).items()}
+    found = efficiency.efficiencies(runs, ablation, folder, results.said(home, ablation))
+    return words | {v: str(e) for v, e in found.items()}
 
 # %% ../../nbs/lab/19_overview.ipynb #a2dbc8e1
 def place(name: str,                # an ablation, or ablation@label for a labelled point of a sweep

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DESIGN', 'PRESETS', 'FACTORS', 'SPEED', 'parts_of', 'parts', 'together', 'pixel_patch', 'exam', 'less_one',
-           'in_pairs', 'named', 'foremost', 'records_of', 'chosen', 'additivity', 'additivity_figure', 'halving',
-           'tuned', 'seconds', 'product', 'reached', 'time_to_reach', 'worth_by_the_clock', 'clock_figure']
+           'in_pairs', 'at_lengths', 'named', 'foremost', 'records_of', 'chosen', 'additivity', 'additivity_figure',
+           'halving', 'tuned', 'seconds', 'product', 'reached', 'time_to_reach', 'worth_by_the_clock', 'clock_figure',
+           'factors_by_the_clock', 'savers', 'thrifty']
 
 # %% ../../nbs/lab/28_stack.ipynb #b9f21be2
 import itertools
@@ -18,9 +19,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..choices.stack import FOUR, RATES, STACK
+from ..choices.stack import FOUR, RATES, STACK, THRIFTY
 from ..core.files import read_json
 from ..core.recipe import Recipe
+from ..core.recipe import preset as recipe_preset
 from . import ablations, efficiency, factorial, results
 from .ablations import Ablation, AblationError
 from .decision import Effect, word_of
@@ -50,11 +52,18 @@ def parts() -> dict[str, dict[str, Any]]:
     return parts_of(ablations.get(DESIGN).variants)
 
 # %% ../../nbs/lab/28_stack.ipynb #fb9c74e5
-def together(names: Sequence[str]) -> dict[str, Any]:       # {recipe path: value}
-    "What some parts set, all on. Raises `AblationError` for one that is not in the design."
+def together(names: Sequence[str],           # factors of the design, or ablation/variant: what that sets
+             ) -> dict[str, Any]:            # {recipe path: value}
+    "What some parts set, all on. Raises `AblationError` for one that is not there."
     there = parts()
-    if unknown := [name for name in names if name not in there]:
-        raise AblationError(f"no part '{unknown[0]}'; '{DESIGN}' has {', '.join(there)}")
+    for name in names:
+        ablation, slash, variant = name.partition("/")
+        if not slash and name not in there:
+            raise AblationError(f"no part '{name}'; '{DESIGN}' has {', '.join(there)}")
+        if slash and variant not in (others := ablations.get(ablation).variants):
+            raise AblationError(f"no part '{name}'; '{ablation}' has {', '.join(others)}")
+        if slash:
+            there[name] = dict(others[variant])
     return {path: value for name in names for path, value in there[name].items()}
 
 # %% ../../nbs/lab/28_stack.ipynb #cec43348
@@ -83,8 +92,19 @@ def in_pairs(names: Sequence[str] = FOUR,
     groups = [(), *((name,) for name in names), *itertools.combinations(names, 2)]
     return {"+".join(group) or "none": together(group) for group in groups}
 
+# %% ../../nbs/lab/28_stack.ipynb #ecfecaa0
+def at_lengths(name: str,                          # of the parts together
+               names: Sequence[str],               # parts, as `together` takes them
+               shares: Sequence[float] = (1 / 2, 1 / 3, 1 / 4),
+               ) -> dict[str, dict[str, Any]]:     # variants; "plain" is the baseline
+    "Nothing, the parts together, and these for a share of the steps, e.g. best_50. Raises `AblationError`."
+    of = together(names)
+    return {"plain": {}, name: of,
+            **{f"{name}_{round(100 * s)}": of | {"train.steps": ablations.Scaled(s)} for s in shares}}
+
 # %% ../../nbs/lab/28_stack.ipynb #b19b7314
-PRESETS = {"best": ("best", "best"), "speedrun": ("speedrun", "whole")}     # name -> ablation and variant
+PRESETS = {"best": ("best", "best"), "thrifty": ("thrifty", "thrifty"),
+           "speedrun": ("speedrun", "whole")}      # name -> ablation and variant
 
 
 def named(name: str, base: Recipe) -> Recipe:
@@ -101,14 +121,19 @@ def foremost(found: pd.DataFrame,          # from `factorial.effects`
     "The factors with the most helpful estimates, called or not."
     return list(found[found.kind == "factor"].sort_values("ratio").term[:count])
 
+# %% ../../nbs/lab/28_stack.ipynb #f1ef18f9
+def _home(name: str, preset: str, folder: str | Path | None) -> Path:
+    "Where an ablation's published result lies."
+    below = Path(folder) if folder else efficiency.homes("")[2]
+    return below / (name if preset == "cpu" else f"{name}/{preset}")
+
 # %% ../../nbs/lab/28_stack.ipynb #7a8f0c91
 def records_of(name: str,                        # an ablation
                preset: str = "cpu",
                folder: str | Path | None = None, # outputs/published; none: the checkout's
                ) -> pd.DataFrame:                # from `results.from_records`; empty: not published
     "The published runs of an ablation."
-    home = Path(folder) if folder else efficiency.homes("")[2]
-    return results.from_records(home / (name if preset == "cpu" else f"{name}/{preset}") / "records")
+    return results.from_records(_home(name, preset, folder) / "records")
 
 # %% ../../nbs/lab/28_stack.ipynb #79afc22f
 def chosen(folder: str | Path | None = None,       # outputs/published
@@ -312,3 +337,53 @@ def clock_figure(found: pd.DataFrame):      # from `worth_by_the_clock`; a matpl
                               "at equal time (filled)")
     ax.plot(100 * (found.steps[::-1] - 1), range(len(found)), "o", color="0.4", mfc="white", zorder=3)
     return fig
+
+# %% ../../nbs/lab/28_stack.ipynb #03fc0948
+def factors_by_the_clock(folder: str | Path | None = None,      # outputs/published
+                         preset: str = "cpu") -> pd.DataFrame | None:
+    "What each factor is worth at equal time, from published runs; none: too few, or seconds are missing."
+    runs, best = (records_of(name, preset, folder) for name in (DESIGN, "best"))
+    if not (len(runs) and len(best)):
+        return None
+    ablation = ablations.get("best")
+    lengths = [v for v in ablation.variants if v != ablation.baseline]
+    seen = max((c.get("images_seen") or 0 for c in runs.cost), default=0)
+    try:
+        metric = next(m for found in runs.metrics for m in found if m.startswith("joint"))
+        law = efficiency.power_of(best[best.variant.isin(lengths)], metric, seen)
+        return law and worth_by_the_clock(runs, law, ablation.margin)
+    except (StopIteration, ValueError):
+        return None
+
+# %% ../../nbs/lab/28_stack.ipynb #bfcc7240
+_TOGETHER = (DESIGN, "leave_one_out", "pairs", "equal_time", "scaling")      # no questions of a part alone
+
+
+def _beside_plain(ablation: Ablation, preset: str) -> bool:
+    "Whether a question's baseline trains as the preset does."
+    base = ablations.recipe(ablation, ablation.baseline, preset)
+    return all(path.startswith("evaluate.") for path in base.diff(recipe_preset(preset)))
+
+# %% ../../nbs/lab/28_stack.ipynb #a4751dfd
+def savers(folder: str | Path | None = None,       # outputs/published
+           preset: str = "cpu", margin: float = 0.05,
+           ) -> dict[str, float]:                  # ablation/variant -> time of a step, the shortest first
+    "What costs no quality and saves time, by the published runs of each question of a part alone."
+    home, found = Path(folder) if folder else efficiency.homes("")[2], {}
+    made_of_parts = {*_TOGETHER, *(ablation for ablation, _ in PRESETS.values())}
+    for name, ablation in ablations.known().items():
+        runs = records_of(name, preset, home)
+        if name in made_of_parts or not len(runs) or not _beside_plain(ablation, preset):
+            continue
+        for variant, said in results.said(_home(name, preset, home), ablation).items():
+            cost = efficiency.cost_ratio(home, ablation, variant, preset, runs)
+            short = cost and cost.in_turns and efficiency.ends(cost.time)[1] < 1 - margin
+            if short and said.word in ("better", "equivalent"):
+                found[f"{name}/{variant}"] = cost.time.ratio
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+# %% ../../nbs/lab/28_stack.ipynb #2feb9ec5
+def thrifty(folder: str | Path | None = None) -> tuple[str, ...] | None:       # none: too few runs
+    "THRIFTY as the rule has it: what is better by the clock, then what saves time for nothing."
+    found = factors_by_the_clock(folder)
+    return None if found is None else (*found.term[found.word == "better"], *savers(folder))
