@@ -633,7 +633,8 @@ def renew_times(folder: Path) -> list[Path]:         # outputs/published -> the 
         new = text
         for found in efficiency.efficiencies(runs, ablation, folder, results.said(home, ablation)).values():
             said = r" (?:is as good as|cannot be counted in steps of) [^\n<]*?%\]\."
-            new = re.sub(re.escape(found.variant) + said, lambda _, words=efficiency.headline(found): words, new)
+            words = efficiency.headline(found).replace("\\", "\\\\")
+            new = re.sub(re.escape(found.variant) + said, words, new)
         if new != text:
             with atomic(path) as part:
                 part.write_text(new)

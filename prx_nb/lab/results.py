@@ -601,7 +601,7 @@ def said(home: str | Path, ablation: Ablation,     # a published result's folder
         return decisions(runs, ablation, primary(ablation, metric_names(runs))) if len(runs) else {}
     rows = answered(pd.read_csv(path), path.parent / "records", ablation)
     rows = rows[rows.metric == primary(ablation, rows.metric.unique())]
-    n = rows.set_index("variant").seeds.astype(int)
+    n = {variant: int(seeds) for variant, seeds in zip(rows.variant, rows.seeds)}
     words = rows[rows.decision.fillna("") != ""] if "decision" in rows else rows[:0]
     return {r.variant: _as_published(r, (n[r.variant], n[ablation.baseline])) for r in words.itertuples()}
 
