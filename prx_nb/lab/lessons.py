@@ -250,7 +250,10 @@ def scaling_part(folder: str | Path | None = None, preset: str = "cpu") -> str: 
     seen = scaling.points(runs) if len(runs) else pd.DataFrame(columns=["side"])
     if set(seen.side) != {"plain", "best"}:
         return not_run("scaling", preset)
-    lines = [scaling.order_words(scaling.order(seen))]
+    try:
+        lines = [scaling.order_words(scaling.order(seen)), scaling.scatter_words(seen)]
+    except ValueError as error:
+        return f"**`scaling` is not through.** {len(seen)} runs are published; {error}."
     try:
         laws = {side: scaling.fits(seen[seen.side == side]) for side in ("plain", "best")}
     except ValueError as error:

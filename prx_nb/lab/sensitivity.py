@@ -62,7 +62,7 @@ def sensitivity(
     metric = metric or results.primary(ablation, results.metric_names(runs))
     up, rows = results.better_up(metric), []
     values = {v: list(results.by_seed(runs, v, metric).values()) for v in ablation.variants}
-    # as in the report: where the best is the baseline, its words are these words
+    # the words of a report, with the best in place of the baseline
     words = functools.cache(lambda best: results.decisions(runs, replace(ablation, baseline=best), metric))
     for name, of in axes_of(ablation, preset).items():
         each = {v: values[v] for v in of if values[v]}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DESIGN', 'PRESETS', 'FACTORS', 'SPEED', 'parts_of', 'parts', 'together', 'pixel_patch', 'exam', 'less_one',
-           'in_pairs', 'at_lengths', 'named', 'foremost', 'records_of', 'chosen', 'additivity', 'additivity_figure',
-           'halving', 'tuned', 'seconds', 'product', 'reached', 'time_to_reach', 'worth_by_the_clock', 'clock_figure',
-           'factors_by_the_clock', 'savers', 'thrifty']
+           'in_pairs', 'at_lengths', 'named', 'foremost', 'records_of', 'chosen', 'within', 'additivity',
+           'additivity_figure', 'halving', 'tuned', 'seconds', 'product', 'reached', 'time_to_reach',
+           'worth_by_the_clock', 'clock_figure', 'factors_by_the_clock', 'savers', 'thrifty']
 
 # %% ../../nbs/lab/28_stack.ipynb #b9f21be2
 import itertools
@@ -149,7 +149,8 @@ def chosen(folder: str | Path | None = None,       # outputs/published
     return {"STACK": tuple(factorial.stacked(found)), "FOUR": tuple(foremost(found))}
 
 # %% ../../nbs/lab/28_stack.ipynb #b5cb1483
-def _within(y: pd.Series, groups: pd.Series) -> tuple[float, int]:
+def within(y: pd.Series, groups: pd.Series,      # of the same runs
+           ) -> tuple[float, int]:
     "Variance of seeds within variants, and its degrees of freedom. Raises `ValueError` for one seed each."
     df = int((groups.value_counts() - 1).sum())
     if df < 1:
@@ -167,7 +168,7 @@ def additivity(runs: pd.DataFrame,            # of `in_pairs`' variants
     runs = runs[[m.get(metric) is not None for m in runs.metrics]]
     y = pd.Series(np.log([m[metric] for m in runs.metrics]), runs.index)
     mean, n = y.groupby(runs.variant).mean(), runs.variant.value_counts()
-    variance, df = _within(y, runs.variant)
+    variance, df = within(y, runs.variant)
     there = [v for v in n.index if v.count("+") == 1 and {"none", *v.split("+")} <= set(n.index)]
     rows, says = [], {"better": "help each other", "worse": "overlap", "equivalent": "add up"}
     for pair in sorted(there):
@@ -263,7 +264,7 @@ def _crossing(x: np.ndarray, y: np.ndarray,          # of the law, on logarithms
               confidence: float = 0.95,
               ) -> tuple[float, float, float]:       # x at which the law meets the level; Fieller's interval
     "Where a falling line meets a level. The interval has no end where the slope cannot be told from 0."
-    variance, df = _within(pd.Series([*y, *level]), pd.Series([*map(str, groups), *["level"] * len(level)]))
+    variance, df = within(pd.Series([*y, *level]), pd.Series([*map(str, groups), *["level"] * len(level)]))
     design = np.column_stack([np.ones(len(x)), -x])
     (b, a), spread = np.linalg.lstsq(design, y, rcond=None)[0], np.linalg.inv(design.T @ design)
     from scipy import stats
