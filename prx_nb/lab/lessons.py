@@ -222,17 +222,17 @@ PARTS = {"best": stack.STACK, "thrifty": stack.THRIFTY}
 
 
 def preset_in_short(name: str, folder: str | Path | None = None, preset: str = "cpu") -> str:      # Markdown
-    "A preset in two sentences: what is in it and its effect, and the time in which it is as good."
+    "A preset in a sentence: what is in it, its effect, and the time in which it is as good."
     home = published_folder(folder)
     runs, found = stack.records_of(name, preset, home), decided(name, folder, preset)
     if name not in found:
         return not_run(name, preset)
     d, (share, _, _) = found[name], time_share(name, runs, home, preset)
-    time = "" if share is None else (f" It is as good as the baseline at its end in {share[0]:.2f} "
-                                     f"[{share[1]:.2f}, {share[2]:.2f}] of its time.")
+    time = "" if share is None else (f"; as good as the plain preset at its end in {share[0]:.2f} "
+                                     f"[{share[1]:.2f}, {share[2]:.2f}] of its time")
     parts = ", ".join(part.rpartition("/")[2].replace("_", " ") for part in PARTS[name])
-    return (f"**Preset `{name}`** ({parts}) against the plain one, {min(d.seeds)} seeds, at "
-            f"equal steps: **{d.word}**, {percent(d.ratio, d.low, d.high)}.{time}")
+    return (f"**Preset `{name}`** ({parts}), {min(d.seeds)} seeds: at equal steps **{d.word}**, "
+            f"{percent(d.ratio, d.low, d.high)}{time}.")
 
 # %% ../../nbs/lab/30_lessons.ipynb #6e6e1cf1
 def weights(recipe) -> int:
