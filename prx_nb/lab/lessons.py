@@ -6,7 +6,7 @@
 __all__ = ['AIM', 'PARTS', 'published_folder', 'not_run', 'stack_words', 'factorial_part', 'factorial_picture', 'clock_part',
            'decided', 'decided_part', 'pairs_part', 'pairs_picture', 'records', 'equal_time_part', 'time_share',
            'time_words', 'preset_part', 'preset_in_short', 'weights', 'scaling_part', 'against_posts', 'posts_part',
-           'homes_of', 'days', 'change', 'negatives', 'negatives_part', 'limits_part', 'cards_part']
+           'homes_of', 'days', 'change', 'is_negative', 'negatives', 'negatives_part', 'limits_part', 'cards_part']
 
 # %% ../../nbs/lab/30_lessons.ipynb #eb7c17c9
 from collections.abc import Iterable, Iterator
@@ -311,6 +311,13 @@ def change(ablation: Ablation, variant: str, preset: str = "cpu") -> str:
     mine, base = (ablations.recipe(ablation, v, preset) for v in (variant, ablation.baseline))
     return "; ".join(f"`{path}` {there!r} to {here!r}" for path, (there, here) in mine.diff(base).items())
 
+# %% ../../nbs/lab/30_lessons.ipynb #0037ab74
+def is_negative(ablation: Ablation, variant: str, word: str) -> bool:
+    "Whether a word speaks against what a variant tries; left out means `without_` a part."
+    if "train.steps" in ablation.variants[variant]:
+        return False
+    return word in (("better", "equivalent") if variant.startswith("without_") else ("worse", "equivalent"))
+
 # %% ../../nbs/lab/30_lessons.ipynb #96335f6f
 def negatives(folder: str | Path | None = None) -> pd.DataFrame:
     "What was worse, or no better, than its baseline: days, question, variant, effect, word, seeds, change."
@@ -319,7 +326,7 @@ def negatives(folder: str | Path | None = None) -> pd.DataFrame:
         for home in homes_of(name, folder) if not (ablation.expected or ablation.seed_shift) else ():
             whole = list(records(home))
             for variant, d in results.said(home, ablation).items():
-                if d.word in ("worse", "equivalent"):
+                if is_negative(ablation, variant, d.word):
                     point = "" if home.name == name else f", {home.name}"
                     when = days(r for r in whole if r.get("variant") == variant)
                     rows.append(
