@@ -375,8 +375,8 @@ def efficiencies(runs: pd.DataFrame,               # of the ablation, from `coll
                  out: str | Path,                  # lengths and costs are looked for there, see `homes`
                  said: Mapping[str, Decision] | None = None,      # the words; none: as of now
                  ) -> dict[str, Efficiency]:
-    """Of every variant, on the primary metric, where lengths and times are known; empty for an ablation that
-    is not about efficiency. Raises `EfficiencyError` for a cost file that cannot be read."""
+    """Of every variant of as many steps, on the primary metric, where lengths and times are known; empty for
+    an ablation that is not about efficiency. Raises `EfficiencyError` for a cost file that cannot be read."""
     if not (ablation.efficient and len(runs)):
         return {}
     found, metric = {}, results.primary(ablation, results.metric_names(runs))
@@ -386,7 +386,9 @@ def efficiencies(runs: pd.DataFrame,               # of the ablation, from `coll
     seen = max((c.get("images_seen") or 0 for c in runs.cost), default=0)
     power = power_of(length_runs(out, kind), metric, seen)
     words = results.decisions(runs, ablation, metric) if said is None else said
-    effects = {v: d.effect for v, d in words.items() if d.effect and not d.effect.plain} if power else {}
+    shown = {v: {c.get("images_seen") for c in of.cost} for v, of in runs.groupby("variant")}
+    effects = {v: d.effect for v, d in words.items() if d.effect and not d.effect.plain
+               and shown[v] == shown[ablation.baseline]} if power else {}
     for variant, effect in effects.items():
         if cost := known_cost(runs, ablation, variant, out):
             worth, then = equivalent_steps(effect, power), at_equal_time(effect, power, cost.time)

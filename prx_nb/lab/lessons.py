@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['AIM', 'PARTS', 'published_folder', 'not_run', 'stack_words', 'factorial_part', 'factorial_picture', 'clock_part',
-           'decided', 'decided_part', 'pairs_part', 'pairs_picture', 'records', 'equal_time_part', 'time_share',
-           'time_words', 'preset_part', 'preset_in_short', 'weights', 'scaling_part', 'against_posts', 'posts_part',
-           'homes_of', 'days', 'change', 'is_negative', 'negatives', 'negatives_part', 'limits_part', 'cards_part']
+           'decided', 'halves', 'decided_part', 'pairs_part', 'pairs_picture', 'records', 'equal_time_part',
+           'time_share', 'time_words', 'preset_part', 'preset_in_short', 'weights', 'scaling_part', 'against_posts',
+           'posts_part', 'homes_of', 'days', 'change', 'is_negative', 'negatives', 'negatives_part', 'limits_part',
+           'cards_part']
 
 # %% ../../nbs/lab/30_lessons.ipynb #eb7c17c9
 from collections.abc import Iterable, Iterator
@@ -99,19 +100,26 @@ def decided(name: str, folder: str | Path | None = None, preset: str = "cpu") ->
     "The words on an ablation's declared question, as they were published; empty: not run."
     return results.said(published_folder(folder) / overview.place(name, preset), ablations.get(name))
 
+# %% ../../nbs/lab/30_lessons.ipynb #4fee29aa
+def halves(name: str, folder: str | Path | None = None, preset: str = "cpu") -> dict[str, tuple[str, str]]:
+    """What a joint error is made of, in words by variant: distance to real drawings (MMD), and the error of
+    following the prompt. Empty where there is no published table."""
+    seen = overview.overview(published_folder(folder), [name], preset)
+    both = zip(seen.variant, seen["MMD, ours"], seen["prompt-error, ours"])
+    return {variant.partition(" against ")[0]: (mmd, prompt) for variant, mmd, prompt in both}
+
 # %% ../../nbs/lab/30_lessons.ipynb #54515376
 def decided_part(name: str, folder: str | Path | None = None, preset: str = "cpu") -> str:  # Markdown
-    "Question and answers of an ablation: effect and interval, the word, seeds, p."
+    "Question and answers of an ablation: effect and interval, the word, what it is made of, seeds, p."
     found, ablation = decided(name, folder, preset), ablations.get(name)
     if not found:
         return not_run(name, preset)
-    table = pd.DataFrame(
-        [
-            (v, percent(d.ratio, d.low, d.high), d.word, f"{d.seeds[0]} and {d.seeds[1]}", p_words(d.p))
-            for v, d in found.items()
-        ],
-        columns=["variant", f"error against {ablation.baseline}", "word", "seeds", "p, not corrected"],
-    )
+    made_of = halves(name, folder, preset)
+    rows = [(v, percent(d.ratio, d.low, d.high), d.word, *made_of.get(v, ("", "")),
+             f"{d.seeds[0]} and {d.seeds[1]}", p_words(d.p)) for v, d in found.items()]
+    table = pd.DataFrame(rows, columns=["variant", f"error against {ablation.baseline}", "word", "MMD",
+                                        "prompt-error", "seeds", "p, not corrected"])
+    table = table.loc[:, [c not in ("MMD", "prompt-error") or any(table[c] != "") for c in table]]
     return f"**{ablation.question}**\n\n{overview.in_cells(table)}\n\n{ablation.caveat}"
 
 # %% ../../nbs/lab/30_lessons.ipynb #1f3d32ac
@@ -230,9 +238,11 @@ def preset_in_short(name: str, folder: str | Path | None = None, preset: str = "
     d, (share, _, _) = found[name], time_share(name, runs, home, preset)
     time = "" if share is None else (f"; as good as the plain preset at its end in {share[0]:.2f} "
                                      f"[{share[1]:.2f}, {share[2]:.2f}] of its time")
+    made_of = ", ".join(f"{which} {words.partition(' ')[0]}" for which, words in
+                        zip(("MMD", "prompt-error"), halves(name, folder, preset).get(name, ())))
     parts = ", ".join(part.rpartition("/")[2].replace("_", " ") for part in PARTS[name])
     return (f"**Preset `{name}`** ({parts}), {min(d.seeds)} seeds: at equal steps **{d.word}**, "
-            f"{percent(d.ratio, d.low, d.high)}{time}.")
+            f"{percent(d.ratio, d.low, d.high)}{made_of and f' ({made_of})'}{time}.")
 
 # %% ../../nbs/lab/30_lessons.ipynb #6e6e1cf1
 def weights(recipe) -> int:
