@@ -236,7 +236,7 @@ def preset_in_short(name: str, folder: str | Path | None = None, preset: str = "
     if name not in found:
         return not_run(name, preset)
     d, (share, _, _) = found[name], time_share(name, runs, home, preset)
-    time = "" if share is None else (f"; as good as the plain preset at its end in {share[0]:.2f} "
+    time = "" if share is None else (f"; reaches the plain preset's error in {share[0]:.2f} "
                                      f"[{share[1]:.2f}, {share[2]:.2f}] of its time")
     made_of = ", ".join(f"{which} {words.partition(' ')[0]}" for which, words in
                         zip(("MMD", "prompt-error"), halves(name, folder, preset).get(name, ())))
