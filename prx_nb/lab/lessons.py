@@ -239,7 +239,7 @@ def preset_in_short(name: str, folder: str | Path | None = None, preset: str = "
     time = "" if share is None else (f"; reaches the plain preset's error in {share[0]:.2f} "
                                      f"[{share[1]:.2f}, {share[2]:.2f}] of its time")
     made_of = ", ".join(f"{which} {words.partition(' ')[0]}" for which, words in
-                        zip(("MMD", "prompt-error"), halves(name, folder, preset).get(name, ())))
+                        zip(("distance", "prompt"), halves(name, folder, preset).get(name, ())))
     parts = ", ".join(part.rpartition("/")[2].replace("_", " ") for part in PARTS[name])
     return (f"**Preset `{name}`** ({parts}), {min(d.seeds)} seeds: at equal steps **{d.word}**, "
             f"{percent(d.ratio, d.low, d.high)}{made_of and f' ({made_of})'}{time}.")
