@@ -323,10 +323,11 @@ def change(ablation: Ablation, variant: str, preset: str = "cpu") -> str:
 
 # %% ../../nbs/lab/30_lessons.ipynb #0037ab74
 def is_negative(ablation: Ablation, variant: str, word: str) -> bool:
-    "Whether a word speaks against what a variant tries; left out means `without_` a part."
+    "Whether a word speaks against what is tried; a part is left out (`without_` it), or all (`plain`)."
     if "train.steps" in ablation.variants[variant]:
         return False
-    return word in (("better", "equivalent") if variant.startswith("without_") else ("worse", "equivalent"))
+    left_out = variant.startswith("without_") or variant == "plain"
+    return word in (("better", "equivalent") if left_out else ("worse", "equivalent"))
 
 # %% ../../nbs/lab/30_lessons.ipynb #96335f6f
 def negatives(folder: str | Path | None = None) -> pd.DataFrame:
