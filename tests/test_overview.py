@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from prx_nb.lab import ablations, docs, overview, report, results
+from prx_nb.lab import ablations, docs, efficiency, overview, report, results
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +165,28 @@ def test_no_number_of_a_run_stands_in_the_prose_about_it():
             on = on or text.startswith("## What we found")
             if on and cell["cell_type"] == "markdown":
                 assert not re.search(r"\d+(\.\d+)? ?%|\d\.\d{2}", text), f"{path.name}: {text[:80]}"
+
+
+EFFICIENT = [path for a in ablations.known().values() if a.efficient for path in sorted((ROOT / "outputs/published" / a.name).rglob("report.md"))]
+
+
+@pytest.mark.parametrize("path", EFFICIENT, ids=lambda p: p.parent.relative_to(ROOT / "outputs/published").as_posix())
+def test_a_report_says_of_time_what_the_pages_say(path):
+    "Steps are measured in turns after the runs; `make docs` says the sentence again."
+    published, home = ROOT / "outputs/published", path.parent
+    ablation = ablations.get(home.relative_to(published).parts[0])
+    found = efficiency.efficiencies(results.from_records(home / "records"), ablation, published, results.said(home, ablation))
+    assert found and all(f"**{efficiency.headline(f)}**" in path.read_text() for f in found.values()), "run `make docs`"
+
+
+def test_a_published_word_stands_when_other_questions_scatter_more(kept):
+    "What is borrowed grows with each question that is published; what was said is read, with the effect it was said of."
+    home, asked = kept / "prediction_target", ablations.get("prediction_target")
+    rows = pd.read_csv(home / "table.csv")
+    mine = (rows.variant == "x") & (rows.metric == "joint[invented]")
+    before = results.said(home, asked)["x"]
+    rows.loc[mine, ["decision", "error"]] = "undecided", 0.5
+    rows.to_csv(home / "table.csv", index=False)
+    after = results.said(home, asked)["x"]
+    assert before.word != after.word == "undecided" and after.effect.error == 0.5 and after.ratio == before.ratio
+    assert overview.overview(kept, ["prediction_target"]).set_index("variant")["joint, ours"]["x against v"].endswith("(undecided)")

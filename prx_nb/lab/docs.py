@@ -622,23 +622,26 @@ def build(home: Path, out: Path, work: Path | None = None) -> Path:     # the fi
          b'<a href="nbs/index.html">PRX Workbook</a>')
     return out / "index.html"
 
+# %% ../../nbs/lab/20_docs.ipynb #5f429c20
+def _said_anew(text: str, found: efficiency.Efficiency) -> str:
+    "A report with the sentence on a variant's steps and time as it is now."
+    before = rf"\b{re.escape(found.variant)} (?:is as good as|cannot be counted in steps of) [^\n<]*?%\]\."
+    return re.sub(before, lambda _: efficiency.headline(found), text)
+
 # %% ../../nbs/lab/20_docs.ipynb #3215b4ff
 def renew_times(folder: Path) -> list[Path]:         # outputs/published -> the files that changed
     "Say in published reports what is known now of a variant's steps and time; their words stay."
-    changed, known = [], [a for a in ablations.known().values() if a.efficient]
-    for path in (p for a in known for p in sorted((folder / a.name).rglob("report.*"))):
-        home, text = path.parent, path.read_text()
-        ablation = ablations.get(path.relative_to(folder).parts[0])
-        runs = results.from_records(home / "records")
-        new = text
-        for found in efficiency.efficiencies(runs, ablation, folder, results.said(home, ablation)).values():
-            said = r" (?:is as good as|cannot be counted in steps of) [^\n<]*?%\]\."
-            words = efficiency.headline(found).replace("\\", "\\\\")
-            new = re.sub(re.escape(found.variant) + said, words, new)
-        if new != text:
-            with atomic(path) as part:
-                part.write_text(new)
-            changed.append(path)
+    changed = []
+    for ablation in (a for a in ablations.known().values() if a.efficient):
+        for path in sorted((folder / ablation.name).rglob("report.*")):
+            home, new = path.parent, (text := path.read_text())
+            runs, said = results.from_records(home / "records"), results.said(home, ablation)
+            for found in efficiency.efficiencies(runs, ablation, folder, said).values():
+                new = _said_anew(new, found)
+            if new != text:
+                with atomic(path) as part:
+                    part.write_text(new)
+                changed.append(path)
     return changed
 
 # %% ../../nbs/lab/20_docs.ipynb #77cbe3b3
