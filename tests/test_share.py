@@ -139,6 +139,27 @@ def test_two_ablations_with_one_baseline_train_it_once(tmp_path):
     assert all("trained" not in r for r in records) and all(r["metrics"] == first["metrics"] for r in records)
 
 
+def test_what_was_trained_is_kept_where_only_what_comes_after_it_changes(tmp_path):
+    from toys import toy
+    FAILS = BODY.replace("judge.complete", "raise SystemError('a bug in what judges')\njudge.complete")
+    of = lambda body: plan(toy(tmp_path, "base", body=body), out=tmp_path, overrides=STEPS, timeout=300)
+    def made(body):
+        [status] = batch.run(of(body), say=lambda line: None)
+        return status["state"], runs.record(of(body)[0].out), Path(of(body)[0].out)
+    state, broken, folder = made(FAILS)
+    assert state == "cell error" and broken["cost"]["train_seconds"]
+    kept = lambda: {p.name: p.stat().st_mtime_ns for p in (folder / "checkpoint").iterdir()}
+    trained = kept()
+    state, mended, _ = made(BODY)
+    assert state == "done" and "trained" not in mended and not (folder.parent / ".replaced").exists()
+    assert kept() == trained, "it was through"
+    [line] = batch.outdated(of(BODY + "\nprint('more')"))
+    assert line.startswith("1 finished run no longer counts and will be judged again, with the training kept: the notebook")
+    state, judged, _ = made(BODY + "\nprint('more')")
+    assert state == "done" and judged["trained"]["by"] == "../.replaced/base-s0" and judged["metrics"] == mended["metrics"]
+    assert (folder.parent / ".replaced" / "base-s0" / "record.json").exists()
+
+
 def test_ten_thousand_runs_are_looked_through_in_seconds(tmp_path):
     import time
     job = two(tmp_path)[0]

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from ..core.files import NotOurs, is_file, open_unlinked, python, read_json
 from ..core.files import require_writable, write_json
@@ -50,20 +51,25 @@ def at_work(job: Job) -> bool:
 
 # %% ../../nbs/lab/07_batch.ipynb #955ad760
 def outdated(jobs: Iterable[Job]) -> list[str]:
-    """A line for each reason why finished runs no longer count: how many, and the seconds that they took, one
-    after the other."""
-    groups: dict[tuple[str, ...], list[float]] = {}
+    """A line for each reason why finished runs no longer count: how many, what is done again, and the seconds
+    that this took, one after the other."""
+    groups: dict[tuple[str, bool], list[float]] = {}
     for job in jobs:
-        status = runs.read_status(job.out)
-        if status.get("state") == "done" and status.get("key") != job.key and runs.record(job.out):
-            why = identity.differences(_parts(job.out), job.parts) or ["another key"]
-            groups.setdefault(tuple(why[:6] + ["and more"] * (len(why) > 6)), []).append(
-                float(status.get("seconds") or 0))
+        status, record = runs.read_status(job.out), runs.record(job.out)
+        if status.get("state") == "done" and status.get("key") != job.key and record:
+            why = identity.differences(_written(job.out, "parts", dict), job.parts) or ["another key"]
+            kept, took = _trained_alike(job), float(status.get("seconds") or 0)
+            if kept and "trained" not in record:
+                took -= float((record.get("cost") or {}).get("train_seconds") or 0)
+            said = "; ".join(why[:6] + ["and more"] * (len(why) > 6))
+            groups.setdefault((said, kept), []).append(took)
     return [
-        f"{len(took)} finished run{'s' * (len(took) > 1)} no longer count{'s' * (len(took) == 1)} and will "
-        f"be trained again: {'; '.join(why)} (estimated {_length(sum(took))})"
-        for why, took in groups.items()
+        f"{len(took)} finished run{'s' * (len(took) > 1)} no longer count{'s' * (len(took) == 1)} and will be "
+        + (f"judged again, with the training{'s' * (len(took) > 1)} kept" if kept else "trained again")
+        + f": {why} (estimated {_length(max(0.0, sum(took)))})"
+        for (why, kept), took in groups.items()
     ]
+
 
 # %% ../../nbs/lab/07_batch.ipynb #95f68de2
 def _length(seconds: float) -> str:
@@ -71,12 +77,26 @@ def _length(seconds: float) -> str:
             else f"{seconds / 3600:.1f} h")
 
 # %% ../../nbs/lab/07_batch.ipynb #28da3a79
-def _parts(folder: str) -> dict:
-    "What decided the run that lies in a folder; empty where it does not say."
+def _written(folder: str | Path, name: str, kind: type) -> Any:
+    "An entry of the job that lies in a folder; an empty one where it does not say."
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        found = read_json(Path(folder) / "job.json").get("parts")
-        return found if isinstance(found, dict) else {}
-    return {}
+        found = read_json(Path(folder) / "job.json").get(name)
+        return found if isinstance(found, kind) else kind()
+    return kind()
+
+
+# %% ../../nbs/lab/07_batch.ipynb #2bd9acf1
+def _alike(job: Job, folder: Path) -> bool:
+    "Whether what trains is the same in a folder as in a job, which may then take it over."
+    return bool(job.share and job.training) and _written(folder, "training", str) == job.training
+
+
+# %% ../../nbs/lab/07_batch.ipynb #60571a65
+def _trained_alike(job: Job, folder: Path | None = None) -> bool:      # none: the job's own
+    "Whether a run of the very same training lies in a folder, and is done."
+    folder = folder or Path(job.out)
+    return _alike(job, folder) and runs.read_status(folder).get("state") == "done"
+
 
 # %% ../../nbs/lab/07_batch.ipynb #6dcc16ff
 def _of_a_run(folder: Path) -> bool:
@@ -98,7 +118,8 @@ def _place_aside(folder: Path) -> Path:
 # %% ../../nbs/lab/07_batch.ipynb #88986deb
 def set_aside(job: Job) -> Path | None:
     """Make room for a run: what another version of it left is stopped and moved to `.replaced`; `clean`
-    removes it. Raises `AblationError` for a folder that is no run's."""
+    removes it. What was cut off in the very same training stays, to go on from its checkpoint. Raises
+    `AblationError` for a folder that is no run's."""
     folder, old = Path(job.out), runs.read_status(job.out)
     if not folder.exists() or old.get("key") == job.key:
         return None
@@ -106,7 +127,9 @@ def set_aside(job: Job) -> Path | None:
         raise AblationError(f"{folder} is there and is no run's: move it away, or choose another --out")
     if process := runs.process_of(old):
         runs.stop_process(runs._Child(None, process), folder)
-    return Path(shutil.move(folder, _place_aside(folder)))
+    goes_on = _alike(job, folder) and not _trained_alike(job) and (folder / "checkpoint").is_dir()
+    return None if goes_on else Path(shutil.move(folder, _place_aside(folder)))
+
 
 # %% ../../nbs/lab/07_batch.ipynb #161aad0d
 def _trained(out: Path) -> dict[str, list[str]]:
@@ -133,21 +156,28 @@ def equal_trainings(jobs: Iterable[Job]) -> dict[str, list[str]]:
 
 # %% ../../nbs/lab/07_batch.ipynb #48112232
 def taken_over(jobs: Iterable[Job]) -> set[str]:       # folders
-    "Runs that will have no training of their own: an equal one is done, or comes before them."
+    """Runs that will have no training of their own: an equal one is done, comes before them, or is what an
+    older version of the run left."""
     jobs = list(jobs)
     equal = equal_trainings(jobs)
-    return {job.out for job in jobs if job.share and equal.get(job.training, [job.out])[0] != job.out}
+    first = lambda job: equal.get(job.training, [job.out])[0]
+    return {job.out for job in jobs if job.share and (first(job) != job.out or _trained_alike(job))}
+
 
 # %% ../../nbs/lab/07_batch.ipynb #02f0d202
 def _offer(job: Job, equal: dict[str, list[str]],
+           aside: Path | None = None,      # what an older version of it left
            most: int = 8) -> None:         # folders
     "Tell a run who trains, or has trained, the same."
     path = Path(job.out) / "shared.json"
     others = [folder for folder in equal.get(job.training, ()) if folder != job.out] if job.share else []
+    if aside and _trained_alike(job, aside):
+        others.insert(0, str(aside))
     if others:
         write_json(path, {"from": [os.path.relpath(folder, job.out) for folder in others[:most]]})
     else:
         path.unlink(missing_ok=True)
+
 
 # %% ../../nbs/lab/07_batch.ipynb #1e41e0cf
 def queue(jobs: Iterable[Job]) -> None:
@@ -156,12 +186,12 @@ def queue(jobs: Iterable[Job]) -> None:
     equal = equal_trainings(jobs)
     for job in jobs:
         if not at_work(job) and not runs.finished(job):
-            set_aside(job)
+            aside = set_aside(job)
             status = runs.read_status(job.out)
             before = status.pop("history", []) + (
                 [status] if status.get("state", "queued") not in runs.OPEN else [])
             write_json(Path(job.out) / "job.json", asdict(job))
-            _offer(job, equal)
+            _offer(job, equal, aside)
             write_json(Path(job.out) / "status.json", {"state": "queued", "key": job.key, "history": before})
 
 # %% ../../nbs/lab/07_batch.ipynb #27fb035a
