@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['AIM', 'published_folder', 'not_run', 'stack_words', 'factorial_part', 'factorial_picture', 'clock_part', 'decided',
            'halves', 'decided_part', 'pairs_part', 'pairs_picture', 'records', 'equal_time_part', 'time_share',
-           'time_words', 'preset_part', 'preset_in_short', 'weights', 'scaling_part', 'against_posts', 'posts_part',
-           'homes_of', 'days', 'change', 'is_negative', 'negatives', 'negatives_part', 'limits_part', 'cards_part']
+           'time_words', 'preset_part', 'preset_in_short', 'weights', 'scaling_part', 'scaling_picture',
+           'against_posts', 'posts_part', 'homes_of', 'days', 'change', 'is_negative', 'negatives', 'negatives_part',
+           'limits_part', 'cards_part']
 
 # %% ../../nbs/lab/30_lessons.ipynb #eb7c17c9
 from collections.abc import Iterable, Iterator
@@ -248,26 +249,51 @@ def weights(recipe) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in build_network(recipe).parameters())
 
+# %% ../../nbs/lab/30_lessons.ipynb #b584669a
+def _grown(folder: str | Path | None, preset: str) -> pd.DataFrame:      # as `scaling.points` has it
+    "The published runs of `scaling`; empty without both sides."
+    runs = stack.records_of("scaling", preset, published_folder(folder))
+    seen = scaling.points(runs) if len(runs) else pd.DataFrame(columns=["side"])
+    return seen if set(seen.side) == {"plain", "best"} else seen[:0]
+
+
+# %% ../../nbs/lab/30_lessons.ipynb #d9de5e2c
+def _laws(seen: pd.DataFrame) -> dict:      # "plain" and "best" -> a law, and those of drawn seeds
+    "The fitted curves of both sides. Raises `ValueError` for too few sizes or lengths."
+    return {side: scaling.fits(seen[seen.side == side]) for side in ("plain", "best")}
+
+
 # %% ../../nbs/lab/30_lessons.ipynb #21686b30
 def scaling_part(folder: str | Path | None = None, preset: str = "cpu") -> str:      # Markdown
     "Whether the order holds at other sizes and lengths, the fitted curves, and what they say of preset "
     "paper."
-    runs = stack.records_of("scaling", preset, published_folder(folder))
-    seen = scaling.points(runs) if len(runs) else pd.DataFrame(columns=["side"])
-    if set(seen.side) != {"plain", "best"}:
+    if not len(seen := _grown(folder, preset)):
         return not_run("scaling", preset)
     try:
-        lines = [scaling.order_words(scaling.order(seen)), scaling.scatter_words(seen)]
+        found = scaling.order(seen)
     except ValueError as error:
         return f"**`scaling` is not through.** {len(seen)} runs are published; {error}."
+    lines = [scaling.order_words(found), scaling.scatter_words(seen)]
     try:
-        laws = {side: scaling.fits(seen[seen.side == side]) for side in ("plain", "best")}
+        laws = _laws(seen)
     except ValueError as error:
         return f"{lines[0]}. No curve can be fitted yet: {error}."
     lines += [scaling.law_words(side, *laws[side], seen[seen.side == side].seed.nunique()) for side in laws]
     paper = recipe_preset("paper")
     lines.append(scaling.beyond(laws, weights(paper), paper.train.steps * paper.train.batch, seen))
-    return "\n".join(f"- {line[0].upper()}{line[1:]}." for line in lines)
+    said = "\n".join(f"- {line[0].upper()}{line[1:]}." for line in lines)
+    return f"The stack beside the plain preset:\n\n{scaling.order_table(found)}\n\n{said}"
+
+
+# %% ../../nbs/lab/30_lessons.ipynb #3db6165c
+def scaling_picture(folder: str | Path | None = None, preset: str = "cpu"):      # a figure; none: too few runs
+    "The published runs by size and length, with the fitted curves."
+    seen = _grown(folder, preset)
+    try:
+        return scaling.scaling_figure(seen, _laws(seen)) if len(seen) else None
+    except ValueError:
+        return None
+
 
 # %% ../../nbs/lab/30_lessons.ipynb #ac932878
 def against_posts(folder: str | Path | None = None, preset: str = "cpu") -> pd.DataFrame:

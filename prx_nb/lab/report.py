@@ -180,9 +180,10 @@ def _samples(page: Page, f: Findings, more: int = 3) -> None:
         "Same column: same prompt, same starting noise. Top row: the held-out drawing that the prompt "
         "describes."
     )
-    page.figures((first, "samples", alt + str(f.seeds[0])), colours=None, wide=True)
+    many = len(f.variants) > 12               # a tall picture, kept small
+    page.figures((first, "samples", alt + str(f.seeds[0])), colours=256 if many else None, wide=True)
     with page.folded("Other seeds"):
-        for seed in f.seeds[1:1 + more]:
+        for seed in f.seeds[1:1 + more * (not many)]:
             page.figures((draw(seed), f"samples-s{seed}", alt + str(seed)), colours=256, wide=True)
 
 # %% ../../nbs/lab/18_report.ipynb #e9d11a22

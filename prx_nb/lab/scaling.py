@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WIDTHS', 'LENGTHS', 'called', 'grid', 'points', 'Law', 'fit', 'fits', 'interval', 'cell_names', 'scatter_words',
-           'order', 'order_words', 'law_words', 'beyond', 'scaling_figure']
+           'order', 'order_words', 'order_table', 'law_words', 'beyond', 'scaling_figure']
 
 # %% ../../nbs/lab/29_scaling.ipynb #4f09049c
 import math
@@ -159,6 +159,18 @@ def order_words(found: pd.DataFrame) -> str:       # from `order`
     said = ", ".join(f"{words[w]} {w}" for w in ("better", "worse", "equivalent", "undecided") if w in words)
     return (f"the stack has the lower error in {less} of {len(found)} combinations of size and length "
             f"({said}; corrected for their number)")
+
+# %% ../../nbs/lab/29_scaling.ipynb #ccd593be
+def order_table(found: pd.DataFrame) -> str:       # from `order`
+    "The same in Markdown: a row a width, a column a length; bold where it is decided."
+    said = lambda r: f"{r.ratio - 1:+.0%} [{r.low - 1:+.0%}, {r.high - 1:+.0%}]"
+    cell = lambda r: said(r) if r.word == "undecided" else f"**{r.word}** {said(r)}"
+    words = {(r.width, r.length): cell(r) for r in found.itertuples()}
+    widths, lengths = (sorted(found[name].unique()) for name in ("width", "length"))
+    rows = [["width", *(f"x{n:g} the steps" for n in lengths)], ["---"] * (1 + len(lengths)),
+            *([f"x{w:g}", *(words.get((w, n), "") for n in lengths)] for w in widths)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
 
 # %% ../../nbs/lab/29_scaling.ipynb #68a62846
 def law_words(side: str, law: Law, others: list[Law], seeds: int) -> str:
