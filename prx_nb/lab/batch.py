@@ -63,9 +63,10 @@ def outdated(jobs: Iterable[Job]) -> list[str]:
                 took -= float((record.get("cost") or {}).get("train_seconds") or 0)
             said = "; ".join(why[:6] + ["and more"] * (len(why) > 6))
             groups.setdefault((said, kept), []).append(took)
+    s = lambda took: "s" * (len(took) > 1)
     return [
-        f"{len(took)} finished run{'s' * (len(took) > 1)} no longer count{'s' * (len(took) == 1)} and will be "
-        + (f"judged again, with the training{'s' * (len(took) > 1)} kept" if kept else "trained again")
+        f"{len(took)} finished run{s(took)} no longer count{'' if s(took) else 's'} and will be "
+        + (f"judged again, with the training{s(took)} kept" if kept else "trained again")
         + f": {why} (estimated {_length(max(0.0, sum(took)))})"
         for (why, kept), took in groups.items()
     ]

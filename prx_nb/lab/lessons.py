@@ -278,7 +278,7 @@ def scaling_part(folder: str | Path | None = None, preset: str = "cpu") -> str: 
         laws = _laws(seen)
     except ValueError as error:
         return f"{lines[0]}. No curve can be fitted yet: {error}."
-    lines += [scaling.law_words(side, *laws[side], seen[seen.side == side].seed.nunique()) for side in laws]
+    lines += [scaling.law_words(side, *laws[side], seen[seen.side == side]) for side in laws]
     paper = recipe_preset("paper")
     lines.append(scaling.beyond(laws, weights(paper), paper.train.steps * paper.train.batch, seen))
     said = "\n".join(f"- {line[0].upper()}{line[1:]}." for line in lines)
@@ -286,7 +286,7 @@ def scaling_part(folder: str | Path | None = None, preset: str = "cpu") -> str: 
 
 
 # %% ../../nbs/lab/30_lessons.ipynb #3db6165c
-def scaling_picture(folder: str | Path | None = None, preset: str = "cpu"):      # a figure; none: too few runs
+def scaling_picture(folder: str | Path | None = None, preset: str = "cpu"):      # a figure; none: no runs
     "The published runs by size and length, with the fitted curves."
     seen = _grown(folder, preset)
     try:
