@@ -244,12 +244,16 @@ def test_the_line_before_retraining_names_the_module_and_the_time_and_nothing_is
     toy = plan.pretend_ablation(tmp_path, "ok", "other")
     jobs = plan.plan(toy, out=tmp_path)
     for job, seconds in zip(jobs, (300, 420)):
-        older = replace(job, key="older", parts=job.parts | {"module prx_nb.core.flow": "older"})
+        older = replace(job, key="older", training="older", parts=job.parts | {"module prx_nb.core.flow": "older"})
         put_done(older, seconds)
     newer = [replace(job, parts=job.parts | {"module prx_nb.core.flow": "newer"}) for job in jobs]
     [line] = batch.outdated(newer)
     assert line == "2 finished runs no longer count and will be trained again: module prx_nb.core.flow changed (estimated 12 min)"
     assert line in cli.plan_in_words(newer, 1)
+    for job in jobs:
+        put_done(replace(job, key="older", parts=job.parts | {"module prx_nb.core.metrics": "older"}), 300)
+    [line] = batch.outdated([replace(job, parts=job.parts | {"module prx_nb.core.metrics": "newer"}) for job in jobs])
+    assert line.startswith("2 finished runs no longer count and will be judged again, with the trainings kept: module prx_nb.core.metrics")
     put_done(replace(jobs[0], key="older", parts={}), 30)
     assert "before" in batch.outdated(newer[:1])[0] and "(estimated 30 s)" in batch.outdated(newer[:1])[0]
     assert sorted(p.name for p in jobs[0].group.iterdir()) == ["ok-s0", "other-s0"], "only said"
