@@ -71,7 +71,6 @@ def outdated(jobs: Iterable[Job]) -> list[str]:
         for (why, kept), took in groups.items()
     ]
 
-
 # %% ../../nbs/lab/07_batch.ipynb #95f68de2
 def _length(seconds: float) -> str:
     return (f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400
@@ -85,19 +84,16 @@ def _written(folder: str | Path, name: str, kind: type) -> Any:
         return found if isinstance(found, kind) else kind()
     return kind()
 
-
 # %% ../../nbs/lab/07_batch.ipynb #2bd9acf1
 def _alike(job: Job, folder: Path) -> bool:
     "Whether what trains is the same in a folder as in a job, which may then take it over."
     return bool(job.share and job.training) and _written(folder, "training", str) == job.training
-
 
 # %% ../../nbs/lab/07_batch.ipynb #60571a65
 def _trained_alike(job: Job, folder: Path | None = None) -> bool:      # none: the job's own
     "Whether a run of the very same training lies in a folder, and is done."
     folder = folder or Path(job.out)
     return _alike(job, folder) and runs.read_status(folder).get("state") == "done"
-
 
 # %% ../../nbs/lab/07_batch.ipynb #6dcc16ff
 def _of_a_run(folder: Path) -> bool:
@@ -131,7 +127,6 @@ def set_aside(job: Job) -> Path | None:
     goes_on = _alike(job, folder) and not _trained_alike(job) and (folder / "checkpoint").is_dir()
     return None if goes_on else Path(shutil.move(folder, _place_aside(folder)))
 
-
 # %% ../../nbs/lab/07_batch.ipynb #161aad0d
 def _trained(out: Path) -> dict[str, list[str]]:
     "Folders of the finished runs below a folder, by the key of their training."
@@ -164,7 +159,6 @@ def taken_over(jobs: Iterable[Job]) -> set[str]:       # folders
     first = lambda job: equal.get(job.training, [job.out])[0]
     return {job.out for job in jobs if job.share and (first(job) != job.out or _trained_alike(job))}
 
-
 # %% ../../nbs/lab/07_batch.ipynb #02f0d202
 def _offer(job: Job, equal: dict[str, list[str]],
            aside: Path | None = None,      # what an older version of it left
@@ -178,7 +172,6 @@ def _offer(job: Job, equal: dict[str, list[str]],
         write_json(path, {"from": [os.path.relpath(folder, job.out) for folder in others[:most]]})
     else:
         path.unlink(missing_ok=True)
-
 
 # %% ../../nbs/lab/07_batch.ipynb #1e41e0cf
 def queue(jobs: Iterable[Job]) -> None:

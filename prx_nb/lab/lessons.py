@@ -256,12 +256,10 @@ def _grown(folder: str | Path | None, preset: str) -> pd.DataFrame:      # as `s
     seen = scaling.points(runs) if len(runs) else pd.DataFrame(columns=["side"])
     return seen if set(seen.side) == {"plain", "best"} else seen[:0]
 
-
 # %% ../../nbs/lab/30_lessons.ipynb #d9de5e2c
-def _laws(seen: pd.DataFrame) -> dict:      # "plain" and "best" -> a law, and those of drawn seeds
+def _laws(seen: pd.DataFrame) -> dict:      # "plain" and "best" -> a law, and what it might have been
     "The fitted curves of both sides. Raises `ValueError` for too few sizes or lengths."
     return {side: scaling.fits(seen[seen.side == side]) for side in ("plain", "best")}
-
 
 # %% ../../nbs/lab/30_lessons.ipynb #21686b30
 def scaling_part(folder: str | Path | None = None, preset: str = "cpu") -> str:      # Markdown
@@ -284,7 +282,6 @@ def scaling_part(folder: str | Path | None = None, preset: str = "cpu") -> str: 
     said = "\n".join(f"- {line[0].upper()}{line[1:]}." for line in lines)
     return f"The stack beside the plain preset:\n\n{scaling.order_table(found)}\n\n{said}"
 
-
 # %% ../../nbs/lab/30_lessons.ipynb #3db6165c
 def scaling_picture(folder: str | Path | None = None, preset: str = "cpu"):      # a figure; none: no runs
     "The published runs by size and length, with the fitted curves."
@@ -293,7 +290,6 @@ def scaling_picture(folder: str | Path | None = None, preset: str = "cpu"):     
         return scaling.scaling_figure(seen, _laws(seen)) if len(seen) else None
     except ValueError:
         return None
-
 
 # %% ../../nbs/lab/30_lessons.ipynb #ac932878
 def against_posts(folder: str | Path | None = None, preset: str = "cpu") -> pd.DataFrame:

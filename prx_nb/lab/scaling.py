@@ -109,7 +109,6 @@ def fits(seen: pd.DataFrame,               # of one side, from `points`
     again = (value * np.exp(s * rng.normal(size=len(value))) for s in scatter)
     return law, [fit(weights, images, drawn, start=law) for drawn in again]
 
-
 # %% ../../nbs/lab/29_scaling.ipynb #8452c97e
 def interval(values: Sequence[float],      # of laws drawn anew
              confidence: float = 0.95) -> tuple[float, float]:
@@ -118,7 +117,6 @@ def interval(values: Sequence[float],      # of laws drawn anew
         return math.nan, math.nan
     tail = (1 - confidence) / 2
     return tuple(float(v) for v in np.quantile(values, [tail, 1 - tail]))
-
 
 # %% ../../nbs/lab/29_scaling.ipynb #94db8154
 def scatter_words(seen: pd.DataFrame) -> str:        # from `points`
@@ -173,7 +171,6 @@ def order_table(found: pd.DataFrame) -> str:       # from `order`
             *([f"x{w:g}", *(words.get((w, n), "") for n in lengths)] for w in widths)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
-
 # %% ../../nbs/lab/29_scaling.ipynb #68a62846
 def law_words(side: str, law: Law, others: list[Law],
               seen: pd.DataFrame) -> str:        # of that side, from `points`
@@ -191,7 +188,6 @@ def law_words(side: str, law: Law, others: list[Law],
         chance = math.sqrt(within(y, names)[0] / names.value_counts().mean())
         text += f", where chance alone would by {chance:.1%}"
     return text
-
 
 # %% ../../nbs/lab/29_scaling.ipynb #bf61b437
 def beyond(laws: Mapping[str, tuple[Law, list[Law]]],      # "plain" and "best", from `fits`
