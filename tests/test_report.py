@@ -202,7 +202,9 @@ def test_publishing_copies_what_is_small_and_keeps_the_notice(home, tmp_path):
     notice = tmp_path / "published" / "NOTICE"
     notice.parent.mkdir()
     notice.write_text("Drawings by somebody.\n")
+    (home / "report" / "samples-s7.png").write_bytes(b"of an earlier report")
     to = report.publish(home)
+    assert not (to / "samples-s7.png").exists(), "this report does not show it"
     assert to == tmp_path / "published" / "prediction_target" / "smoke"
     names = {p.relative_to(to).as_posix() for p in to.rglob("*") if p.is_file()}
     assert {"table.csv", "cost.csv", "report.md", "samples.png", "curves.png", "metrics.png", "records/v-s0.json"} <= names

@@ -579,7 +579,9 @@ def publish(
     place = Path(out or group.parents[1]) / "published"
     to = place / runs.ablation.iloc[0] / ("" if group.name == "cpu" else group.name)
     (to / "records").mkdir(parents=True, exist_ok=True)
-    for path in [*made.glob("*.png"), *made.glob("*.csv"), made / "report.md"]:
+    page = (made / "report.md").read_text()
+    pictures = [p for p in made.glob("*.png") if f"({p.name})" in page]      # not those of an earlier report
+    for path in [*pictures, *made.glob("*.csv"), made / "report.md"]:
         _copy(path, to / path.name)
     if is_file(made / "report.html"):
         with atomic(to / "report.html") as part:
