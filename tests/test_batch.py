@@ -122,6 +122,25 @@ def test_a_stopped_driver_stops_its_runs_and_the_next_does_the_rest(tmp_path, si
     assert (Path(jobs[0].out) / "notebook.ipynb").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("deaf, word", [(False, "stopped by a signal"), (True, "the run's process ended with SIGKILL; see log.txt")])
+def test_a_run_that_is_told_to_stop_many_times_at_once_stops_in_order_and_a_deaf_one_is_killed(tmp_path, monkeypatch, deaf, word):
+    [job] = plan(toy(tmp_path, "hangs"), out=tmp_path)
+    monkeypatch.setattr(runs.stop_process, "__defaults__", (1,) if deaf else (60,))
+    stop, said = threading.Event(), []
+    watcher = threading.Thread(target=lambda: said.append(runs.supervise(job, stop=stop)))
+    watcher.start()
+    pid, runner = kernel(job.out), runs.read_status(job.out)["pid"]
+    if deaf:
+        os.kill(runner, signal.SIGSTOP)
+    for sender in [subprocess.Popen([sys.executable, "-c", f"import os\nfor _ in range(300): os.kill({runner}, 15)"],
+                                    stderr=subprocess.DEVNULL) for _ in range(2)]:
+        sender.wait()
+    stop.set()
+    watcher.join(30)
+    assert [(s["state"], s["error"]) for s in said] == [("interrupted", word)]
+    assert gone(pid) and gone(runner) and not Path(said[0]["scratch"]).exists()
+
+
 def test_a_killed_driver_leaves_its_runs_at_work_and_the_next_adopts_them(tmp_path):
     jobs = plan(toy(tmp_path, "lasts", "ok", "slow"), out=tmp_path, timeout=100)
     first = driver(tmp_path, "lasts", "ok", "slow")

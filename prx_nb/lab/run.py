@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATES', 'MAY_PASS', 'OPEN', 'BEAT', 'SILENCE', 'read_status', 'record', 'finished', 'birth', 'process_of', 'silent',
-           'alive', 'why', 'memory_kills', 'execute', 'run_job', 'supervise']
+           'alive', 'why', 'memory_kills', 'StopEvent', 'execute', 'run_job', 'supervise']
 
 # %% ../../nbs/lab/06_run.ipynb #f41ac4fd
 import contextlib
@@ -195,7 +195,8 @@ def kill_tree(pid: int | None = None,    # none: this process
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(family, timeout=5)
+        # not the parent: how it ended is for whoever started it to hear
+        psutil.wait_procs([p for p in family if p is not parent], timeout=5)
 
 # %% ../../nbs/lab/06_run.ipynb #d98d2583
 _RUN = "run"       # in a scratch folder: the path of the run that it serves, which is how it is known as ours
@@ -289,6 +290,17 @@ def _cut_log(path: Path, most: int = MOST_LOGGED) -> None:
             os.truncate(path, most // 2)
             with open_unlinked(path) as log:
                 log.write(f"\n[cut: the log had more than {most / 1e6:.0f} MB]\n")
+
+# %% ../../nbs/lab/06_run.ipynb #84820926
+class StopEvent(threading.Event):
+    """An event that a signal's handler may set. `Event.set` holds a lock: a second signal in the midst of the
+    first one's handler would wait for it for ever, and the process would hear no signal any more."""
+    _asked = False
+
+    def set(self) -> None:
+        if not self._asked:
+            self._asked = True
+            super().set()
 
 # %% ../../nbs/lab/06_run.ipynb #71523ae0
 def _watch(job: Job, reporter: _Reporter, scratch: str, told: threading.Event) -> None:
@@ -426,7 +438,7 @@ def _outcome(job: Job, call: Callable[[], None]) -> tuple[str, dict]:
 
 # %% ../../nbs/lab/06_run.ipynb #06810521
 def _run_job(path: str | Path) -> int:
-    told = threading.Event()
+    told = StopEvent()
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, lambda *_: told.set())
     job = read_job(path)

@@ -231,7 +231,7 @@ class Task:
         if runs.finished(self.job):
             return runs.read_status(self.job.out)                                 # requeued when all was done
         self.begin, self.before = time.monotonic(), _last_checkpoint(self.job.out)
-        self.stop, self.status = threading.Event(), {}
+        self.stop, self.status = runs.StopEvent(), {}
         self.worker = threading.Thread(target=self._attend, daemon=True)
         signal.signal(signal.SIGTERM, lambda *_: self.stop.set())
         self.worker.start()
