@@ -383,19 +383,19 @@ class Stopped(KeyboardInterrupt):
 @contextlib.contextmanager
 def _stop_button(pressed: bool) -> Iterator[Callable[[], bool]]:
     "Inside, a first interruption is only noted, a second is one. Where it cannot be pressed: as ever."
-    asked = threading.Event()
+    asked: list[int] = []          # no event: its lock is not for a handler that can be interrupted itself
     if not pressed or threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield lambda: False
         return
 
     def note(number: int, frame: Any) -> None:
-        if asked.is_set():
+        if asked:
             raise KeyboardInterrupt
-        asked.set()
+        asked.append(number)
         print("stopping at the end of this step", flush=True)
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield asked.is_set
+        yield lambda: bool(asked)
     finally:
         signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
