@@ -94,7 +94,7 @@ def test_a_technique_runs_its_slider_moves_by_keyboard_and_git_stays_clean(lab, 
 
 
 def test_in_the_playground_a_prompt_is_typed_and_new_samples_appear(lab, home):
-    lab.open("nbs/lab/26_explore.ipynb")
+    lab.open("nbs/lab/27_explore.ipynb")
     lab.run_all()
     assert lab.errors() == []
     play = lab.page.locator(".jp-OutputArea-output:has(.widget-text input)").last
