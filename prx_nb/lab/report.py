@@ -409,8 +409,8 @@ def assemble(f: Findings) -> Page:
     "The page of a folder of runs; its figures are written to <group>/report."
     name = f.ablation.name.replace("_", " ").capitalize()
     page = Page(f.group / "report", name + (f", {p}" if (p := results.point(f.group)) else ""))
-    for part in (_opening, _factors, _sizes, _verdict, _published, _samples, _dial, _means, _curves, _cost, _chance,
-                 _runs, _again):
+    for part in (_opening, _factors, _sizes, _verdict, _published, _samples, _dial, _means, _curves, _cost,
+                 _chance, _runs, _again):
         part(page, f)
     return page
 
