@@ -189,7 +189,12 @@ def find_fault(folder: Path,
 # %% ../../nbs/core/24_processes.ipynb #68a96e51
 def stop_with_parent(wait: float = 10.0,       # seconds it may take to stop by itself
                      ) -> None:
-    "Interrupt this process when the one at the other end of its standard input is gone."
+    "Interrupt this process when the one at the other end of its standard input is gone. In the main thread."
+    def interrupted(number: int, frame: Any) -> None:
+        # of the launcher, which ends all as soon as one has ended: this one may have a curve to write
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
     def watch() -> None:
         with contextlib.suppress(OSError):
             while os.read(0, 1024):
@@ -197,6 +202,7 @@ def stop_with_parent(wait: float = 10.0,       # seconds it may take to stop by 
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(wait)
         os.kill(os.getpid(), signal.SIGKILL)
+    signal.signal(signal.SIGINT, interrupted)
     threading.Thread(target=watch, daemon=True, name="parent").start()
 
 # %% ../../nbs/core/24_processes.ipynb #c44e89da

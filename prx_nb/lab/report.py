@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core.files import atomic, is_file, open_unlinked, python, read_json, write_json
 from . import ablations, efficiency, factorial, figures, results, scaling
@@ -58,28 +59,31 @@ class Findings:
         with contextlib.suppress(ValueError):
             return factorial.effects(self.runs, self.decides)
 
-    @property
-    def sides(self) -> tuple[str, str] | None:
-        "The two that are trained at many sizes and lengths, where the variants are `scaling`'s grid."
-        if self.decides and not results.better_up(self.decides):
-            return scaling.sides(self.ablation.variants, self.ablation.baseline)
+# %% ../../nbs/lab/19_report.ipynb #06aef597
+@patch(as_prop=True)
+def sides(self: Findings) -> tuple[str, str] | None:
+    "The two that are trained at many sizes and lengths, where the variants are `scaling`'s grid."
+    if self.decides and not results.better_up(self.decides):
+        return scaling.sides(self.ablation.variants, self.ablation.baseline)
 
-    @property
-    def order(self) -> pd.DataFrame | None:
-        "One of the two beside the other at each size and length; none: no two seeds of anything yet."
-        with contextlib.suppress(ValueError):
-            found = scaling.order(scaling.points(self.runs, self.decides), *self.sides) if self.sides else ()
-            return found if len(found) else None
+# %% ../../nbs/lab/19_report.ipynb #04476ce2
+@patch(as_prop=True)
+def order(self: Findings) -> pd.DataFrame | None:
+    "One of the two beside the other at each size and length; none: no two seeds of anything yet."
+    with contextlib.suppress(ValueError):
+        found = scaling.order(scaling.points(self.runs, self.decides), *self.sides) if self.sides else ()
+        return found if len(found) else None
 
-    @property
-    def answers(self) -> list[str]:
-        "What is said first: of a design's factors, of a grid's two sides, else of each variant."
-        if (found := self.effects) is not None:
-            return factorial.factor_lines(found)
-        if (found := self.order) is not None:
-            said = scaling.order_words(found, self.sides[0])
-            return [f"{said[0].upper()}{said[1:]}."]
-        return results.declared(self.table, self.ablation)
+# %% ../../nbs/lab/19_report.ipynb #c870f2f0
+@patch(as_prop=True)
+def answers(self: Findings) -> list[str]:
+    "What is said first: of a design's factors, of a grid's two sides, else of each variant."
+    if (found := self.effects) is not None:
+        return factorial.factor_lines(found)
+    if (found := self.order) is not None:
+        said = scaling.order_words(found, self.sides[0])
+        return [f"{said[0].upper()}{said[1:]}."]
+    return results.declared(self.table, self.ablation)
 
 # %% ../../nbs/lab/19_report.ipynb #e5e65480
 def _calibration(group: Path) -> dict[str, str] | None:
