@@ -256,11 +256,6 @@ def _grown(folder: str | Path | None, preset: str) -> pd.DataFrame:      # as `s
     seen = scaling.points(runs) if len(runs) else pd.DataFrame(columns=["side"])
     return seen if set(seen.side) == {"plain", "best"} else seen[:0]
 
-# %% ../../nbs/lab/30_lessons.ipynb #d9de5e2c
-def _laws(seen: pd.DataFrame) -> dict:      # "plain" and "best" -> a law, and what it might have been
-    "The fitted curves of both sides. Raises `ValueError` for too few sizes or lengths."
-    return {side: scaling.fits(seen[seen.side == side]) for side in ("plain", "best")}
-
 # %% ../../nbs/lab/30_lessons.ipynb #21686b30
 def scaling_part(folder: str | Path | None = None, preset: str = "cpu") -> str:      # Markdown
     "Whether the order holds at other sizes and lengths, the fitted curves, and what they say of preset "
@@ -273,7 +268,7 @@ def scaling_part(folder: str | Path | None = None, preset: str = "cpu") -> str: 
         return f"**`scaling` is not through.** {len(seen)} runs are published; {error}."
     lines = [scaling.order_words(found), scaling.scatter_words(seen)]
     try:
-        laws = _laws(seen)
+        laws = scaling.laws_of(seen)
     except ValueError as error:
         return f"{lines[0]}. No curve can be fitted yet: {error}."
     lines += [scaling.law_words(side, *laws[side], seen[seen.side == side]) for side in laws]
@@ -287,7 +282,7 @@ def scaling_picture(folder: str | Path | None = None, preset: str = "cpu"):     
     "The published runs by size and length, with the fitted curves."
     seen = _grown(folder, preset)
     try:
-        return scaling.scaling_figure(seen, _laws(seen)) if len(seen) else None
+        return scaling.scaling_figure(seen, scaling.laws_of(seen)) if len(seen) else None
     except ValueError:
         return None
 

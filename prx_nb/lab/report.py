@@ -154,12 +154,11 @@ def _sizes(page: Page, f: Findings) -> None:
         return
     page.frame(scaling.order_rows(f.order), f"{f.decides} of {better} beside {base}, by width and length")
     seen = scaling.points(f.runs, f.decides)
-    laws, lines = {}, [scaling.scatter_words(seen)]
+    laws = {}
     with contextlib.suppress(ValueError):                          # too few sizes or lengths yet
-        for side in (base, better):
-            laws[side] = scaling.fits(seen[seen.side == side])
-            lines.append(scaling.law_words(side, *laws[side], seen[seen.side == side]))
-    for line in lines:
+        laws = scaling.laws_of(seen, (base, better))
+    for line in (scaling.scatter_words(seen),
+                 *(scaling.law_words(side, *law, seen[seen.side == side]) for side, law in laws.items())):
         page.text(f"{line[0].upper()}{line[1:]}.")
     if laws:
         page.figures((scaling.scaling_figure(seen, laws), "sizes",
